@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import vlm_tune
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
 from vlm_tune.errors import VlmTuneError
+from vlm_tune.model.language.decoding import Decoding
 
 ODD: tuple[Any, ...] = (-7, float("nan"), "a\0b", b"x", [None], {1: 2}, object())
 """What is given in place of an argument."""
@@ -70,7 +72,21 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             {"prompt": "what color?", "images": folder / "red.png", "max_new_tokens": 1},
         ),
         "chat_batch": (vlm.chat_batch, {"requests": ["what color?"], "max_new_tokens": 1}),
+        "answer_batch": (vlm.answer_batch, {"requests": ["what color?"], "max_new_tokens": 1}),
+        "stream": (
+            lambda **arguments: list(vlm.stream(**arguments)),
+            {"prompt": "what color?", "images": folder / "red.png", "max_new_tokens": 1},
+        ),
     }
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, str]:
+    """The parameters of a function and their annotations, with the settings of generation."""
+    named = inspect.signature(function).parameters.values()
+    annotations = {each.name: str(each.annotation) for each in named if each.name != "arguments"}
+    if annotations.pop("settings", None) or not annotations:
+        annotations |= {field.name: str(field.type) for field in fields(Decoding)}
+    return annotations
 
 
 @pytest.mark.slow
@@ -84,8 +100,8 @@ def test_every_public_function_names_an_argument_that_can_not_be_used(
     wrong = []
     refused = 0
     for name, (function, arguments) in table.items():
-        for parameter, kind in inspect.signature(function).parameters.items():
-            if parameter in UNCHECKED or str(kind.annotation).startswith("bool"):
+        for parameter, annotation in parameters(function).items():
+            if parameter in UNCHECKED or annotation.startswith("bool"):
                 continue
             for value in ODD:
                 try:

@@ -677,10 +677,23 @@ options = st.fixed_dictionaries(
     optional={
         "max_new_tokens": st.sampled_from([1, 2, 3]) | weird,
         "num_beams": st.sampled_from([1, 2]) | weird,
+        "temperature": st.sampled_from([0, 0.7, 3]) | weird,
+        "top_p": st.sampled_from([0, 0.5, 1]) | weird,
+        "top_k": st.sampled_from([0, 3]) | weird,
+        "seed": st.sampled_from([0, 10**20]) | weird,
+        "repetition_penalty": st.sampled_from([1, 1.5]) | weird,
+        "num_return_sequences": st.sampled_from([1, 2]) | weird,
+        "stop_strings": st.sampled_from(["a", ["b", "\n"]]) | weird,
+        "choices": st.sampled_from([["a", "b"], [["a", "b"]]]) | weird,
     },
 )
 bounded_options = options.filter(
-    lambda each: not _is_large(each.get("max_new_tokens")) and not _is_large(each.get("num_beams"))
+    lambda each: (
+        not any(
+            _is_large(each.get(name))
+            for name in ("max_new_tokens", "num_beams", "num_return_sequences")
+        )
+    )
 )
 
 

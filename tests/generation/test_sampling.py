@@ -211,16 +211,17 @@ def test_why_an_answer_ended_is_said(
     ("settings", "message"),
     [
         ({"temperature": -1}, "temperature is a number from 0 to 100, got -1"),
+        ({"temperature": 1e-9}, "temperature is 0, or at least 0.0001, got 1e-09"),
         ({"temperature": "hot"}, "temperature is a number"),
         ({"temperature": True}, "temperature is a number"),
         ({"temperature": float("nan")}, "temperature is a number"),
-        ({"temperature": 1, "top_p": 0}, "top_p is a number above 0 to 1, got 0"),
-        ({"temperature": 1, "top_p": 1.5}, "top_p is a number above 0 to 1"),
+        ({"temperature": 1, "top_p": -0.5}, "top_p is a number from 0 to 1, got -0.5"),
+        ({"temperature": 1, "top_p": 1.5}, "top_p is a number from 0 to 1"),
         ({"temperature": 1, "min_p": 2}, "min_p is a number from 0 to 1"),
         ({"temperature": 1, "top_k": -3}, "top_k is a whole number from 0 on"),
         ({"temperature": 1, "top_k": 2.0}, "top_k is a whole number from 0 on"),
         ({"temperature": 1, "seed": "a"}, "seed is a whole number from 0 on"),
-        ({"repetition_penalty": 0}, "repetition_penalty is a number above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is a number from 0.01 to 100"),
         ({"num_return_sequences": 0, "temperature": 1}, "num_return_sequences is a whole number"),
         ({"num_return_sequences": 2}, "num_return_sequences above 1 gives equal answers"),
         ({"num_return_sequences": 3, "num_beams": 2}, "num_return_sequences 3 is above num_beams"),
@@ -230,9 +231,11 @@ def test_why_an_answer_ended_is_said(
         ({"top_p": 0.5}, "top_p has no effect where no token is drawn"),
         ({"seed": 3}, "seed has no effect where no token is drawn"),
         ({"stop_strings": [""]}, "stop_strings is a text or a list of texts, none empty"),
+        ({"temprature": 1}, "there is no setting 'temprature'; did you mean temperature"),
+        ({"do_it": 1}, "there is no setting 'do_it'; there are max_new_tokens"),
         ({"stop_strings": 5}, "stop_strings is a text or a list of texts"),
     ],
 )
 def test_settings_that_are_none_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        Decoding(4, **settings)
+        Decoding.of({"max_new_tokens": 4, **settings})

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from vlm_tune.cli.chat import chat
 from vlm_tune.cli.data import check, plan, recipes, schema, show
-from vlm_tune.cli.model import chat, export, merge
+from vlm_tune.cli.model import export, merge
 from vlm_tune.cli.options import print_json
 from vlm_tune.cli.system import env
 from vlm_tune.cli.train import evaluate, predict, sft, verify_run

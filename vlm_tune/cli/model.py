@@ -1,8 +1,7 @@
-"""Commands on a trained model: merge, export, chat."""
+"""Commands on a trained model: merge, export."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,11 +9,9 @@ import typer
 from rich.console import Console
 
 from vlm_tune.cli.options import (
-    MOST_TOKENS,
     AcceptBaseOption,
     BaseOption,
     DeviceOption,
-    DtypeOption,
     JsonOption,
     ModelArgument,
     bases_by_part,
@@ -24,7 +21,6 @@ from vlm_tune.cli.options import (
     quiet_libraries,
     use_device,
 )
-from vlm_tune.quoting import escaped
 
 if TYPE_CHECKING:
     from vlm_tune.exporting import ExportReport
@@ -140,55 +136,3 @@ def _print_export(report: ExportReport, output: Path) -> None:
     for note in report.notes:
         typer.echo(f"note: {note}")
     typer.echo(f"model: {output}")
-
-
-def chat(
-    model: ModelArgument,
-    image: Annotated[list[Path] | None, typer.Option(help="an image (again for more)")] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="the question; without it, ask in the terminal")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST_TOKENS, help="longest answer in tokens")
-    ] = 128,
-    dtype: DtypeOption = None,
-    base: BaseOption = None,
-    accept_other_base: AcceptBaseOption = False,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Ask MODEL about images: one --prompt, or a conversation in the terminal."""
-    check_dtype(dtype)
-    use_device(device)
-    quiet_libraries()
-    from vlm_tune.generation.chat import VisionLanguageModel
-
-    vlm = VisionLanguageModel.from_pretrained(
-        model, dtype=dtype, base=bases_by_part(base), accept_other_base=accept_other_base
-    )
-    images = image or []
-    if prompt is not None:
-        answer = vlm.chat(prompt, images=images, max_new_tokens=max_new_tokens)
-        print_json({"answer": answer}) if as_json else typer.echo(_lines(answer))
-        return
-    turns: list[dict[str, str]] = []
-    if sys.stdin.isatty():
-        typer.echo("Ask about the image; an empty line or Ctrl-D ends.", err=True)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            break
-        if not line:
-            break
-        turns.append({"role": "user", "content": line})
-        answer = vlm.chat(turns, images=images, max_new_tokens=max_new_tokens)
-        turns.append({"role": "assistant", "content": answer})
-        print_json({"answer": answer}) if as_json else typer.echo(_lines(answer))
-
-
-def _lines(text: str) -> str:
-    """Returns text for a terminal, escaped except for its line breaks and tabs."""
-    return "\n".join(
-        "\t".join(escaped(part) for part in line.split("\t")) for line in text.split("\n")
-    )

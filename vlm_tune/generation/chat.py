@@ -143,7 +143,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         """
         if isinstance(requests, str | Mapping) or not isinstance(requests, Iterable):
             raise ArgumentError(f"answers are to a list of requests, got {quoted(requests)}")
-        decoding = Decoding(**settings)
+        decoding = Decoding.of(settings)
         check_count("batch_size", batch_size)
         conversations = [
             request_conversation(number, request) for number, request in enumerate(requests, 1)
@@ -171,7 +171,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
     ) -> Iterator[str]:
         """As `chat`, but yields the answer's text in pieces, as it is written."""
         _one_answer(settings, "a stream is of one answer")
-        decoding = Decoding(**settings)
+        decoding = Decoding.of(settings)
         request = request_conversation(1, _request(prompt, messages, images))
         return self._streamed(self.processor.prompts([request])[0], decoding)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -12,10 +12,11 @@ from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.chat.image_marks import escaped_marks
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.packing import Tree
-from vlm_tune.data.types import Example, Media, Message
+from vlm_tune.data.types import Conversation, Example, Media, Message
 from vlm_tune.errors import ArgumentError
 from vlm_tune.generation.answering import continuation_of, continues
 from vlm_tune.generation.answers import Answer, AnswerReader
+from vlm_tune.generation.choices import choices_of_each, choose
 from vlm_tune.generation.requests import request_conversation
 from vlm_tune.generation.streaming import Pieces, picker_of, pieces, streamed
 from vlm_tune.model.language.decoding import Decoding, Settings
@@ -59,12 +60,20 @@ class Chat:
         self.turns: list[Message] = []
         self._prefix = _Prefix()
 
-    def ask(self, prompt: str, images: Any = (), **settings: Unpack[Settings]) -> Answer:
+    def ask(
+        self,
+        prompt: str,
+        images: Any = (),
+        *,
+        choices: Sequence[str] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Answer:
         """Answers a further question.
 
         Args:
             prompt: The question.
             images: One image or a list, as for `VisionLanguageModel.chat`, for this question.
+            choices: Texts of which the likeliest is the answer. The whole chat is read for them.
             **settings: How this answer is generated.
 
         Raises:
@@ -72,19 +81,30 @@ class Chat:
                 become longer than the model takes; the chat is as before.
             ArgumentError: A setting is invalid.
         """
-        answering = self._answer(prompt, images, _decoding({**self.settings, **settings}))
+        if choices is not None:
+            of_each = choices_of_each(choices, 1)
+            conversation = self._with_question(prompt, images)
+            with self._eval_mode():
+                fetch = PixelCache(self.model.processor.images)
+                (answer,) = choose(self.model, [conversation], of_each, fetch=fetch)
+            self.turns += [conversation.messages[-1], Message("assistant", (answer.text,))]
+            return answer
+        answering = self.stream(prompt, images, **settings)
         while True:
             try:
                 next(answering)
             except StopIteration as end:
                 return end.value
 
-    def stream(self, prompt: str, images: Any = (), **settings: Unpack[Settings]) -> Iterator[str]:
+    def stream(self, prompt: str, images: Any = (), **settings: Unpack[Settings]) -> Pieces:
         """As `ask`, but yields the answer's text in pieces.
 
         Where the iterator is closed before its end, the chat goes on from what was yielded.
         """
-        return self._answer(prompt, images, _decoding({**self.settings, **settings}))
+        decoding = _decoding({**self.settings, **settings})
+        conversation = self._with_question(prompt, images)
+        (example,) = self.model.processor.prompts([conversation])
+        return self._answer(conversation.messages[-1], example, decoding)
 
     def reset(self) -> None:
         """Forgets all turns."""
@@ -103,14 +123,15 @@ class Chat:
         system = [] if self.system is None else [Message("system", (self.system,))]
         return [*system, *self.turns]
 
-    def _answer(self, prompt: str, images: Any, decoding: Decoding) -> Pieces:
+    def _with_question(self, prompt: str, images: Any) -> Conversation:
+        """The conversation so far with a further question."""
         if not isinstance(prompt, str):
             raise ArgumentError(f"a chat's question is a text, got {quoted(prompt)}")
         number = len(self.turns) // 2 + 1
         request = request_conversation(number, {"prompt": prompt, "images": images})
-        question = request.messages[0]
-        conversation = replace(request, messages=(*self._opened(), question))
-        (example,) = self.model.processor.prompts([conversation])
+        return replace(request, messages=(*self._opened(), *request.messages))
+
+    def _answer(self, question: Message, example: Example, decoding: Decoding) -> Pieces:
         answer: Answer | None = None
         text = ""
         try:
@@ -140,7 +161,7 @@ class Chat:
 
 
 def _decoding(settings: Settings) -> Decoding:
-    decoding = Decoding(**settings)
+    decoding = Decoding.of(settings)
     if decoding.num_return_sequences > 1:
         raise ArgumentError("a chat has one answer a turn: num_return_sequences is 1")
     return decoding

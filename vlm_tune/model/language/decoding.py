@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
 import torch
@@ -13,6 +14,8 @@ from vlm_tune.quoting import quoted
 
 MOST = 1_000_000
 """The largest number of tokens or beams that is accepted; more is taken for a mistake."""
+COLDEST = 0.0001
+"""The least temperature above 0; logits that are divided by less may overflow."""
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SAMPLED = (
     "do_sample",
@@ -89,9 +92,13 @@ class Decoding:
         check_count("num_beams", self.num_beams)
         check_count("num_return_sequences", self.num_return_sequences)
         _check_range("temperature", self.temperature, 0, 100)
-        _check_range("top_p", self.top_p, 0, 1, without_least=True)
+        if 0 < self.temperature < COLDEST:
+            raise ArgumentError(
+                f"temperature is 0, or at least {COLDEST}, got {quoted(self.temperature)}"
+            )
+        _check_range("top_p", self.top_p, 0, 1)
         _check_range("min_p", self.min_p, 0, 1)
-        _check_range("repetition_penalty", self.repetition_penalty, 0, 100, without_least=True)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100)
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise ArgumentError(f"top_k is a whole number from 0 on, got {quoted(self.top_k)}")
         if self.seed is not None and (
@@ -142,6 +149,17 @@ class Decoding:
         if self.logprobs and self.num_beams > 1:
             raise ArgumentError("logprobs are those of greedy search or of draws: set num_beams 1")
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Decoding:
+        """The decoding of settings by name. Raises `ArgumentError` also for an unknown name."""
+        names = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+                raise ArgumentError(f"there is no setting {quoted(name)}; {advice}")
+        return cls(**settings)
+
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn."""
@@ -159,16 +177,11 @@ def check_count(name: str, value: Any, most: int = MOST) -> None:
         raise ArgumentError(f"{name} is a whole number from 1 to {most:,}, got {quoted(value)}")
 
 
-def _check_range(
-    name: str, value: Any, least: float, most: float, *, without_least: bool = False
-) -> None:
-    """Raises `ArgumentError` unless a value is a number in a range, which may leave `least` out."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-    if not fits or (without_least and value == least):
-        begins = "above" if without_least else "from"
-        raise ArgumentError(
-            f"{name} is a number {begins} {least:g} to {most:g}, got {quoted(value)}"
-        )
+def _check_range(name: str, value: Any, least: float, most: float) -> None:
+    """Raises `ArgumentError` unless a value is a number from `least` to `most`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not least <= value <= most:
+        raise ArgumentError(f"{name} is a number from {least:g} to {most:g}, got {quoted(value)}")
 
 
 def largest(logits: torch.Tensor, block: int = 256) -> torch.Tensor:

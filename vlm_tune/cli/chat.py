@@ -1,0 +1,97 @@
+"""The command `chat`: one question, or a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vlm_tune.cli.options import (
+    MOST_TOKENS,
+    AcceptBaseOption,
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    bases_by_part,
+    check_dtype,
+    print_json,
+    quiet_libraries,
+    use_device,
+)
+
+if TYPE_CHECKING:
+    from vlm_tune.model.language.decoding import Settings
+
+
+def chat(
+    model: ModelArgument,
+    image: Annotated[list[Path] | None, typer.Option(help="an image (again for more)")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="the question; without it, ask in the terminal")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="the system text; the model's where not given")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="longest answer in tokens")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=100, help="draw tokens, the more freely the higher; 0: none")
+    ] = 0.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="draw from the likeliest tokens that add up to this"),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="draw from so many likeliest tokens; 0: all")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="draw the same tokens whenever it is given")
+    ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(help="answer with the likeliest of these texts, separated by commas"),
+    ] = None,
+    dtype: DtypeOption = None,
+    base: BaseOption = None,
+    accept_other_base: AcceptBaseOption = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask MODEL about images: one --prompt, or a conversation in the terminal."""
+    check_dtype(dtype)
+    settings: Settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    if top_p is not None:
+        settings["top_p"] = top_p
+    if top_k is not None:
+        settings["top_k"] = top_k
+    if seed is not None:
+        settings["seed"] = seed
+    texts = None if choices is None else [text.strip() for text in choices.split(",")]
+    use_device(device)
+    quiet_libraries()
+    from vlm_tune.cli.chat_terminal import ChatTerminal
+    from vlm_tune.generation.chat import VisionLanguageModel
+    from vlm_tune.generation.choices import choices_of_each
+    from vlm_tune.model.language.decoding import Decoding
+
+    # What is wrong with the options is said before the model is loaded.
+    Decoding(**settings)
+    if texts is not None:
+        choices_of_each(texts, 1)
+    vlm = VisionLanguageModel.from_pretrained(
+        model, dtype=dtype, base=bases_by_part(base), accept_other_base=accept_other_base
+    )
+    terminal = ChatTerminal(
+        vlm.start_chat(system, **settings), image or [], texts, interactive=sys.stdin.isatty()
+    )
+    if prompt is None:
+        terminal.run(input, as_json=as_json)
+    elif as_json:
+        print_json(terminal.answer(prompt))
+    else:
+        terminal.show(prompt)

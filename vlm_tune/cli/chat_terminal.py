@@ -1,0 +1,241 @@
+"""A conversation in the terminal: questions, and commands that begin with a slash."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from vlm_tune.cli.options import print_json
+from vlm_tune.errors import ArgumentError, VlmTuneError
+from vlm_tune.generation.chat_session import Chat
+from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.paths import exists, home, is_file, is_folder, shown_path, writing
+from vlm_tune.quoting import escaped, quoted
+
+COMMANDS = {
+    "/image": ("PATH", "add an image to the next question, as dragging it here does"),
+    "/reset": ("", "forget the conversation and its images"),
+    "/system": ("TEXT", "set the system text; the conversation goes on"),
+    "/temperature": ("NUMBER", "draw tokens, the more freely the higher; 0 draws none"),
+    "/save": ("FILE", "write the conversation as a row of data, a line of JSON"),
+    "/help": ("", "list the commands"),
+    "/quit": ("", "end, as an empty line and Ctrl-D do"),
+}
+"""The argument of each command, and what it does."""
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""Endings of a file's name by which a line that is a path stands for an image."""
+
+
+class ChatTerminal:
+    """A chat in a terminal, or over lines of a pipe.
+
+    Attributes:
+        chat: The conversation.
+        images: The images of the next question.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        images: Sequence[Path],
+        choices: Sequence[str] | None,
+        *,
+        interactive: bool,
+    ) -> None:
+        """Begins with images for the first question.
+
+        Args:
+            chat: The conversation.
+            images: The images of the first question.
+            choices: Texts of which the likeliest is the answer, to every question.
+            interactive: Whether a person reads the output: errors and Ctrl-C then do not end it.
+        """
+        self.chat = chat
+        self.images = list(images)
+        self.choices = choices
+        self.interactive = interactive
+
+    def run(self, read: Callable[[str], str], *, as_json: bool) -> None:
+        """Answers lines until an empty one, or the end of the input.
+
+        Args:
+            read: Reads a line after a prompt, as `input`.
+            as_json: Print one JSON object for each answer.
+        """
+        if self.interactive:
+            complete_with_tab()
+            typer.echo("Ask about the image; /help lists commands, Ctrl-D ends.", err=True)
+        while True:
+            try:
+                line = read("> " if self.interactive else "").strip()
+                if not line or line == "/quit":
+                    return
+                if self._obeys(line):
+                    continue
+                if as_json:
+                    print_json(self.answer(line))
+                else:
+                    self.show(line)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                typer.echo("\n(interrupted; Ctrl-D ends)", err=True)
+            except VlmTuneError as error:
+                if not self.interactive:
+                    raise
+                typer.echo(str(error), err=True)
+
+    def answer(self, prompt: str) -> dict[str, Any]:
+        """Answers a question: `answer`, and where there are choices their `probabilities`."""
+        images, self.images = self.images, []
+        answer = self.chat.ask(prompt, images, choices=self.choices)
+        described: dict[str, Any] = {"answer": answer.text}
+        if answer.probabilities is not None:
+            described["probabilities"] = answer.probabilities
+        return described
+
+    def show(self, prompt: str) -> None:
+        """Answers a question and prints the answer while it is written."""
+        if self.choices is not None:
+            described = self.answer(prompt)
+            typer.echo(lines(described["answer"]))
+            ranked = sorted(described["probabilities"].items(), key=lambda pair: -pair[1])
+            for text, probability in ranked:
+                typer.echo(f"  {probability:7.2%}  {escaped(text)}")
+            return
+        images, self.images = self.images, []
+        try:
+            with closing(self.chat.stream(prompt, images)) as stream:
+                for piece in stream:
+                    typer.echo(lines(piece), nl=False)
+        finally:
+            typer.echo()
+
+    def _obeys(self, line: str) -> bool:
+        """Whether a line was a command, or the path of an image."""
+        dropped = _dropped_path(line)
+        if dropped is not None:
+            self._add(dropped)
+            return True
+        if not line.startswith("/"):
+            return False
+        name, _, rest = line.partition(" ")
+        if name not in COMMANDS:
+            raise ArgumentError(f"there is no command {quoted(name)}; /help lists them")
+        rest = rest.strip()
+        argument = COMMANDS[name][0]
+        if bool(rest) != bool(argument):
+            raise ArgumentError(f"the command is: {name} {argument}".rstrip())
+        match name:
+            case "/image":
+                self._add(_dropped_path(rest) or Path(home(rest)))
+            case "/reset":
+                self.chat.reset()
+                self.images = []
+            case "/system":
+                self.chat.system = rest
+            case "/temperature":
+                self._set_temperature(rest)
+            case "/save":
+                self._save(Path(home(rest)))
+            case "/help":
+                for command, (argument, what) in COMMANDS.items():
+                    typer.echo(f"{f'{command} {argument}':21} {what}", err=True)
+        return True
+
+    def _add(self, path: Path) -> None:
+        if not is_file(path):
+            raise ArgumentError(f"no image file {quoted(str(path))}")
+        self.images.append(path)
+        typer.echo(f"added {shown_path(path)} to the next question", err=True)
+
+    def _set_temperature(self, text: str) -> None:
+        try:
+            settings: Any = {**self.chat.settings, "temperature": float(text)}
+        except ValueError:
+            raise ArgumentError(f"a temperature is a number, got {quoted(text)}") from None
+        Decoding(**settings)
+        self.chat.settings = settings
+
+    def _save(self, path: Path) -> None:
+        if exists(path):
+            raise ArgumentError(f"{shown_path(path)} is there already: give another name")
+        images: list[str] = []
+        messages = []
+        for message in self.chat.messages:
+            texts = []
+            for part in message["content"]:
+                if part["type"] == "image":
+                    images.append(str(part["image"]))
+                texts.append(part.get("text", "<image>"))
+            messages.append({"role": message["role"], "content": "".join(texts)})
+        row = {"messages": messages, "images": images}
+        with writing(path, "the conversation"):
+            path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+        typer.echo(f"wrote {shown_path(path)}", err=True)
+
+
+def _dropped_path(line: str) -> Path | None:
+    """The image file whose path is a whole line, quoted or escaped as terminals paste it."""
+    try:
+        words = shlex.split(line)
+    except ValueError:  # a quote that is not closed
+        words = []
+    for text in (line, *(words if len(words) == 1 else ())):
+        path = Path(home(text.removeprefix("file://")))
+        if path.suffix.lower() in IMAGES and is_file(path):
+            return path
+    return None
+
+
+def lines(text: str) -> str:
+    """A text for a terminal, escaped except for its line breaks and tabs."""
+    return "\n".join(
+        "\t".join(escaped(part) for part in line.split("\t")) for line in text.split("\n")
+    )
+
+
+def completions(line: str) -> list[str]:
+    """The lines that a line may be completed to: commands, and paths after `/image` and `/save`."""
+    name, space, rest = line.partition(" ")
+    if not space:
+        return [f"{command} " for command in COMMANDS if command.startswith(name)]
+    if name not in ("/image", "/save"):
+        return []
+    head, slash, start = home(rest).rpartition("/")
+    folder = Path(f"{head}{slash}" or ".")
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:  # there is no such folder, or it may not be read
+        entries = []
+    return [
+        f"{name} {head}{slash}{entry.name}{'/' if is_folder(entry) else ''}"
+        for entry in entries
+        if entry.name.startswith(start)
+    ]
+
+
+def complete_with_tab() -> None:
+    """Lets the terminal complete lines by the tab key and recall earlier ones, where it can."""
+    try:
+        import readline
+    except ImportError:  # there is none on Windows
+        return
+
+    def complete(text: str, number: int) -> str | None:
+        matches = completions(text)
+        return matches[number] if number < len(matches) else None
+
+    readline.set_completer_delims("")
+    readline.set_completer(complete)
+    by_editline = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if by_editline else "tab: complete")
