@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
 import inspect
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
+from tests.helpers.talkative import talkative
+from tests.helpers.tiny_models import png
 from vlm_tune.cli.entry import app
 from vlm_tune.config.load import parse_recipe
 
@@ -26,8 +31,8 @@ COMMANDS = [
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 def test_there_are_commands() -> None:
@@ -49,20 +54,36 @@ def test_the_readmes_recipe_loads() -> None:
 def test_the_readmes_calls_fit_the_functions() -> None:
     (code,) = blocks("python")
     tree = ast.parse(code)
-    names: dict[str, object] = {}
+    names: dict[str, object] = dict(vars(builtins))
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(str(node.module))
             names |= {alias.name: getattr(module, alias.name) for alias in node.names}
     names["vlm"] = names["VisionLanguageModel"]
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    assert len(calls) == 4
+    assert len(calls) == 7
     for call in calls:
         target = _target(call.func, names)
         unbound = inspect.isfunction(target) and isinstance(call.func, ast.Attribute)
         arguments = [None] * (len(call.args) + unbound)
         keywords = {str(keyword.arg): None for keyword in call.keywords}
         inspect.signature(target).bind(*arguments, **keywords)  # type: ignore[arg-type]
+
+
+def test_the_python_page_runs(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = talkative(tiny_recipe("causal"), data__max_length=512)
+    model.save_pretrained(tmp_path / "runs/mine")
+    for name in ("shape", "other"):
+        (tmp_path / f"{name}.png").write_bytes(png((200, 30, 30)).read())
+    monkeypatch.chdir(tmp_path)
+    code = blocks("python", (ROOT / "docs/python.md").read_text(encoding="utf-8"))
+    assert len(code) == 5
+    names: dict[str, Any] = {}
+    for block in code:
+        exec(block, names)
+    assert names["chat"].turns == [] and set(names["answer"].probabilities) >= {"red", "blue"}
 
 
 def _target(function: ast.expr, names: dict[str, object]) -> object:

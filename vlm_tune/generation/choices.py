@@ -65,6 +65,7 @@ def choose(
     choices: Sequence[Sequence[str]],
     *,
     fetch: Fetch,
+    cached: bool = False,
     batch_size: int = 32,
 ) -> list[Answer]:
     """Answers questions by the likeliest of their choices.
@@ -76,7 +77,8 @@ def choose(
         model: the model, in eval mode.
         questions: conversations that end in the user's turn.
         choices: the texts to choose from, for each question.
-        fetch: returns the pixels of a media item.
+        fetch: returns the pixels of a media item, or if `cached` the tower's features.
+        cached: whether `fetch` returns features.
         batch_size: the approximate number of questions in a batch.
 
     Raises:
@@ -85,7 +87,9 @@ def choose(
     examples: list[Example] = []
     for question, texts in zip(questions, choices, strict=True):
         examples += answered(model, question, texts)
-    logprobs = _logprobs(model, examples, [len(texts) for texts in choices], fetch, batch_size)
+    counts = [len(texts) for texts in choices]
+    collated = {"fetch": fetch, "cached": cached}
+    logprobs = _logprobs(model, examples, counts, batch_size, collated)
     answers: list[Answer] = []
     start = 0
     for texts in choices:
@@ -133,12 +137,13 @@ def _logprobs(
     model: VisionLanguageNetwork,
     examples: Sequence[Example],
     counts: Sequence[int],
-    fetch: Fetch,
     batch_size: int,
+    collated: dict[str, Any],
 ) -> list[list[float]]:
     """The log-probabilities of each example's supervised tokens.
 
-    `counts` are the numbers of consecutive examples that are choices of one question.
+    `counts` are the numbers of consecutive examples that are choices of one question, `collated`
+    further arguments of `collate`.
     """
     rows = choice_rows(model, examples, counts)
     most = batch_size * max(counts)
@@ -148,7 +153,7 @@ def _logprobs(
         batch.append(tree)
         if place + 1 < len(rows) and sum(len(each.members) for each in batch) < most:
             continue
-        of_batch = _batch_logprobs(model, [each.row for each in batch], fetch)
+        of_batch = _batch_logprobs(model, [each.row for each in batch], collated)
         for member in (member for each in batch for member in each.members):
             count = examples[member].supervised
             logprobs[member] = of_batch[:count]
@@ -202,10 +207,10 @@ def _answers_to_one(examples: Sequence[Example]) -> Tree:
 
 
 def _batch_logprobs(
-    model: VisionLanguageNetwork, rows: Sequence[Example], fetch: Fetch
+    model: VisionLanguageNetwork, rows: Sequence[Example], collated: dict[str, Any]
 ) -> list[float]:
     """The log-probabilities of the rows' supervised tokens, in order."""
-    batch = collate(rows, model.processor.spec, fetch=fetch).to(model.device)
+    batch = collate(rows, model.processor.spec, **collated).to(model.device)
     hidden, targets = model.llm.supervised(model.embed(batch), batch)
     return token_logprobs(model.llm, hidden, targets).tolist()
 
