@@ -84,7 +84,7 @@ class Chat:
         if choices is not None:
             of_each = choices_of_each(choices, 1)
             conversation = self._with_question(prompt, images)
-            with self._eval_mode():
+            with self.model.evaluating():
                 fetch = PixelCache(self.model.processor.images)
                 (answer,) = choose(self.model, [conversation], of_each, fetch=fetch)
             self.turns += [conversation.messages[-1], Message("assistant", (answer.text,))]
