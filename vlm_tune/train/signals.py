@@ -1,6 +1,6 @@
 """SIGINT and SIGTERM as a request to stop.
 
-The training loop checks for it after each step, and all processes agree.
+The training loop checks for it before each step, and all processes agree.
 """
 
 from __future__ import annotations
