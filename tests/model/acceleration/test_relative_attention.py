@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForSeq2SeqLM,
     BartConfig,
     BartForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from vlm_tune.compat import attention_name
@@ -23,6 +23,7 @@ from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.acceleration import flex_attention
 from vlm_tune.model.acceleration.install import install, running, uninstall
+from vlm_tune.model.acceleration.relative_attention import FAMILY
 from vlm_tune.model.language.seq2seq import Seq2SeqLLM
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
 
@@ -30,6 +31,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "d_model": 32,
     "d_ff": 48,
+    "d_kv": 16,
     "num_heads": 2,
     "num_layers": 2,
     "num_decoder_layers": 2,
@@ -46,10 +48,10 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_attention, "device_reason", lambda device: None)
 
 
-def tiny_t5(attention: str, *, width: int = 16, **changes: Any) -> Seq2SeqLLM:
+def tiny_t5(attention: str, kind: str = "t5", **changes: Any) -> Seq2SeqLLM:
     torch.manual_seed(0)
-    config = T5Config(**{**SIZES, "d_kv": width, "attn_implementation": attention} | changes)
-    model = T5ForConditionalGeneration(config)
+    config = CONFIG_MAPPING[kind](**SIZES | changes)
+    model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attention)
     for name, parameter in model.named_parameters():
         if "relative_attention_bias" in name:  # so that distances matter
             torch.nn.init.normal_(parameter, std=2.0)
@@ -115,6 +117,19 @@ def test_hidden_states_are_those_of_masks(
     assert len(calls) == 6
 
 
+@pytest.mark.parametrize("kind", FAMILY)
+@torch.no_grad()
+def test_every_model_of_the_family_has_its_own_biases(kind: str, as_on_cuda: None) -> None:
+    """UMT5 has a table in every layer."""
+    llm = tiny_t5("sdpa", kind).eval()
+    batch = batch_of(9, packed=True)
+    embeds = llm.embed(batch.input_ids)
+    expected = states(llm, batch, embeds)
+    install(llm, "flex")
+    flexed = states(llm, batch, embeds)
+    assert float((flexed - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+
+
 @torch.no_grad()
 def test_answers_and_other_devices_go_by_masks() -> None:
     """A CPU that is none but itself, in training and in generation with its cache."""
@@ -161,7 +176,7 @@ def test_what_it_does_not_compute_is_refused() -> None:
                     )
                 )
             ),
-            "positions are not relative",
+            "its attention is not T5's",
         ),
     ]
     for llm, reason in refused:

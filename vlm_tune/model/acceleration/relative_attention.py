@@ -31,12 +31,16 @@ NAMES = {"eager": "vlm_tune_relative_eager", "sdpa": "vlm_tune_relative_sdpa"}
 """Our names of the attention by that of transformers which other masks go by."""
 
 
+FAMILY = ("t5", "mt5", "umt5")
+"""Model types whose biases depend on the distance of key and query alone."""
+
+
 def relative_reason(model: Any) -> str | None:
     """The reason why FlexAttention does not compute an encoder-decoder's attention, or None."""
+    if model.config.model_type not in FAMILY:
+        return "its attention is not T5's"
     if not supports_flex(model):
         return "transformers has none for it"
-    if not any(hasattr(module, "compute_bias") for module in model.modules()):
-        return "its positions are not relative"
     if attention_name(model) not in (*NAMES, *NAMES.values()):
         return f"it attends by {attention_name(model)}"
     rate = getattr(model.config, "dropout_rate", 0.0)
