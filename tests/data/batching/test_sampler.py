@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from vlm_tune.config.data import DataSection, FileSource
@@ -70,6 +70,7 @@ lengths_of = st.lists(st.integers(1, 90), min_size=1, max_size=80)
     st.integers(0, 3),
     st.booleans(),
 )
+@example([1, 1, 1, 1, 1, 1, 3], 3, 1, 3, 0, False)  # the costly row alone beside three and three
 @settings(max_examples=150, deadline=None)
 def test_every_unit_comes_once_over_all_ranks(
     lengths: list[int], size: int, accumulation: int, ranks: int, epoch: int, packing: bool

@@ -171,13 +171,17 @@ def even_shares(rows: np.ndarray, costs: np.ndarray, ranks: int) -> list[np.ndar
     """
     if ranks == 1:
         return [rows]
-    room = [-(-len(rows) // ranks)] * ranks
+    least, larger = divmod(len(rows), ranks)
     shares: list[list[int]] = [[] for _ in range(ranks)]
     heap = [(0.0, rank) for rank in range(ranks)]
     for place in np.argsort(-costs[rows], kind="stable").tolist():
         spent, rank = heapq.heappop(heap)
+        while len(shares[rank]) == least and not larger:
+            spent, rank = heapq.heappop(heap)  # the other one is full
+        if len(shares[rank]) == least:
+            larger -= 1
         shares[rank].append(place)
-        if len(shares[rank]) < room[rank]:
+        if len(shares[rank]) <= least:
             heapq.heappush(heap, (spent + float(costs[rows[place]]), rank))
     return [rows[np.array(sorted(share), dtype=np.int64)] for share in shares]
 
