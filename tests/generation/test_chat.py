@@ -5,6 +5,7 @@ Images where they stand, one behaviour batched or single, and errors that name t
 
 from __future__ import annotations
 
+import base64
 import copy
 import io
 import pickle
@@ -25,6 +26,7 @@ from vlm_tune.generation.requests import request_conversation
 from vlm_tune.model.language.decoding import Decoding
 
 RED, BLUE = png((200, 30, 30)), png((30, 30, 200))
+DATA_URL = "data:image/png;base64," + base64.b64encode(RED.read()).decode()
 TEXT = {"type": "text", "text": "hi"}
 
 
@@ -63,6 +65,22 @@ def parts(request: Any) -> list[tuple[str | Media, ...]]:
         ),
         (
             {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image_url", "image_url": {"url": DATA_URL}},
+                            {"type": "image", "url": DATA_URL},
+                            {"type": "image", "base64": DATA_URL.partition(",")[2]},
+                            TEXT,
+                        ],
+                    }
+                ]
+            },
+            [(RED, RED, RED, "hi")],
+        ),
+        (
+            {
                 "prompt": [
                     {"role": "user", "content": "hello"},
                     {"role": "assistant", "content": "an <image> is"},
@@ -81,13 +99,12 @@ def test_images_stand_where_they_are_put(request_: Any, expected: list[Any]) -> 
 def test_an_image_is_whatever_holds_one(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(RED.read())
     array = np.full((4, 6, 3), 90, dtype=np.uint8)
-    url = "data:image/png;base64," + __import__("base64").b64encode(RED.read()).decode()
     forms = [
         str(tmp_path / "a.png"),
         tmp_path / "a.png",
         RED.read(),
         io.BytesIO(RED.read()),
-        url,
+        DATA_URL,
         array,
         array[..., 0],
     ]
@@ -115,6 +132,15 @@ def test_an_image_is_whatever_holds_one(tmp_path: Path) -> None:
             r"2 images and 1 <image> marks",
         ),
         ({"prompt": "a", "imgae": RED.source}, r"unknown key 'imgae'; did you mean `image`\?"),
+        ({"prompt": "a", "messages": []}, r"a request has a `prompt`, or in its place `messages`"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "base64": "no!"}]},
+                ]
+            },
+            r"turn 1: the image's data URL is bad base64",
+        ),
         ({"images": [RED.source]}, r"a request has a `prompt`, or in its place `messages`"),
         (
             {"prompt": "a", "image": RED.source, "images": [RED.source]},
