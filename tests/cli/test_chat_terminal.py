@@ -198,15 +198,15 @@ def test_the_command_samples_and_chooses(
     command = ["chat", str(tmp_path / "saved"), "--image", str(image), "--prompt", QUESTION]
     command += ["--json", "--max-new-tokens", "6"]
 
-    def said(*options: str) -> Any:
+    def printed(*options: str) -> Any:
         done = CliRunner().invoke(app, [*command, *options])
         assert done.exit_code == 0, done.output
         return json.loads(done.stdout)
 
-    drawn = said("--temperature", "1.5", "--seed", "3", "--top-p", "0.9", "--top-k", "40")
+    drawn = printed("--temperature", "1.5", "--seed", "3", "--top-p", "0.9", "--top-k", "40")
     settings: dict[str, Any] = {"temperature": 1.5, "seed": 3, "top_p": 0.9, "top_k": 40}
     assert drawn == {"answer": model.chat(QUESTION, image, max_new_tokens=6, **settings)}
-    chosen = said("--choices", "red, dark blue")
+    chosen = printed("--choices", "red, dark blue")
     assert list(chosen["probabilities"]) == ["red", "dark blue"]
     for options in (["--top-p", "0.5"], ["--choices", "red"]):
         failed = CliRunner().invoke(app, [*command, *options])

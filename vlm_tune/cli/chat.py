@@ -26,6 +26,21 @@ from vlm_tune.cli.options import (
 if TYPE_CHECKING:
     from vlm_tune.model.language.decoding import Settings
 
+TemperatureOption = Annotated[
+    float, typer.Option(min=0, max=100, help="draw tokens, the more freely the higher; 0: none")
+]
+TopPOption = Annotated[
+    float, typer.Option(min=0, max=1, help="draw from the likeliest tokens that add up to this")
+]
+TopKOption = Annotated[int, typer.Option(min=0, help="draw from so many likeliest tokens; 0: all")]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, help="draw the same tokens whenever it is given")
+]
+ChoicesOption = Annotated[
+    str | None,
+    typer.Option(help="answer with the likeliest of these texts, separated by commas"),
+]
+
 
 def chat(
     model: ModelArgument,
@@ -39,23 +54,11 @@ def chat(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=MOST_TOKENS, help="longest answer in tokens")
     ] = 128,
-    temperature: Annotated[
-        float, typer.Option(min=0, max=100, help="draw tokens, the more freely the higher; 0: none")
-    ] = 0.0,
-    top_p: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="draw from the likeliest tokens that add up to this"),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, help="draw from so many likeliest tokens; 0: all")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="draw the same tokens whenever it is given")
-    ] = None,
-    choices: Annotated[
-        str | None,
-        typer.Option(help="answer with the likeliest of these texts, separated by commas"),
-    ] = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = None,
+    choices: ChoicesOption = None,
     dtype: DtypeOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
@@ -64,13 +67,13 @@ def chat(
 ) -> None:
     """Ask MODEL about images: one --prompt, or a conversation in the terminal."""
     check_dtype(dtype)
-    settings: Settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    if top_p is not None:
-        settings["top_p"] = top_p
-    if top_k is not None:
-        settings["top_k"] = top_k
-    if seed is not None:
-        settings["seed"] = seed
+    settings: Settings = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
     texts = None if choices is None else [text.strip() for text in choices.split(",")]
     use_device(device)
     quiet_libraries()
@@ -79,7 +82,7 @@ def chat(
     from vlm_tune.generation.choices import choices_of_each
     from vlm_tune.model.language.decoding import Decoding
 
-    # What is wrong with the options is said before the model is loaded.
+    # Wrong options are an error before the model is loaded.
     Decoding(**settings)
     if texts is not None:
         choices_of_each(texts, 1)

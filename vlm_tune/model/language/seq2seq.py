@@ -166,18 +166,28 @@ class Seq2SeqBranches:
         self.encoded = llm.model.get_encoder()(
             inputs_embeds=embeds, attention_mask=self.mask
         ).last_hidden_state
-        growing = DynamicCache()
+        growing: Any = DynamicCache()
+        # The columns of a cache of fixed size, and how many of them are filled.
+        self.columns: torch.Tensor | None = None
+        self.filled = torch.zeros((), dtype=torch.int64, device=device)
         # On a GPU a cache that grows costs a copy a step, and shapes that no graph is for.
         if on_gpu and supports_static_cache(llm.model):
             growing = static_cache(llm.model.config, new_tokens, device)
+            self.columns = torch.arange(new_tokens, device=device)
         self.cache = EncoderDecoderCache(growing, DynamicCache())
         start = llm.shifted(torch.zeros_like(row_mask[:, :1], dtype=torch.int64))
         self.hidden = self.step(start)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """A decode step, see `Branches`."""
+        mask = None
+        if self.columns is not None:
+            filled = (self.columns <= self.filled).expand(len(tokens), 1, 1, -1)
+            mask = additive(filled, self.encoded.dtype)
+            self.filled += 1
         return self.decoder(
             input_ids=tokens,
+            attention_mask=mask,
             encoder_hidden_states=self.encoded,
             encoder_attention_mask=self.mask,
             use_cache=True,
