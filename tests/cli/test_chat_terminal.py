@@ -192,8 +192,10 @@ def test_lines_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_command_samples_and_chooses(
-    model: VisionLanguageModel, image: Path, tmp_path: Path
+    model: VisionLanguageModel, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # It sets the levels of the process's loggers.
+    monkeypatch.setattr("vlm_tune.cli.chat.quiet_libraries", lambda: None)
     model.save_pretrained(tmp_path / "saved")
     command = ["chat", str(tmp_path / "saved"), "--image", str(image), "--prompt", QUESTION]
     command += ["--json", "--max-new-tokens", "6"]
