@@ -118,6 +118,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     settings = {
         "evaluate.batch_size": request["batch"],
         "evaluate.max_new_tokens": request["max_new_tokens"],
+        "evaluate.baselines": [],
     }
     recipe = load_recipe(request["recipe"], overrides(Path(request["rows"])) | settings)
     evaluate_model(model, recipe, limit=32)

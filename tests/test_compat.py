@@ -46,6 +46,8 @@ from vlm_tune.compat import (
     cache_name,
     checkpoint_function,
     checkpointed_forward,
+    chrf_score,
+    chrf_statistics,
     dataset_fingerprint,
     default_compile_cache,
     default_store,
@@ -587,3 +589,21 @@ def test_whatever_changes_a_lora_layer_changes_its_state() -> None:
             assert module_state(layer) == before
             change(layer)
         assert module_state(layer) != before, number
+
+
+def test_chrf_statistics_add_up_to_sacrebleus_score() -> None:
+    from sacrebleu.metrics.chrf import CHRF
+
+    predictions = ["a red square", "two dogs", ""]
+    references = [["the red square"], ["two cats", "dogs"], ["nothing"]]
+    counts = chrf_statistics(predictions, references)
+    whole = [sum(column) for column in zip(*counts, strict=True)]
+    filled = [
+        [texts[place] if place < len(texts) else "" for texts in references] for place in (0, 1)
+    ]
+    assert len(counts) == 3 and chrf_score([float(count) for count in whole]) > 10
+    assert (
+        chrf_score([float(count) for count in counts[0]])
+        == CHRF().sentence_score(predictions[0], references[0]).score
+    )
+    assert CHRF().corpus_score(predictions, filled).score == chrf_score(whole)  # type: ignore[arg-type]

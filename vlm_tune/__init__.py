@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_tune.version import __version__
 
 if TYPE_CHECKING:
-    from vlm_tune.api import evaluate, predict, sft
+    from vlm_tune.api import compare, evaluate, predict, sft
     from vlm_tune.config.load import load_recipe
     from vlm_tune.data_check.check import check
     from vlm_tune.exporting import export
@@ -23,6 +23,7 @@ _HOMES = {
     "load_recipe": "vlm_tune.config.load",
     "sft": "vlm_tune.api",
     "check": "vlm_tune.data_check.check",
+    "compare": "vlm_tune.api",
     "evaluate": "vlm_tune.api",
     "merge": "vlm_tune.exporting.merge",
     "verify_run": "vlm_tune.train.replay",
@@ -36,6 +37,7 @@ __all__ = [
     "VisionLanguageModel",
     "__version__",
     "check",
+    "compare",
     "evaluate",
     "export",
     "load_recipe",

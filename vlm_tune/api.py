@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.train import EvaluateSection
 from vlm_tune.data.prepare.run import read_part
 from vlm_tune.data.sources.registry import read_path
-from vlm_tune.data.types import Conversation, distinct_media
+from vlm_tune.data.types import Conversation
 from vlm_tune.errors import (
     ModelError,
     Problem,
@@ -22,17 +22,16 @@ from vlm_tune.errors import (
     check_count,
     check_counts,
 )
-from vlm_tune.evaluation.evaluate import score
+from vlm_tune.evaluation.compare import Comparison, read_answers
+from vlm_tune.evaluation.compare import compare as compare_answers
+from vlm_tune.evaluation.evaluate_rows import chosen_settings, evaluate_rows, read_files
 from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.evaluation.predict import Predictions, write_answers
-from vlm_tune.events import Event, Features, Report, Scoring
+from vlm_tune.events import Report, Scoring
 from vlm_tune.exporting import export
 from vlm_tune.exporting.merge import merge
 from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.checkpoint import find_model, load_model
-from vlm_tune.model.feature_cache import tower_features
-from vlm_tune.model.feature_choice import has_room
-from vlm_tune.model.hub import read_json
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import ANSWERS, check_path, check_writable, is_folder, shown_path
@@ -40,6 +39,7 @@ from vlm_tune.precision import dtype_of
 from vlm_tune.quoting import quoted
 from vlm_tune.rendering.report import write_report
 from vlm_tune.run_folder import recipe_above
+from vlm_tune.saved_models import find_recipe, recipe_differences
 from vlm_tune.train.allocator import keep_freed_memory, shut_range
 from vlm_tune.train.final_scores import caches_features
 from vlm_tune.train.out_of_memory import is_out_of_memory, out_of_memory
@@ -47,7 +47,7 @@ from vlm_tune.train.replay import verify_run
 from vlm_tune.train.run import Run
 from vlm_tune.train.run import sft as run_recipe
 
-__all__ = ["evaluate", "export", "merge", "predict", "sft", "verify_run"]
+__all__ = ["compare", "evaluate", "export", "merge", "predict", "sft", "verify_run"]
 
 log = logging.getLogger(__name__)
 
@@ -107,52 +107,41 @@ def sft(
         raise TrainingError(message) from error
 
 
-def find_recipe(model: Path) -> Path:
-    """Finds the recipe of the run that a model folder lies in.
-
-    Raises:
-        ModelError: the folder does not exist.
-        RecipeError: neither the folder nor one above it holds a recipe.
-    """
-    if not is_folder(model):
-        raise ModelError(f"no such folder: {shown_path(model)}")
-    recipe = recipe_above(model)
-    if recipe is None:
-        message = "no recipe.yaml in this folder or above it; say which data with --recipe"
-        raise RecipeError([Problem(shown_path(model), message)])
-    return recipe
-
-
 def evaluate(
     model: str | Path,
     recipe: str | Path | Recipe | None = None,
     overrides: Sequence[str] | dict[str, Any] = (),
     *,
     split: Literal["validation", "test"] = "test",
-    data: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
     limit: int | None = None,
+    metrics: Sequence[str] | None = None,
+    baselines: Literal["auto"] | Sequence[str] | None = None,
     dtype: str | None = None,
     base: BaseArgument = None,
     accept_other_base: bool = False,
     show: Report | None = None,
 ) -> Scores:
-    """Scores a model on a part of a recipe's last stage, or on a file of rows.
+    """Scores a model on a part of a recipe's last stage, or on files of rows.
 
     Args:
         model: a run, a checkpoint or a merged folder.
         recipe: whose data to score on; the run's own where not given.
         overrides: changes to the recipe, as in `sft`.
         split: the part of the recipe to score.
-        data: a file, a pattern of files, or tar shards, of rows of any form; scored in place of the
-            recipe's part.
+        data: a file, a pattern of files, or tar shards, of rows of any form, or several of these;
+            scored in place of the recipe's part.
         limit: score the first rows only.
+        metrics: names of metrics or `module:function`; the recipe's, or those of the rows' form,
+            where not given.
+        baselines: names of baselines, `auto` or []; the recipe's where not given.
         dtype: bf16, fp16 or fp32; the model's own where not given.
         base: as in `merge`, like `accept_other_base`.
         show: called with every event.
 
     Raises:
-        RecipeError: the part is empty or unknown, an argument has the wrong type, or the limit is
-            under 1.
+        RecipeError: the part is empty or unknown, an argument has the wrong type, the limit is
+            under 1, or a name is no metric or baseline.
         DataError: a row can't be used.
         ModelError: the model can't be loaded.
     """
@@ -163,20 +152,29 @@ def evaluate(
     precision = dtype_of(dtype)
     folder = Path(model)
     if data is not None:
-        check_path("data", data)
-        last = _last_stage(folder, recipe, overrides)
-        rows, _ = read_path(str(data), seed=0)
+        stage = _last_stage(folder, recipe, overrides)
+        given = EvaluateSection() if stage is None else stage.evaluate
+        settings = chosen_settings(given, metrics, baselines)
+        rows = read_files([data] if isinstance(data, str | Path) else list(data))[:limit]
         vlm = load_model(folder, dtype=precision, base=base_choice(base, accept_other_base))
-        caches = caches_features(last, folder)
-        return _score_rows(vlm, rows[:limit], last, caches, compile=False, show=show)
+        caches = caches_features(stage, folder)
+        return _score_rows(vlm, rows, settings, stage, caches, compile=False, show=show)
     loaded = as_recipe(find_recipe(folder) if recipe is None else recipe, overrides)
     stage = loaded.resolved_stages()[-1][1]
+    settings = chosen_settings(stage.evaluate, metrics, baselines)
     held_out = stage.data.split is not None and getattr(stage.data.split, split) > 0
     if not getattr(stage.data, split) and not held_out:
         raise RecipeError([Problem("recipe", f"data.{split} is empty: there is nothing to score")])
-    loaded_model = load_model(folder, dtype=precision, base=base_choice(base, accept_other_base))
-    caches = caches_features(stage, folder)
-    return evaluate_model(loaded_model, loaded, split=split, limit=limit, caches=caches, show=show)
+    vlm = load_model(folder, dtype=precision, base=base_choice(base, accept_other_base))
+    return evaluate_model(
+        vlm,
+        loaded,
+        split=split,
+        limit=limit,
+        settings=settings,
+        caches=caches_features(stage, folder),
+        show=show,
+    )
 
 
 def evaluate_model(
@@ -185,46 +183,36 @@ def evaluate_model(
     *,
     split: Literal["validation", "test"] = "test",
     limit: int | None = None,
+    settings: EvaluateSection | None = None,
     caches: bool | Literal["auto"] | None = None,
     show: Report | None = None,
 ) -> Scores:
     """Scores a loaded model on the `test` or `validation` part of a recipe's last stage.
 
-    `caches` replaces the recipe's `train.cache_features`; with auto they are where there is room.
+    `settings` replace the recipe's own, and `caches` its `train.cache_features`; with auto features
+    are cached where there is room.
     """
     stage = recipe.resolved_stages()[-1][1]
     rows = read_part(stage.data, split, model.processor, stage.seed)[:limit]
+    chosen = settings or stage.evaluate
     caches = stage.train.cache_features if caches is None else caches
-    return _score_rows(model, rows, stage, caches, compile=stage.train.compile, show=show)
+    return _score_rows(model, rows, chosen, stage, caches, compile=stage.train.compile, show=show)
 
 
 def _score_rows(
     model: VisionLanguageNetwork,
     rows: Sequence[Conversation],
+    settings: EvaluateSection,
     stage: Recipe | None,
     caches: bool | Literal["auto"],
     *,
     compile: bool | str,
     show: Report | None,
 ) -> Scores:
-    settings = EvaluateSection() if stage is None else stage.evaluate
-    media = distinct_media(rows)
-    cached = bool(media) and (has_room(model, len(media)) if caches == "auto" else caches)
-
-    def progress(event: Callable[[int, int], Event]) -> Callable[[int, int], None]:
-        return lambda done, of: show(event(done, of)) if show else None
-
     keep_freed_memory()
     try:
-        return score(
-            model,
-            rows,
-            decoding=Decoding(settings.max_new_tokens, settings.num_beams),
-            batch_size=settings.batch_size,
-            features=tower_features(model, media, progress(Features)) if cached else None,
-            loss=False,
-            compile=compile,
-            progress=progress(Scoring),
+        return evaluate_rows(
+            model, rows, settings, stage, caches=caches, compile=compile, report=show
         )
     finally:
         shut_range()
@@ -242,6 +230,49 @@ def _last_stage(
         find_model(folder)
         recipe = recipe_above(folder)
     return None if recipe is None else as_recipe(recipe, overrides).resolved_stages()[-1][1]
+
+
+def compare(
+    first: str | Path,
+    second: str | Path,
+    *,
+    data: str | Path | Sequence[str | Path] | None = None,
+    limit: int | None = None,
+    metrics: Sequence[str] | None = None,
+    show: Report | None = None,
+) -> Comparison:
+    """Compares two runs' answers to the same rows: paired differences, flipped rows, recipes.
+
+    Args:
+        first: a run; with `data` any model folder.
+        second: the one that is compared with it.
+        data: files of rows that both answer now; the answers to their test parts where not given.
+        limit: compare the first rows only.
+        metrics: as in `evaluate`.
+        show: called with every event.
+
+    Raises:
+        DataError: a run has no test answers, or the rows of the two differ.
+        RecipeError: an argument has the wrong type, or a name is no metric.
+        ModelError: a model can't be loaded.
+    """
+    for name, path in (("RUN_A", first), ("RUN_B", second)):
+        check_path(name, path)
+    check_count("--limit", limit)
+    chosen = chosen_settings(EvaluateSection(), metrics, None).metrics
+    folders = Path(first), Path(second)
+    for folder in folders:
+        if not is_folder(folder):
+            raise ModelError(f"no such folder: {shown_path(folder)}")
+    recipes = [recipe_above(folder) for folder in folders]
+    if data is None:
+        answers = [read_answers(folder)[:limit] for folder in folders]
+    else:
+        options: dict[str, Any] = {"limit": limit, "metrics": chosen, "baselines": (), "show": show}
+        answers = [evaluate(folder, data=data, **options).answers for folder in folders]
+    names = str(first), str(second)
+    changes = recipe_differences(*recipes)
+    return compare_answers(*answers, names=names, metrics=chosen, recipe=changes)
 
 
 def predict(
@@ -284,8 +315,8 @@ def predict(
         limit=limit, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size
     )
     precision = dtype_of(dtype)
-    last = _last_stage(Path(model), None, ())
-    settings = EvaluateSection() if last is None else last.evaluate
+    stage = _last_stage(Path(model), None, ())
+    settings = EvaluateSection() if stage is None else stage.evaluate
     check_writable(output, "the file of answers", mark=ANSWERS)
     log.info("reading the rows")
     rows, unanswered = read_path(str(data), seed=0, unanswered=True)
@@ -302,56 +333,3 @@ def predict(
         batch_size=batch_size or settings.batch_size,
         progress=lambda done, of: show(Scoring(done, of)) if show else None,
     )
-
-
-def which_model(path: str | Path) -> dict[str, Any]:
-    """Finds the saved model that a path stands for and describes it.
-
-    Returns:
-        `folder`, `about` (a description in words), `stage`, `step` and `run`; the last three are
-        None where they are unknown.
-
-    Raises:
-        ModelError: there is no model.
-    """
-    folder = find_model(Path(path))
-    above = folder.resolve()
-    if above.parent.name == "checkpoints":
-        stage = above.parent.parent.name
-        step = above.name.removeprefix("step-")
-        run = above.parent.parent.parent.parent
-        text = f"the checkpoint of step {step} of stage {stage}"
-        if above != Path(path).resolve():
-            text += ", the last whole one: the run has no finished model yet"
-        return {
-            "folder": str(folder),
-            "about": text,
-            "stage": stage,
-            "step": int(step) if step.isdecimal() else None,
-            "run": str(run),
-        }
-    stages = sorted((above.parent / "stages").glob("*/done.json")) if above.name == "model" else []
-    if not stages:
-        return {
-            "folder": str(folder),
-            "about": "a model folder",
-            "stage": None,
-            "step": None,
-            "run": None,
-        }
-    done = read_json(stages[-1])
-    step = done.get("step")
-    best = done.get("best_step")
-    stage = stages[-1].parent.name
-    which = (
-        f"the best checkpoint, step {best},"
-        if best not in (None, step)
-        else f"the last step, {step},"
-    )
-    return {
-        "folder": str(folder),
-        "about": f"the finished model: {which} of stage {stage}",
-        "stage": stage,
-        "step": best or step,
-        "run": str(above.parent),
-    }

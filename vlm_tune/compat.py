@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from functools import cache
@@ -421,3 +421,26 @@ def keep_gradients_of_packed_layers(model: nn.Module) -> None:
     for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+
+
+# --- sacrebleu ------------------------------------------------------------------------------------
+
+
+def chrf_statistics(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> list[list[int]]:
+    """The counts of each prediction from which sacrebleu computes chrF; counts of rows add up."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    metric = CHRF()
+    return [
+        metric._extract_corpus_statistics([prediction], [[text] for text in texts])[0]
+        for prediction, texts in zip(predictions, references, strict=True)
+    ]
+
+
+def chrf_score(statistics: list[float]) -> float:
+    """sacrebleu's chrF of summed counts, which need not be whole numbers."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    return CHRF()._compute_f_score(statistics)  # type: ignore[arg-type]

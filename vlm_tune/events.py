@@ -208,5 +208,10 @@ class FinalScores(Event):
     n: int
     loss: float | None
     tokens: int
-    by_category: dict[str, dict[str, float]]
-    by_source: dict[str, dict[str, float]]
+    by_category: dict[str, dict[str, Any]]
+    by_source: dict[str, dict[str, Any]]
+    metrics: dict[str, dict[str, Any]] | None = None
+    skipped: dict[str, str] | None = None
+    classes: dict[str, Any] | None = None
+    baselines: dict[str, dict[str, dict[str, Any]]] | None = None
+    notes: list[str] | None = None

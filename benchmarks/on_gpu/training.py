@@ -115,7 +115,7 @@ tune:
   - {{match: "llm.*", how: lora, r: {RANK}, lora_alpha: 32, target_modules: all-linear}}
 train: {{steps: {MANY}, batch_size: {batch}, precision: bf16, log_every: 1, cache_features: false, \
 compile: {str(keys.get("compiles", False)).lower()}, checkpoints: {{every: 1000000}}}}
-evaluate: {{samples: 0, max_new_tokens: 8, batch_size: 250}}
+evaluate: {{samples: 0, max_new_tokens: 8, batch_size: 250, baselines: []}}
 """
 
 

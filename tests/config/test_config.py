@@ -560,6 +560,20 @@ def test_contradictions_and_ranges(old: str, new: str, count: int) -> None:
     assert len(problems(SMALL.replace(old, new, 1))) == count
 
 
+def test_names_of_metrics_and_baselines_are_checked() -> None:
+    good = SMALL + "\nevaluate: {metrics: [exact_match, my.module:score], baselines: [blind]}"
+    assert parse_recipe(good).evaluate.metrics == ["exact_match", "my.module:score"]
+    (error,) = problems(good.replace("exact_match", "exact_mach"))
+    assert "'exact_mach' is no metric" in error[1] and "did you mean exact_match?" in error[1]
+    (error,) = problems(good.replace("my.module:score", "exact_match"))
+    assert "'exact_match' comes twice" in error[1]
+    assert len(problems(good.replace("my.module:score", "my module:score"))) == 1
+    messages = [message for _, message in problems(good.replace("[blind]", "[deaf]"))]
+    assert any("'deaf' is none of majority, same_question" in message for message in messages)
+    for value in ("[]", "[[1], 5]", "exact_match"):
+        assert problems(good.replace("[exact_match, my.module:score]", value))
+
+
 def test_a_quantised_llm_is_not_trained_in_full_and_t5_not_in_fp16() -> None:
     quantised = SMALL.replace("name: llama", "name: llama, quantize: nf4")
     assert parse_recipe(quantised).model.llm.quantize == "nf4"

@@ -13,7 +13,8 @@ from tests.helpers.tiny_models import batch_of, built, loss_and_gradients, parse
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.evaluate import score
-from vlm_tune.evaluation.metrics import Answer, Scores, join_scores, normalise
+from vlm_tune.evaluation.metrics import Answer, Scores, join_scores
+from vlm_tune.evaluation.texts import normalise
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
 

@@ -14,11 +14,11 @@ import pytest
 import vlm_tune
 from tests.helpers.tiny_models import built, cli, parsed
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
-from vlm_tune.api import which_model
 from vlm_tune.data.sources.registry import read_path
 from vlm_tune.errors import DataError, RecipeError, VlmTuneError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.checkpoint import save_model
+from vlm_tune.saved_models import which_model
 
 
 @pytest.fixture(scope="module")

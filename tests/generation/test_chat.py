@@ -21,7 +21,7 @@ from tests.helpers.tiny_models import built, parsed, png, rows_of, save_llm, wit
 from vlm_tune import check, sft
 from vlm_tune.data.types import Media
 from vlm_tune.errors import ArgumentError, DataError, ModelError, VlmTuneError
-from vlm_tune.evaluation.metrics import normalise
+from vlm_tune.evaluation.texts import normalise
 from vlm_tune.generation.requests import request_conversation
 from vlm_tune.model.language.decoding import Decoding
 

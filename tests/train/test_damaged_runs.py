@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from tests.helpers.tiny_models import interrupted, parsed
-from vlm_tune.api import sft, verify_run, which_model
+from vlm_tune.api import sft, verify_run
 from vlm_tune.errors import ModelError, RecipeError, TrainingError, VlmTuneError
 from vlm_tune.events import Event, Note, TrainSteps
 from vlm_tune.rendering.report import write_report
+from vlm_tune.saved_models import which_model
 
 QUICK: dict[str, Any] = {"data__validation": [], "evaluate__samples": 1, "train__log_every": 1}
 QUICK |= {"train__checkpoints": {"every": 1, "keep": 3}}

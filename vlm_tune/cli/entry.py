@@ -12,10 +12,11 @@ import typer
 
 from vlm_tune.cli.chat import chat
 from vlm_tune.cli.data import check, plan, recipes, schema, show
+from vlm_tune.cli.evaluate import compare, evaluate, predict
 from vlm_tune.cli.model import export, merge
 from vlm_tune.cli.options import print_json
 from vlm_tune.cli.system import env
-from vlm_tune.cli.train import evaluate, predict, sft, verify_run
+from vlm_tune.cli.train import sft, verify_run
 from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_RECIPE, RecipeError, VlmTuneError
 from vlm_tune.resources import kernel_choice
 from vlm_tune.version import __version__
@@ -61,6 +62,7 @@ def root(
 COMMANDS: dict[str, Callable[..., None]] = {
     "sft": sft,
     "eval": evaluate,
+    "compare": compare,
     "predict": predict,
     "verify-run": verify_run,
     "merge": merge,

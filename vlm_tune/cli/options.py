@@ -159,6 +159,13 @@ def bases_by_part(given: list[str] | None) -> dict[str, str]:
     return places
 
 
+def names_in(text: str | None) -> list[str] | None:
+    """Returns the names of an option's text with commas between; `none` names none."""
+    if text is None:
+        return None
+    return [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
+
+
 def launch_ranks(processes: int, *command: str) -> NoReturn:
     """Runs a command of this CLI as the ranks of one job; exits with the job's exit code."""
     from vlm_tune.launching import launch

@@ -1,33 +1,23 @@
-"""Commands that train and score: sft, eval, predict, verify-run."""
+"""Commands that train: sft, verify-run."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from vlm_tune.cli.options import (
-    MOST_TOKENS,
-    AcceptBaseOption,
-    BaseOption,
     DeviceOption,
-    DtypeOption,
     JsonOption,
-    ModelArgument,
     ProcessesOption,
     RecipeArgument,
     SetOption,
-    bases_by_part,
-    check_choice,
-    check_dtype,
     launch_ranks,
     load,
     print_json,
@@ -35,11 +25,8 @@ from vlm_tune.cli.options import (
     use_device,
 )
 from vlm_tune.errors import EXIT_TRAINING
-from vlm_tune.events import LoadedModel
-from vlm_tune.paths import ANSWERS, check_writable, writing
 
 if TYPE_CHECKING:
-    from vlm_tune.evaluation.metrics import Answer
     from vlm_tune.train.run import Run
 
 ResumeOption = Annotated[
@@ -140,133 +127,6 @@ def _print_run(run: Run, as_json: bool) -> None:
             f"model: {run.folder / 'model'}\nreport: {run.folder / 'report.html'}\n"
             f"result: {run.folder / 'result.json'}"
         )
-
-
-def evaluate(
-    model: ModelArgument,
-    recipe: Annotated[
-        str | None, typer.Option(help="whose data to score on; the run's own where not given")
-    ] = None,
-    set_: SetOption = None,
-    split: Annotated[str, typer.Option(help="test or validation")] = "test",
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="score on this file of rows (or a pattern, or tar shards) instead of the recipe's"
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="score the first n rows only")] = None,
-    answers: Annotated[
-        Path | None, typer.Option(help="write every answer to this JSONL file")
-    ] = None,
-    dtype: DtypeOption = None,
-    base: BaseOption = None,
-    accept_other_base: AcceptBaseOption = False,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Score MODEL's generated answers by exact match."""
-    check_choice("--split", split, ("test", "validation"))
-    part: Any = split
-    check_dtype(dtype)
-    loaded = load(recipe, set_) if recipe else None
-    if answers:
-        check_writable(answers, "the file of answers", mark=ANSWERS)
-    use_device(device)
-    quiet_libraries()
-    from vlm_tune.api import evaluate as run
-    from vlm_tune.api import which_model
-    from vlm_tune.rendering.terminal import Display, score_table
-
-    console = Console(stderr=as_json)
-    which = which_model(model)
-    with Display(console) as display:
-        display(LoadedModel(which["folder"], which["about"]))
-        scores = run(
-            model,
-            loaded,
-            set_ or [],
-            split=part,
-            data=data,
-            limit=limit,
-            dtype=dtype,
-            base=bases_by_part(base),
-            accept_other_base=accept_other_base,
-            show=display,
-        )
-    if answers:
-        _write_answers(answers, scores.answers)
-    if as_json:
-        print_json({"model": which, **scores.summary()})
-    else:
-        console.print(score_table(scores.accuracy, scores.n, scores.by_category, scores.by_source))
-
-
-def _write_answers(file: Path, answers: Sequence[Answer]) -> None:
-    """Writes scored answers as JSONL. Raises `RecipeError` if the file can't be written."""
-    with writing(file, "the file of answers"):
-        file.write_text(
-            "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers),
-            encoding="utf-8",
-        )
-
-
-def predict(
-    model: ModelArgument,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="a file of rows (or a pattern, or tar shards) of any form, with or without answers"
-        ),
-    ],
-    output: Annotated[Path, typer.Option(help="the JSONL file to write")],
-    limit: Annotated[int | None, typer.Option(min=1, help="answer the first n rows only")] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, max=MOST_TOKENS, help="longest answer; the recipe's where not given"),
-    ] = None,
-    num_beams: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="1 is greedy; the recipe's where not given")
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, max=MOST_TOKENS, help="rows a batch; the recipe's where not given"),
-    ] = None,
-    dtype: DtypeOption = None,
-    base: BaseOption = None,
-    accept_other_base: AcceptBaseOption = False,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write MODEL's answers to the rows of a file, without scoring them."""
-    check_dtype(dtype)
-    check_writable(output, "the file of answers", mark=ANSWERS)
-    use_device(device)
-    quiet_libraries()
-    from vlm_tune.api import predict as run
-    from vlm_tune.api import which_model
-    from vlm_tune.rendering.terminal import Display
-
-    which = which_model(model)
-    with Display(Console(stderr=True)) as display:
-        display(LoadedModel(which["folder"], which["about"]))
-        written = run(
-            model,
-            data,
-            output,
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            batch_size=batch_size,
-            dtype=dtype,
-            base=bases_by_part(base),
-            accept_other_base=accept_other_base,
-            show=display,
-        )
-    if as_json:
-        print_json({"model": which, **written.summary()})
-    else:
-        typer.echo(f"{written.n:,} answers in {written.seconds:,.1f} s: {output}")
 
 
 def verify_run(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from typing import Any
 
 from vlm_tune.config.data_rules import data_contradictions
 from vlm_tune.config.faults import Fault, broken
 from vlm_tune.config.model import ModelSection
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.train import METRICS
 from vlm_tune.config.tune_rules import tune_contradictions
 from vlm_tune.config.yaml_source import Path, dotted_name, value_at
 from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.quoting import quoted
 
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""The name of a metric of a user's own."""
 LENGTHS = ("epochs", "steps")
 """Keys of a train section that set how long a stage trains; exactly one is given."""
 
@@ -29,6 +35,7 @@ def contradictions(raw: Any) -> list[Fault]:
         *data_contradictions(raw),
         *tune_contradictions(raw),
         *_engine_contradictions(raw),
+        *_metric_contradictions(raw),
     ]
 
 
@@ -159,6 +166,23 @@ def _engine_contradictions(raw: Any) -> list[Fault]:
             "stage 0 shards nothing, so nothing can be offloaded; use stage 1, 2 or 3",
         ),
     )
+
+
+def _metric_contradictions(raw: Any) -> list[Fault]:
+    """Returns faults of the metrics' names; functions are imported later."""
+    names = value_at(raw, "evaluate", "metrics")
+    rules = []
+    for index, name in enumerate(names if isinstance(names, list) else []):
+        unknown = isinstance(name, str) and name not in METRICS and not FUNCTION.fullmatch(name)
+        near = difflib.get_close_matches(name, METRICS, n=1) if unknown else []
+        hint = f"; did you mean {near[0]}?" if near else f": {', '.join(METRICS)}"
+        place = ("evaluate", "metrics", index)
+        message = f"{quoted(name)} is no metric, and no my_module:function{hint}"
+        rules += [
+            (unknown, place, message),
+            (not unknown and name in names[:index], place, f"{quoted(name)} comes twice"),
+        ]
+    return broken(*rules)
 
 
 def check_parts(recipe: Recipe, model: ModelSection) -> None:

@@ -126,6 +126,34 @@ class TrainSection(Config):
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default=[])
 
 
+METRICS = (
+    "exact_match",
+    "vqa_exact_match",
+    "vqa_accuracy",
+    "relaxed_accuracy",
+    "anls",
+    "choice_letter",
+    "choice_text",
+    "balanced_accuracy",
+    "precision_macro",
+    "recall_macro",
+    "f1_macro",
+    "precision_micro",
+    "recall_micro",
+    "f1_micro",
+    "bleu",
+    "chrf",
+    "rouge_l",
+    "cider",
+    "box_iou",
+    "box_accuracy",
+    "perplexity",
+)
+"""The metrics that `evaluate.metrics` names; another name is a user's `module:function`."""
+
+Baseline = Literal["majority", "same_question", "nearest", "probe", "blind"]
+
+
 class EvaluateSection(Config):
     """Settings of the evaluation during training and after it."""
 
@@ -141,6 +169,16 @@ class EvaluateSection(Config):
     batch_size: PositiveInt = Field(default=64, description="rows scored together")
     max_new_tokens: PositiveInt = 32
     num_beams: Layers = 1
+    metrics: Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None,
+        description="what answers of the test part are scored by, as [exact_match, bleu]; a "
+        "function of your own is my_module:score; by default what fits the form of the rows",
+    )
+    baselines: Literal["auto"] | list[Baseline] = Field(
+        default="auto",
+        description="what the score is compared with: answers without training; auto: those that "
+        "are cheap, [] none",
+    )
     samples: NonNegativeInt = Field(
         default=12, description="number of answers in the report before and after training"
     )

@@ -101,12 +101,29 @@ class Message:
 
 
 @dataclass(frozen=True)
+class References:
+    """Further references of a row's last answer, besides the text of its last turn.
+
+    Attributes:
+        form: the form of the row in its file, by which metrics are chosen.
+        answers: the reference answers of a row that has several, else empty.
+        choices: the choices, in the order in which the question shows them.
+        chosen: the place of the right one among them, from 0.
+    """
+
+    form: str = ""
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    chosen: int | None = None
+
+
+@dataclass(frozen=True)
 class Conversation:
     """A sample: its turns, a stable id, and its location (source, row from 1).
 
     Scores are also reported by `category` and by `source_name`, the name of its source in the
     recipe. `shots` is the number of messages, directly after a system turn, that are few-shot
-    examples taken from other rows.
+    examples taken from other rows. `references` adds to the last turn what scores need.
     """
 
     id: str
@@ -116,6 +133,7 @@ class Conversation:
     row: int = 0
     source_name: str = ""
     shots: int = 0
+    references: References = References()
 
     @property
     def media(self) -> tuple[Media, ...]:

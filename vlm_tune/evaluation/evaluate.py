@@ -1,17 +1,20 @@
-"""Scoring of a model: exact match of generated answers, and the loss of the reference answers."""
+"""Scoring of a model: its generated answers, and the loss of the reference answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.images.decode import PixelCache
-from vlm_tune.data.types import Conversation
+from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Media
 from vlm_tune.errors import DataError
-from vlm_tune.evaluation.metrics import Answer, Losses, Scores, normalise, scores
+from vlm_tune.evaluation.metrics import Answer, Losses, Scores, scores
+from vlm_tune.evaluation.texts import normalise
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.model.acceleration.compiling import reading
 from vlm_tune.model.language.decoding import Decoding
@@ -27,6 +30,7 @@ def score(
     batch_size: int = 64,
     features: Fetch | None = None,
     loss: bool = True,
+    perplexity: bool = False,
     compile: bool | str = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
@@ -39,6 +43,7 @@ def score(
         batch_size: rows per batch.
         features: cached features of a frozen tower; pixels are decoded where None.
         loss: also compute the loss of the reference answers, by source.
+        perplexity: also compute it for each answer by itself, for the metric of that name.
         compile: as `train.compile` in a recipe: whether the blocks are compiled for the prefill.
         progress: called with the number of answered rows and their total.
 
@@ -47,17 +52,15 @@ def score(
     """
     if not conversations:
         raise DataError("no rows to evaluate")
-    processor = model.processor
-    prompts = processor.prompts(conversations)
-    fetch = features or PixelCache(processor.images)
-    cached = features is not None
+    prompts = model.processor.prompts(conversations)
+    fetch = features or PixelCache(model.processor.images)
     with reading(model.llm, compile, len(prompts)):
         generated = answer_prompts(
             model,
             prompts,
             decoding,
             fetch=fetch,
-            cached=cached,
+            cached=features is not None,
             batch_size=batch_size,
             progress=progress,
         )
@@ -65,29 +68,73 @@ def score(
     for name in dict.fromkeys(row.source_name for row in conversations) if loss else ():
         rows = [row for row in conversations if row.source_name == name]
         losses[name] = _loss(model, rows, batch_size, features, fetch)
-    return scores(_answers(conversations, generated), losses)
+    answers = _answers(conversations, generated)
+    if perplexity:
+        row_losses = _row_losses(model, conversations, batch_size, features, fetch)
+        answers = [
+            replace(answer, loss=total, tokens=tokens)
+            for answer, (total, tokens) in zip(answers, row_losses, strict=True)
+        ]
+    return scores(answers, losses)
 
 
 def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) -> list[Answer]:
     answers = []
     for conversation, text in zip(conversations, generated, strict=True):
         expected = conversation.messages[-1].text.strip()
-        correct = normalise(text) == normalise(expected)
-        question = next((m.text for m in reversed(conversation.messages) if m.role == "user"), "")
-        image = conversation.media[0].name if conversation.media else ""
+        media = conversation.without_shots().media
         answers.append(
             Answer(
-                conversation.id,
-                image,
-                question,
-                expected,
-                text,
-                correct,
-                conversation.category,
-                conversation.source_name,
+                id=conversation.id,
+                image=conversation.media[0].name if conversation.media else "",
+                question=question_of(conversation),
+                expected=expected,
+                generated=text,
+                correct=normalise(text) == normalise(expected),
+                category=conversation.category,
+                source=conversation.source_name,
+                images=tuple(dict.fromkeys(map(_identity, media))),
+                references=conversation.references,
             )
         )
     return answers
+
+
+def question_of(conversation: Conversation) -> str:
+    """The text of the last question."""
+    return next((m.text for m in reversed(conversation.messages) if m.role == "user"), "")
+
+
+def _identity(media: Media) -> str:
+    """A name that tells an image apart: its place, or a digest of its bytes in the row."""
+    if isinstance(media.source, bytes):
+        return f"sha256:{hashlib.sha256(media.source).hexdigest()[:32]}"
+    return media.name
+
+
+def _batches(
+    model: VisionLanguageNetwork,
+    conversations: Sequence[Conversation],
+    batch_size: int,
+    features: Fetch | None,
+    fetch: Fetch,
+) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of whole rows, by length, with the number of each example's conversation."""
+    examples = [
+        (number, example)
+        for number, conversation in enumerate(conversations)
+        for example in model.processor.examples(conversation)
+    ]
+    examples.sort(key=lambda pair: len(pair[1].input_ids))
+    for start in range(0, len(examples), batch_size):
+        chosen = examples[start : start + batch_size]
+        batch = collate(
+            [example for _, example in chosen],
+            model.processor.spec,
+            fetch=fetch,
+            cached=features is not None,
+        )
+        yield [number for number, _ in chosen], batch.to(model.device)
 
 
 @torch.inference_mode()
@@ -99,21 +146,31 @@ def _loss(
     fetch: Fetch,
 ) -> tuple[float, int]:
     """Summed cross-entropy of the reference answers, and their number of tokens."""
-    examples = [
-        example
-        for conversation in conversations
-        for example in model.processor.examples(conversation)
-    ]
-    examples.sort(key=lambda example: len(example.input_ids))
     total = 0.0
     count = 0
-    for start in range(0, len(examples), batch_size):
-        chosen = examples[start : start + batch_size]
-        outcome: Any = model(
-            collate(chosen, model.processor.spec, fetch=fetch, cached=features is not None).to(
-                model.device
-            )
-        )
+    for _, batch in _batches(model, conversations, batch_size, features, fetch):
+        outcome: Any = model(batch)
         total = total + float(outcome.sum)
         count = count + outcome.count
     return total, count
+
+
+@torch.inference_mode()
+def _row_losses(
+    model: VisionLanguageNetwork,
+    conversations: Sequence[Conversation],
+    batch_size: int,
+    features: Fetch | None,
+    fetch: Fetch,
+) -> list[tuple[float, int]]:
+    """Summed cross-entropy of each row's reference answers, and their number of tokens."""
+    losses = [(0.0, 0)] * len(conversations)
+    for numbers, batch in _batches(model, conversations, batch_size, features, fetch):
+        hidden, targets = model.llm.supervised(model.embed(batch), batch)
+        counts = (batch.on_host.labels != IGNORE_INDEX).sum(1).tolist()
+        rows = zip(numbers, hidden.split(counts), targets.split(counts), strict=True)
+        for number, row_hidden, row_targets in rows:
+            total, tokens = losses[number]
+            row_loss = float(model.llm.loss(model.llm, row_hidden, row_targets))
+            losses[number] = total + row_loss, tokens + len(row_targets)
+    return losses

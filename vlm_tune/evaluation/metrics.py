@@ -1,20 +1,36 @@
-"""Scores of answers: exact match of normalised texts, overall, by category and by source.
+"""Scored answers, and exact match of them: overall, by category and by source.
 
-This module does not import torch.
+Other metrics, intervals and baselines are added by `assessment`. This module does not import torch.
 """
 
 from __future__ import annotations
 
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vlm_tune.data.types import References
+
 
 @dataclass(frozen=True)
 class Answer:
-    """One scored question."""
+    """One scored question.
+
+    Attributes:
+        id: the row's.
+        image: the name of its first image.
+        question: the last question.
+        expected: the reference answer, as it is trained on.
+        generated: the model's answer.
+        correct: whether they match exactly.
+        category: the row's.
+        source: the name of its source.
+        images: what tells its images apart; rows that share one are not independent.
+        references: further reference answers, choices, and the row's form.
+        loss: summed cross-entropy of the reference answer, where it was computed.
+        tokens: the number of tokens that the loss is of; 0 where it was not computed.
+    """
 
     id: str
     image: str
@@ -24,6 +40,15 @@ class Answer:
     correct: bool
     category: str
     source: str = ""
+    images: tuple[str, ...] = ()
+    references: References = field(default_factory=References)
+    loss: float = 0.0
+    tokens: int = 0
+
+    @property
+    def expectations(self) -> tuple[str, ...]:
+        """All reference answers."""
+        return self.references.answers or (self.expected,)
 
 
 @dataclass
@@ -33,33 +58,45 @@ class Scores:
     `accuracy` is the share of exact matches among `n` questions, `loss` the mean over `tokens`
     reference tokens. `by_category` and `by_source` hold {name: {accuracy, n}}, the latter with loss
     and tokens where they were computed.
+
+    A whole evaluation (not those during training) also has:
+
+    Attributes:
+        metrics: {name: {value, low, high, n, images}}: a score, its 95% interval (None under two
+            images), and the rows and independent groups of rows that it is of. The groups of
+            `by_category` and `by_source` have their own `metrics`.
+        skipped: the reason for each named metric that no row can be scored by.
+        classes: the confusion matrix and the scores of each class, where answers repeat.
+        baselines: {name: {metric: {value, low, high, difference, difference_low, difference_high,
+            p}}}: what answers without training score, and how far the model is above.
+        notes: lines on what was left out, and what it would cost.
     """
 
     accuracy: float
     n: int
     loss: float | None
     tokens: int = 0
-    by_category: dict[str, dict[str, float]] = field(default_factory=dict)
-    by_source: dict[str, dict[str, float]] = field(default_factory=dict)
+    by_category: dict[str, dict[str, Any]] = field(default_factory=dict)
+    by_source: dict[str, dict[str, Any]] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list, repr=False)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, Any] | None = field(default=None, repr=False)
+    baselines: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """The scores as a dictionary, without the individual answers."""
-        return {key: value for key, value in asdict(self).items() if key != "answers"}
+        """The scores as a dictionary, without individual answers and what was not computed."""
+        added = ("metrics", "skipped", "classes", "baselines", "notes")
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key != "answers" and (value or key not in added)
+        }
 
 
 Losses = dict[str, tuple[float, int]]
 """Summed cross-entropy and number of tokens, by source."""
-
-
-def normalise(text: str) -> str:
-    """The text in the form that exact match compares.
-
-    It is NFKC, case-folded, with runs of white space as one space, and without a final full stop
-    (unless it is nothing else).
-    """
-    joined = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return joined.removesuffix(".") or joined
 
 
 def join_scores(shards: Sequence[Scores]) -> Scores:

@@ -128,6 +128,27 @@ def tower_features(
     return FeatureStore(features, rows, [cache.paths[number] for number in range(len(features))])
 
 
+def has_features(
+    model: VisionLanguageNetwork,
+    media: Sequence[Media],
+    *,
+    autocast: torch.dtype | None = None,
+) -> bool:
+    """Whether the features of all media, as one call of `tower_features` takes them, are cached.
+
+    Their files are not read. Raises `DataError` for an image that can't be read.
+    """
+    images = model.processor.images
+    parts = list(dict.fromkeys(part for item in media for part in images.expand(item)))
+    distinct = sorted(set(_digests(parts)))
+    base = _key(model, autocast or next(model.tower.parameters()).dtype)
+    folder = cache_folder("features")
+    return all(
+        any(folder.glob(f"{_name(base, distinct[start : start + PART])}-*.npy"))
+        for start in range(0, len(distinct), PART)
+    )
+
+
 def _key(model: VisionLanguageNetwork, autocast: torch.dtype) -> str:
     """All that features depend on except their images."""
     dtype = stored_dtype(model.tower, autocast)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.train import TrainSection
 from vlm_tune.data.batching.sampler import epoch_counts
 from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.types import Media
 from vlm_tune.model.tower_pass import stored_dtype
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import count_of
@@ -115,9 +118,16 @@ def cache_choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, g
     )
 
 
-def has_room(model: VisionLanguageNetwork, images: int) -> bool:
-    """Whether the features of so many images, in the tower's dtype, may be cached."""
-    return images * _image_bytes(model, next(model.tower.parameters()).dtype) <= _room()
+def caches_images(
+    model: VisionLanguageNetwork, media: Sequence[Media], setting: bool | Literal["auto"]
+) -> bool:
+    """Whether the features of images are cached, by `train.cache_features`.
+
+    With auto they are where there is room for them in the tower's dtype.
+    """
+    if setting != "auto" or not media:
+        return bool(media) and setting is True
+    return len(media) * _image_bytes(model, next(model.tower.parameters()).dtype) <= _room()
 
 
 def estimate(

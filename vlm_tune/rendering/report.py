@@ -16,7 +16,7 @@ from typing import Any
 from vlm_tune.config.yaml_source import read_yaml_text
 from vlm_tune.data.types import Media
 from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.evaluation.metrics import normalise
+from vlm_tune.evaluation.texts import normalise
 from vlm_tune.rendering.charts import Panel, chart
 from vlm_tune.rendering.page import is_long, percent, thumbnail, write_html
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import singledispatchmethod
 from typing import Any
 
@@ -30,6 +30,7 @@ from vlm_tune.events import (
     Tuning,
 )
 from vlm_tune.quoting import escaped
+from vlm_tune.rendering.scores_text import score_notes, score_tables
 
 EVERY = 30.0
 """Seconds without output after which progress is printed, if the output is not a terminal."""
@@ -243,7 +244,7 @@ class Display(logging.Handler):
     @_show.register
     def _test(self, event: FinalScores) -> None:
         self._clear()
-        self.console.print(score_table(event.accuracy, event.n, event.by_category, event.by_source))
+        print_scores(self.console, event.line())
 
     @_show.register
     def _note(self, event: Note) -> None:
@@ -260,6 +261,14 @@ def print_line(console: Console, text: str, style: str = "") -> None:
     Control characters, which rows and names may hold, are escaped.
     """
     console.print(Text("\n".join(map(escaped, text.split("\n"))), style=style), soft_wrap=True)
+
+
+def print_scores(console: Console, summary: Mapping[str, Any]) -> None:
+    """Prints the tables of a summary of `Scores`, and the notes on what they lack."""
+    for table in score_tables(summary):
+        console.print(table)
+    for note in score_notes(summary):
+        print_line(console, note, "yellow")
 
 
 def tuning_table(stage: str, rows: list[dict[str, Any]]) -> Table:
@@ -290,28 +299,4 @@ def tuning_table(stage: str, rows: list[dict[str, Any]]) -> Table:
     table.add_row(
         "all", "", "", f"{trained:,}", f"{total:,}", f"{trained / max(total, 1):.2%} trained"
     )
-    return table
-
-
-Groups = dict[str, dict[str, float]]
-"""{name: {accuracy, n}} for groups of answers."""
-
-
-def score_table(accuracy: float, n: int, by_category: Groups, by_source: Groups) -> Table:
-    """A table of exact match over all rows, by category, and by source where there are several."""
-    table = Table(title="exact match", title_justify="left")
-    table.add_column("by")
-    table.add_column("")
-    table.add_column("accuracy", justify="right")
-    table.add_column("n", justify="right")
-    for kind, groups in (
-        ("category", by_category),
-        ("source", by_source if len(by_source) > 1 else {}),
-    ):
-        for name, entry in groups.items():
-            table.add_row(
-                kind, Text(escaped(name)), f"{entry['accuracy']:.2%}", f"{entry['n']:,.0f}"
-            )
-        table.add_section()
-    table.add_row("all", "", f"{accuracy:.2%}", f"{n:,}")
     return table

@@ -15,9 +15,12 @@ import torch
 from accelerate.utils import gather_object
 
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.errors import Interrupted
 from vlm_tune.evaluation import metrics
+from vlm_tune.evaluation.assessment import assess
+from vlm_tune.evaluation.baseline_run import BaselineRun, Training, training_rows
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Answer, Scores
 from vlm_tune.events import FinalScores, Scoring
@@ -31,6 +34,7 @@ from vlm_tune.run_folder import check_present
 from vlm_tune.train.engines.base import shards
 from vlm_tune.train.resuming import read_json
 from vlm_tune.train.stage import Context
+from vlm_tune.train.stage_data import StageRows
 
 STOPPED = "stopped: the model is trained, the test part is not scored yet; --resume does that"
 
@@ -40,24 +44,27 @@ log = logging.getLogger(__name__)
 def save_and_score(
     context: Context,
     model: VisionLanguageNetwork,
-    rows: Sequence[Conversation],
+    stage_rows: StageRows | None,
     result: dict[str, Any],
 ) -> dict[str, Any]:
-    """Saves the finished model and scores it on rows of the test part.
+    """Saves the finished model and scores it on the test part of the last stage's rows.
 
-    Rank 0 saves it, and all ranks score that hold it: every rank must call it. Adds scores, seconds
-    and peak memory to `result`, on rank 0, and returns it.
+    Without `stage_rows` it is not scored. Rank 0 saves it, and all ranks score that hold it: every
+    rank must call it. Adds scores, seconds and peak memory to `result`, on rank 0, and returns it.
     """
     recipe = context.recipe.resolved_stages()[-1][1]
     if context.accelerator.is_main_process:
         check_present(context.run)
         log.info("saving the model")
         save_model(model, context.run / "model")
-    rows = rows[: recipe.evaluate.test_limit]
-    if rows:
+    rows = [] if stage_rows is None else stage_rows.test[: recipe.evaluate.test_limit]
+    if stage_rows is not None and rows:
         started = time.perf_counter()
         scores = _together(context, model, rows, recipe)
         if scores is not None:
+            seconds = time.perf_counter() - started
+            assess(scores, recipe.evaluate.metrics)
+            _add_baselines(context, model, rows, stage_rows.train, scores, seconds)
             _write_scores(context, scores, result)
             result["seconds_test"] = round(time.perf_counter() - started, 2)
     result["seconds"] = round(result["seconds"], 2)
@@ -88,14 +95,55 @@ def caches_features(stage: Recipe | None, model: Path) -> bool | Literal["auto"]
 
 def _write_scores(context: Context, scores: Scores, result: dict[str, Any]) -> None:
     """Adds the scores to `result`, reports them and writes answers.jsonl."""
-    result |= {
-        name: getattr(scores, name) for name in ("accuracy", "n", "by_category", "by_source")
-    }
-    context.report(FinalScores(**scores.summary()))
+    summary = scores.summary()
+    result |= {name: value for name, value in summary.items() if name not in ("loss", "tokens")}
+    context.report(FinalScores(**summary))
     lines = "".join(
         json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in scores.answers
     )
     (context.run / "answers.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _add_baselines(
+    context: Context,
+    model: VisionLanguageNetwork,
+    rows: Sequence[Conversation],
+    train: Prepared | None,
+    scores: Scores,
+    seconds: float,
+) -> None:
+    """Adds baselines to the scores of rows, which took `seconds`.
+
+    Raises `Interrupted` if the run is asked to stop.
+    """
+    recipe = context.recipe.resolved_stages()[-1][1]
+    if recipe.evaluate.baselines == []:
+        return
+    log.info("computing baselines")
+    with context.accelerator.autocast():
+        BaselineRun(
+            model,
+            rows,
+            Training() if train is None else training_rows(train),
+            recipe.evaluate,
+            seconds,
+            _caches(context),
+            DTYPES[recipe.train.precision],
+            lambda done, of: _progress(context, done, of),
+        ).add(scores)
+
+
+def _caches(context: Context) -> bool:
+    """Whether features are cached to score: where those of the last stage are."""
+    setting = context.recipe.resolved_stages()[-1][1].train.cache_features
+    return context.caches if setting == "auto" else setting
+
+
+def _progress(context: Context, done: int, of: int) -> None:
+    """Reports the number of answered rows. Raises `Interrupted` if the run is asked to stop."""
+    context.report(Scoring(done, of))
+    if context.stop():
+        raise Interrupted(STOPPED)
 
 
 def _together(
@@ -134,14 +182,7 @@ def _score_rows(
     """
     settings = recipe.evaluate
     media = distinct_media(rows)
-    setting = recipe.train.cache_features
-    cached = bool(media) and (context.caches if setting == "auto" else setting)
-
-    def progress(done: int, of: int) -> None:
-        context.report(Scoring(done, of))
-        if context.stop():
-            raise Interrupted(STOPPED)
-
+    cached = bool(media) and _caches(context)
     with context.accelerator.autocast():
         autocast = DTYPES[recipe.train.precision]
         features = (
@@ -155,7 +196,8 @@ def _score_rows(
             features=features,
             loss=False,
             compile=recipe.train.compile,
-            progress=progress,
+            perplexity="perplexity" in (settings.metrics or ()),
+            progress=lambda done, of: _progress(context, done, of),
         )
 
 

@@ -19,6 +19,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.prepare.run import scratch_texts
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import TrainingError, VlmTuneError
+from vlm_tune.evaluation.registry import check_metrics
 from vlm_tune.events import Environment, Evaluation, Event, Note, Report, TrainSteps
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.kernels.cpu.native import kernel_status
@@ -54,7 +55,7 @@ from vlm_tune.train.stage import (
     restored_model,
     train_stage,
 )
-from vlm_tune.train.stage_data import stage_fingerprint
+from vlm_tune.train.stage_data import StageRows, stage_fingerprint
 from vlm_tune.train.trackers import Trackers
 from vlm_tune.train.watchdog import Watch
 
@@ -132,12 +133,16 @@ def sft(
 
 
 def _check_machine(recipe: Recipe) -> str:
-    """Checks kernels and model before anything is written, and returns what computes and why."""
+    """Checks kernels, model and metrics before anything is written.
+
+    Returns what computes and why.
+    """
     for _, stage in recipe.resolved_stages():
         with kernel_setting(stage.train.kernels):
             kernel_status()
     kernels = str(kernel_status())
     check_model(recipe)
+    check_metrics(recipe.resolved_stages()[-1][1].evaluate.metrics)
     forget_old_kernels()
     return_freed_memory()
     return kernels
@@ -164,7 +169,7 @@ def _train_and_score(
     try:
         model, seconds, rows = _stages(context)
         with kernel_setting(context.recipe.resolved_stages()[-1][1].train.kernels):
-            result = save_and_score(context, model, rows if test else [], {"seconds": seconds})
+            result = save_and_score(context, model, rows if test else None, {"seconds": seconds})
         result["seconds_total"] = round(time.perf_counter() - started, 2)
         if context.accelerator.is_main_process:
             (run / "result.json").write_text(json.dumps(result, indent=2))
@@ -280,11 +285,10 @@ def _log(
             trackers.close()
 
 
-def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversation]]:
+def _stages(context: Context) -> tuple[VisionLanguageModel, float, StageRows]:
     """Runs the stages that are left.
 
-    Returns the model after the last stage, the seconds of all stages, and the rows of the test
-    part.
+    Returns the model after the last stage, the seconds of all stages, and the last stage's rows.
     """
     recipe = context.recipe
     stages = context.recipe.resolved_stages()
@@ -332,7 +336,7 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, list[Conversa
     if main:
         with kernel_setting(stages[-1][1].train.kernels):
             write_samples(context, model, samples, "after")
-    return model, seconds, rows[-1].test
+    return model, seconds, rows[-1]
 
 
 def _resumed_model(context: Context, checkpoint: Path) -> tuple[VisionLanguageModel, Progress]:

@@ -12,7 +12,7 @@ from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, checked, digest
 from vlm_tune.data.sources.legible import SURROGATE, is_legible
 from vlm_tune.data.sources.media import ImageFolder
 from vlm_tune.data.sources.video import IMAGE_SUFFIXES
-from vlm_tune.data.types import Conversation
+from vlm_tune.data.types import Conversation, References
 from vlm_tune.errors import DataError
 from vlm_tune.paths import home
 from vlm_tune.quoting import escaped, quoted
@@ -78,6 +78,7 @@ class ClassFolders:
         place, start = chunk.payload
         label = self._classes[place]
         values = {"choices": ", ".join(self._classes), "label": label}
+        references = References(self.form, choices=tuple(self._classes), chosen=place)
         folder = ImageFolder(self._root)
         if self._listed[0] != label:  # listed once for the many chunks of a large class
             self._listed = (label, _images(self._root / label))
@@ -89,7 +90,9 @@ class ClassFolders:
                 messages = self._instructions.messages(
                     row_id, (folder.find(inner),), values, seed=self._seed
                 )
-                yield Conversation(row_id, checked(messages), label, self.name, row)
+                yield Conversation(
+                    row_id, checked(messages), label, self.name, row, references=references
+                )
             except DataError as error:
                 yield DataError(error.message, source=self.name, row=row, kind=error.kind)
 

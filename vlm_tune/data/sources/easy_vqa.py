@@ -12,7 +12,7 @@ from pathlib import Path
 from vlm_tune.config.data import EasyVqaSource
 from vlm_tune.data.chat.instructions import load_instructions
 from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, digest, files_digest
-from vlm_tune.data.types import Conversation, Media
+from vlm_tune.data.types import Conversation, Media, References
 from vlm_tune.errors import DataError
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -88,7 +88,14 @@ class EasyVqa:
             self._rows()[start : start + chunk.rows], chunk.first_row
         ):
             messages = self._instructions.messages(row_id, (Media(image),), values, seed=self._seed)
-            yield Conversation(row_id, tuple(messages), category, self.name, row)
+            yield Conversation(
+                row_id,
+                tuple(messages),
+                category,
+                self.name,
+                row,
+                references=References(self.form),
+            )
 
     def _rows(self) -> list[tuple[str, Path, dict[str, str], str]]:
         return _rows(self._config.split, self._config.validation_images, self._config.task)

@@ -19,7 +19,7 @@ from vlm_tune.data.sources.media import ImageFolder, MediaFinder
 from vlm_tune.data.sources.media_places import RowMedia, marked_parts, with_media
 from vlm_tune.data.sources.schema_detection import check_columns, detect_form, renamed, usable
 from vlm_tune.data.sources.task_schemas import TASK_FORMS, TaskOptions
-from vlm_tune.data.types import Conversation, Message
+from vlm_tune.data.types import Conversation, Message, References
 from vlm_tune.errors import DataError
 from vlm_tune.paths import home
 from vlm_tune.quoting import name_list, quoted
@@ -138,10 +138,10 @@ class RowsReader:
             row = self._fields(stored)
             row_id = f"{stored.label}:{self._id(row, stored)}:{stored.number}"
             finder = self._finder(stored.folder)
-            messages = (
+            messages, references = (
                 self._task(row_id, row, finder)
                 if self._instructions
-                else CHAT_FORMS[self.form](row, finder)
+                else (CHAT_FORMS[self.form](row, finder), References(self.form))
             )
             category = row.get("category")
             if category is None and self.form == "classify":
@@ -153,7 +153,14 @@ class RowsReader:
                     "which is no character",
                     kind="text",
                 )
-            return Conversation(row_id, checked(messages), category, stored.source, stored.number)
+            return Conversation(
+                row_id,
+                checked(messages),
+                category,
+                stored.source,
+                stored.number,
+                references=references,
+            )
         except DataError as error:
             missing = [
                 name
@@ -216,21 +223,28 @@ class RowsReader:
             )
         return identifier
 
-    def _task(self, row_id: str, row: dict[str, Any], finder: MediaFinder) -> list[Message]:
-        """The turns of a task row, in the words of its prompt set.
+    def _task(
+        self, row_id: str, row: dict[str, Any], finder: MediaFinder
+    ) -> tuple[list[Message], References]:
+        """The turns of a task row, in the words of its prompt set, and what scores need of it.
 
         `<image>` marks in its fields or in the prompt set are replaced by its images.
         """
         assert self._instructions is not None
-        values = TASK_FORMS[self.form](row, row_id, self._options)
+        fields = TASK_FORMS[self.form](row, row_id, self._options)
         media = RowMedia(row, finder)
         if not any(media.items.values()):
             raise DataError("no image", kind="image_count")
-        question, answer = self._instructions.texts(row_id, values, seed=self._seed)
+        question, answer = self._instructions.texts(row_id, fields.values, seed=self._seed)
         messages = with_media(
             self._instructions.turns(marked_parts(question, media), answer), media
         )
-        return with_system(row, messages)
+        answers = (
+            self._instructions.answer.format_map(fields.values | each)
+            for each in fields.alternatives
+        )
+        references = References(self.form, tuple(answers), fields.choices, fields.chosen)
+        return with_system(row, messages), references
 
     def _finder(self, folder: Path | None) -> MediaFinder:
         """The cached `MediaFinder` for rows of a file in `folder`."""

@@ -21,6 +21,23 @@ LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 """An answer that names a choice by its letter: `B`, `b`, `(B)`, `B.`."""
 
 
+@dataclass(frozen=True)
+class TaskFields:
+    """A task row as its prompt set and its scores take it.
+
+    Attributes:
+        values: the fields of the prompt set.
+        alternatives: for a row with several reference answers, the values that each one changes.
+        choices: the choices in the order in which they are shown.
+        chosen: the place of the right one among them.
+    """
+
+    values: dict[str, str]
+    alternatives: tuple[dict[str, str], ...] = ()
+    choices: tuple[str, ...] = ()
+    chosen: int | None = None
+
+
 class ClassName(str):
     """A class name from the data set's own features: text, even if it looks like a number."""
 
@@ -223,22 +240,39 @@ def _order(count: int, row_id: str, options: TaskOptions) -> list[int]:
 # --- the forms ------------------------------------------------------------------------------------
 
 
-def vqa(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
+def vqa(row: Row, row_id: str, options: TaskOptions) -> TaskFields:
     """`question` and `answer`, with an optional `context` before the question.
 
-    Of several `answers`, texts or {"answer": ...}, the most common is the answer.
+    Of several `answers`, texts or {"answer": ...}, the most common is the answer to train on, and
+    all are references of scores.
     """
     question = _question(row, options)
     if row.get("answer") is not None or not row.get("answers"):
-        return {"question": question, "answer": _text(row, "answer", options)}
-    answers = row["answers"]
-    if not isinstance(answers, list):
-        raise DataError(f"`answers` is a list, got {quoted(answers)}", kind="field")
-    texts = [
-        _plain(answer.get("answer") if isinstance(answer, Mapping) else answer, "answers", options)
-        for answer in answers
+        answer = _text(row, "answer", options)
+        several = _legible(row.get("answers"), options)
+    else:
+        answers = row["answers"]
+        if not isinstance(answers, list):
+            raise DataError(f"`answers` is a list, got {quoted(answers)}", kind="field")
+        several = [_plain(_answer_of(each), "answers", options) for each in answers]
+        answer = Counter(several).most_common(1)[0][0]
+    values = {"question": question, "answer": answer}
+    return TaskFields(values, tuple({"answer": text} for text in several))
+
+
+def _answer_of(entry: Any) -> Any:
+    """An entry of `answers`: the text itself, or the one in {"answer": ...}."""
+    return entry.get("answer") if isinstance(entry, Mapping) else entry
+
+
+def _legible(entries: Any, options: TaskOptions) -> list[str]:
+    """The texts of a list of further references, without entries that hold none."""
+    texts = map(_answer_of, entries) if isinstance(entries, list) else ()
+    return [
+        _plain(text, "answers", options)
+        for text in texts
+        if isinstance(text, str | int) and (not isinstance(text, str) or is_legible(text))
     ]
-    return {"question": question, "answer": Counter(texts).most_common(1)[0][0]}
 
 
 def _question(row: Row, options: TaskOptions) -> str:
@@ -250,7 +284,7 @@ def _question(row: Row, options: TaskOptions) -> str:
     )
 
 
-def multiple_choice(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
+def multiple_choice(row: Row, row_id: str, options: TaskOptions) -> TaskFields:
     """`question`, its choices and `answer` (or `label`).
 
     The choices are shown with letters, one per line.
@@ -273,66 +307,72 @@ def multiple_choice(row: Row, row_id: str, options: TaskOptions) -> dict[str, st
     lines = [
         f"{letter}. {choices.texts[place]}" for letter, place in zip(LETTERS, order, strict=False)
     ]
-    return {
+    values = {
         "question": _question(row, options),
         "choices": "\n".join(lines),
         "letter": LETTERS[order.index(chosen)],
         "answer": choices.texts[chosen],
     }
+    shown = tuple(choices.texts[place] for place in order)
+    return TaskFields(values, choices=shown, chosen=order.index(chosen))
 
 
-def caption(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
-    """`caption`; the first of a list of captions."""
+def caption(row: Row, row_id: str, options: TaskOptions) -> TaskFields:
+    """`caption`; of a list of captions the first is trained on, and all are references."""
     value = row.get("caption")
-    return {
-        "caption": _plain(
-            value[0] if isinstance(value, list) and value else value, "caption", options
-        )
-    }
+    several = isinstance(value, list) and len(value) > 1
+    first = _plain(value[0] if isinstance(value, list) and value else value, "caption", options)
+    captions = _legible(value, options) if several else []
+    return TaskFields({"caption": first}, tuple({"caption": text} for text in captions))
 
 
 def _one_of(
     row: Row, field: str, listed: str, row_id: str, options: TaskOptions
-) -> tuple[str, Sequence[str]]:
-    """The choice that a field names, and all of them in the order in which they are shown."""
+) -> tuple[Sequence[str], int]:
+    """All choices in the order in which they are shown, and the place of the one that is named."""
     choices = Choices(listed, _texts(row, listed, options), letters=False)
     chosen = _chosen(row, field, choices, options)
-    return choices.texts[chosen], [
-        choices.texts[place] for place in _order(len(choices.texts), row_id, options)
-    ]
+    order = _order(len(choices.texts), row_id, options)
+    return [choices.texts[place] for place in order], order.index(chosen)
 
 
-def classify(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
+def classify(row: Row, row_id: str, options: TaskOptions) -> TaskFields:
     """`label`, one of `choices` by text or place."""
-    label, choices = _one_of(row, "label", "choices", row_id, options)
-    return {"choices": ", ".join(choices), "label": label}
+    choices, chosen = _one_of(row, "label", "choices", row_id, options)
+    values = {"choices": ", ".join(choices), "label": choices[chosen]}
+    return TaskFields(values, choices=tuple(choices), chosen=chosen)
 
 
-def retrieval(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
+def retrieval(row: Row, row_id: str, options: TaskOptions) -> TaskFields:
     """`answer`, the one of `candidates` that fits the image, by text or place."""
-    answer, candidates = _one_of(row, "answer", "candidates", row_id, options)
-    return {"candidates": "\n".join(f"- {text}" for text in candidates), "answer": answer}
+    candidates, chosen = _one_of(row, "answer", "candidates", row_id, options)
+    listed = "\n".join(f"- {text}" for text in candidates)
+    values = {"candidates": listed, "answer": candidates[chosen]}
+    return TaskFields(values, choices=tuple(candidates), chosen=chosen)
 
 
-def ocr(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
+def ocr(row: Row, row_id: str, options: TaskOptions) -> TaskFields:
     """`text`, the text in the image."""
-    return {"text": _text(row, "text", options)}
+    return TaskFields({"text": _text(row, "text", options)})
 
 
-def translate(row: Row, row_id: str, options: TaskOptions) -> dict[str, str]:
+def translate(row: Row, row_id: str, options: TaskOptions) -> TaskFields:
     """`translation` of the image's text, or of `text`, into `target_language`.
 
     `source_language` is optional.
     """
     values = {field: _text(row, field, options) for field in ("target_language", "translation")}
-    return values | {
-        field: _text(row, field, options)
-        for field in ("text", "source_language")
-        if row.get(field) not in (None, "")
-    }
+    return TaskFields(
+        values
+        | {
+            field: _text(row, field, options)
+            for field in ("text", "source_language")
+            if row.get(field) not in (None, "")
+        }
+    )
 
 
-TASK_FORMS: dict[str, Callable[[Row, str, TaskOptions], dict[str, str]]] = {
+TASK_FORMS: dict[str, Callable[[Row, str, TaskOptions], TaskFields]] = {
     "vqa": vqa,
     "multiple_choice": multiple_choice,
     "caption": caption,

@@ -1,0 +1,203 @@
+"""Metrics are chosen by the rows' form or by name, and computed overall and for groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from tests.helpers.tiny_models import built, parsed, rows_of
+from vlm_tune.config.train import METRICS as NAMES
+from vlm_tune.config.train import Baseline
+from vlm_tune.data.types import References
+from vlm_tune.errors import DataError, RecipeError
+from vlm_tune.evaluation.assessment import assess, better, compare_answers
+from vlm_tune.evaluation.baselines import TITLES
+from vlm_tune.evaluation.evaluate import score
+from vlm_tune.evaluation.metrics import Answer, Scores, scores
+from vlm_tune.evaluation.registry import METRICS, check_metrics, default_metrics, find_metric
+from vlm_tune.model.language.decoding import Decoding
+
+
+def answer(
+    number: int, generated: str, expected: str = "yes", form: str = "vqa", **changes: Any
+) -> Answer:
+    image = f"{number // 2}.png"
+    references = References(form, **changes)
+    right = generated == expected
+    return Answer(
+        str(number), image, "q", expected, generated, right, "", "a", (image,), references
+    )
+
+
+def assessed(answers: list[Answer], names: list[str] | None = None) -> Scores:
+    return assess(scores(answers, {}), names)
+
+
+def test_recipes_name_the_metrics_and_baselines_that_there_are() -> None:
+    assert tuple(METRICS) == NAMES
+    assert tuple(TITLES) == get_args(Baseline)
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        (answer(0, "yes"), ()),
+        (answer(0, "yes", answers=("yes", "no")), ("vqa_accuracy",)),
+        (answer(0, "a", "a", "caption"), ("bleu", "chrf", "rouge_l", "cider")),
+        (answer(0, "a", "a", "classify"), ("balanced_accuracy", "f1_macro")),
+        (answer(0, "a", "a", "ocr"), ("anls",)),
+        (answer(0, "a", "a", "translate"), ("bleu", "chrf")),
+        (answer(0, "B", "B", "multiple_choice", choices=("x", "y"), chosen=1), ("choice_letter",)),
+        (answer(0, "y", "y", "multiple_choice", choices=("x", "y"), chosen=1), ("choice_text",)),
+        (answer(0, "y", "y", "retrieval", choices=("x", "y"), chosen=1), ("choice_text",)),
+        (answer(0, "", "a b c d e f", "llava"), ("chrf", "rouge_l")),
+        (answer(0, "", "short", "messages"), ()),
+        (answer(0, "", "[1, 2, 3, 4]", "llava"), ("box_iou", "box_accuracy")),
+    ],
+)
+def test_a_rows_form_chooses_its_metrics(row: Answer, names: tuple[str, ...]) -> None:
+    assert default_metrics(row) == ("exact_match", *names)
+
+
+def test_each_metric_scores_the_rows_that_it_fits() -> None:
+    answers = [
+        answer(0, "yes"),
+        answer(1, "no", answers=("yes", "no", "no", "no")),
+        answer(2, "a cat", "a dog", "caption"),
+        answer(3, "a dog", "a dog", "caption"),
+    ]
+    metrics = assessed(answers).metrics
+    counts = {name: (entry["n"], entry["images"]) for name, entry in metrics.items()}
+    assert counts == {
+        "exact_match": (4, 2),
+        "vqa_accuracy": (1, 1),
+        **dict.fromkeys(("bleu", "chrf", "rouge_l", "cider"), (2, 1)),
+    }
+    assert metrics["exact_match"]["value"] == 0.5
+    assert metrics["vqa_accuracy"]["value"] == pytest.approx((1 + 2 / 3 * 3) / 4)
+    assert metrics["vqa_accuracy"]["low"] is None
+
+
+def test_groups_have_their_own_scores_and_intervals() -> None:
+    answers = [answer(number, "yes" if number < 5 else "no") for number in range(12)]
+    answers = [
+        replace(row, source="a" if number < 6 else "b", category="c" if number % 2 else "")
+        for number, row in enumerate(answers)
+    ]
+    result = assessed(answers, ["exact_match", "balanced_accuracy"])
+    first, second = (result.by_source[name]["metrics"]["exact_match"] for name in "ab")
+    assert (first["value"], first["n"], first["images"]) == (pytest.approx(5 / 6), 6, 3)
+    assert (second["value"], second["n"]) == (0.0, 6)
+    assert first["low"] < 5 / 6 < first["high"] and second["low"] == 0 < second["high"]
+    assert result.by_category.keys() == {"c"}
+    assert result.by_category["c"]["metrics"]["balanced_accuracy"]["n"] == 6
+    assert result.accuracy == result.metrics["exact_match"]["value"]
+
+
+def test_a_metric_that_fits_no_row_is_named_with_the_reason() -> None:
+    result = assessed([answer(0, "yes")], ["exact_match", "vqa_accuracy", "perplexity"])
+    assert result.skipped == {
+        "vqa_accuracy": "no row has several reference `answers`",
+        "perplexity": "no row has the loss of its reference answer",
+    }
+    assert result.summary().keys() >= {"metrics", "skipped"}
+
+
+def test_answers_of_another_model_are_compared_row_by_row() -> None:
+    right = [answer(number, "yes") for number in range(8)]
+    wrong = [replace(row, generated="no", correct=False) for row in right]
+    entry = compare_answers(right, wrong, None)["exact_match"]
+    assert (entry["value"], entry["difference"], entry["images"]) == (0.0, 1.0, 4)
+    assert entry["p"] == 2 / 16 and better("exact_match", entry) is None
+    assert better("exact_match", {**entry, "p": 0.01}) is True
+    assert better("perplexity", {**entry, "p": 0.01}) is False
+
+
+# --- a user's own ---------------------------------------------------------------------------------
+
+SCORE = """
+def score(prediction, references, row):
+    return len(prediction) + len(references) + (row["references"]["form"] == "vqa")
+
+
+def broken(prediction, references, row):
+    return 1 / 0
+
+
+def endless(prediction, references, row):
+    return float("inf")
+
+
+number = 5
+"""
+
+
+@pytest.fixture
+def own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module in the working folder, which no other test imports."""
+    name = f"metric_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(SCORE)
+    (tmp_path / f"{name}_raises.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def test_a_users_function_scores_each_row(own_metric: str) -> None:
+    name = f"{own_metric}:score"
+    entry = assessed([answer(number, "yes") for number in range(4)], [name]).metrics[name]
+    assert (entry["value"], entry["low"], entry["high"]) == (5.0, 5.0, 5.0)
+
+
+def test_faults_of_a_users_function_name_it_and_the_row(own_metric: str) -> None:
+    for function, message in (
+        ("broken", "failed: ZeroDivisionError: division by zero"),
+        ("endless", "gave inf, expected a finite number"),
+    ):
+        with pytest.raises(
+            DataError, match=f"a, row 7: the metric {own_metric}:{function} {message}"
+        ):
+            assessed([answer(7, "yes")], [f"{own_metric}:{function}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("exact", "'exact' is no metric, and no my_module:function; did you mean exact_match"),
+        ("zzz", "and no my_module:function: exact_match, vqa_exact_match"),
+        ("no_such_module_here:score", "can't be imported .*: No module named"),
+        ("{own}_raises:score", "can't be imported .*: division by zero"),
+        ("{own}:nothing", "has no function 'nothing'"),
+        ("{own}:number", "has no function 'number'"),
+        (":score", "can't be imported"),
+    ],
+)
+def test_names_that_are_no_metrics_are_refused(name: str, message: str, own_metric: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        find_metric(name.format(own=own_metric))
+
+
+def test_every_bad_name_is_reported() -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_metrics(["exact_match", "one", "two"])
+    assert len(caught.value.problems) == 2
+    check_metrics(None)
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "causal"])
+def test_perplexity_is_that_of_the_loss(kind: str, tiny_recipe: Callable[..., str]) -> None:
+    import math
+
+    recipe = parsed(tiny_recipe(kind))
+    model = built(recipe)
+    rows = rows_of(recipe)
+    plain = score(model, rows, decoding=Decoding(2), batch_size=3)
+    result = score(model, rows, decoding=Decoding(2), batch_size=3, loss=False, perplexity=True)
+    entry = assess(result, ["perplexity"]).metrics["perplexity"]
+    assert plain.loss is not None
+    assert entry["value"] == pytest.approx(math.exp(plain.loss), rel=1e-5)
+    assert entry["low"] < entry["value"] < entry["high"]
+    assert sum(one.tokens for one in result.answers) == plain.tokens

@@ -1,0 +1,178 @@
+"""The whole assessment of scored answers: metrics, intervals, classes, baselines.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlm_tune.evaluation.classes import class_table
+from vlm_tune.evaluation.intervals import (
+    cluster_numbers,
+    cluster_sums,
+    difference,
+    interval,
+)
+from vlm_tune.evaluation.metrics import Answer, Scores
+from vlm_tune.evaluation.registry import METRICS, Metric, default_metrics, find_metric
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric of answers.
+
+    Attributes:
+        metric: the metric.
+        rows: the indices of the answers that it scores.
+        statistics: their statistics [rows, S].
+    """
+
+    metric: Metric
+    rows: np.ndarray
+    statistics: Any
+
+
+def assess(scores: Scores, names: Sequence[str] | None = None) -> Scores:
+    """Adds metrics, their intervals and the confusion matrix to scores, and returns them.
+
+    Args:
+        scores: with their answers.
+        names: the metrics; those of each row's form where not given.
+
+    Raises:
+        RecipeError: a name is no metric.
+        DataError: a user's own metric failed on a row.
+    """
+    answers = scores.answers
+    measured, scores.skipped = measure(answers, names)
+    clusters = clusters_of(answers)
+    everything = np.arange(len(answers))
+    scores.metrics = _entries(measured, everything, clusters)
+    for groups, name_of in (
+        (scores.by_category, lambda answer: answer.category),
+        (scores.by_source, lambda answer: answer.source),
+    ):
+        for name, members in _members(answers, name_of).items():
+            if name in groups:
+                groups[name]["metrics"] = _entries(measured, members, clusters)
+    scores.classes = class_table([(answer.generated, answer.expected) for answer in answers])
+    return scores
+
+
+def measure(
+    answers: Sequence[Answer], names: Sequence[str] | None
+) -> tuple[list[Measured], dict[str, str]]:
+    """The statistics of answers by each metric, and the reasons why others have none."""
+    wanted: dict[str, list[int]] = defaultdict(list)
+    for row, answer in enumerate(answers):
+        for name in names if names is not None else default_metrics(answer):
+            wanted[name].append(row)
+    order = list(names) if names is not None else [name for name in METRICS if name in wanted]
+    measured = []
+    skipped = {}
+    for name in order:
+        metric = find_metric(name)
+        rows = [row for row in wanted[name] if metric.applies(answers[row])]
+        if not rows:
+            skipped[name] = f"no row has {metric.needs}"
+            continue
+        statistics = metric.statistics([answers[row] for row in rows])
+        measured.append(Measured(metric, np.array(rows), statistics))
+    return measured, skipped
+
+
+def clusters_of(answers: Sequence[Answer]) -> np.ndarray:
+    """The number of each answer's group of rows that share an image, int64[N]."""
+    return cluster_numbers([answer.images for answer in answers])
+
+
+def _members(answers: Sequence[Answer], name_of: Callable[[Answer], str]) -> dict[str, np.ndarray]:
+    groups: dict[str, list[int]] = defaultdict(list)
+    for row, answer in enumerate(answers):
+        groups[name_of(answer)].append(row)
+    return {name: np.array(rows) for name, rows in groups.items()}
+
+
+def _entries(
+    measured: Sequence[Measured], members: np.ndarray, clusters: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """The entry of each metric for some of the answers; metrics that score none are left out."""
+    entries = {}
+    for each in measured:
+        inside = np.isin(each.rows, members)
+        if inside.any():
+            sums = _sums(each.statistics[inside], clusters[each.rows[inside]])
+            entries[each.metric.name] = {
+                **score_entry(each.metric, sums),
+                "n": int(inside.sum()),
+                "images": sums.shape[0],
+            }
+    return entries
+
+
+def _sums(statistics: Any, clusters: np.ndarray) -> Any:
+    return cluster_sums(statistics, np.unique(clusters, return_inverse=True)[1])
+
+
+def score_entry(metric: Metric, sums: Any) -> dict[str, float | None]:
+    """A metric's value and the ends of its interval, of the statistics of each cluster."""
+    totals = np.asarray(sums.sum(axis=0)).ravel()
+    ends = interval(sums, metric.value, top=metric.top, log=metric.log)
+    low, high = (None, None) if ends is None else ends
+    return {"value": float(metric.value(totals)), "low": low, "high": high}
+
+
+def compare_answers(
+    answers: Sequence[Answer], others: Sequence[Answer], names: Sequence[str] | None
+) -> dict[str, dict[str, Any]]:
+    """The scores of other answers to the same questions, and how far `answers` are above them.
+
+    Args:
+        answers: of the model.
+        others: of a baseline, or another model, in the same order.
+        names: the metrics; those of each row's form where not given.
+
+    Returns:
+        {metric: {value, low, high, n, images, difference, difference_low, difference_high, p}} with
+        the scores of `others`, and the differences of `answers` less `others`.
+    """
+    measured, _ = measure(answers, names)
+    clusters = clusters_of(answers)
+    entries = {}
+    for each in measured:
+        metric = each.metric
+        rows = each.rows
+        other_rows = [others[row] for row in rows]
+        if not all(map(metric.applies, other_rows)):
+            continue
+        inside = clusters[rows]
+        sums = _sums(each.statistics, inside)
+        other_sums = _sums(metric.statistics(other_rows), inside)
+        gap = difference(sums, other_sums, metric.value, top=metric.top, log=metric.log)
+        entries[metric.name] = {
+            **score_entry(metric, other_sums),
+            "n": len(rows),
+            "images": sums.shape[0],
+            "difference": gap.value,
+            "difference_low": gap.low,
+            "difference_high": gap.high,
+            "p": gap.p,
+        }
+    return entries
+
+
+def better(metric: str, entry: Mapping[str, Any]) -> bool | None:
+    """Whether the model is better than a baseline by a metric; None where it is not known.
+
+    It is known where the paired test's p-value is under 0.05.
+    """
+    if entry["p"] >= 0.05:
+        return None
+    lower = metric in METRICS and METRICS[metric].lower_is_better
+    return (entry["difference"] < 0) if lower else (entry["difference"] > 0)

@@ -1,0 +1,43 @@
+"""Multiple choice: which of the choices an answer names, by its letter or by its text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from vlm_tune.data.sources.fields import LETTERS
+from vlm_tune.evaluation.texts import normalise
+
+ALONE = re.compile(r"\(?([A-Za-z])[).:]?")
+"""The whole answer is a letter: `B`, `b`, `(B)`, `B.`."""
+LEADING = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:])\s")
+"""The answer begins with a letter that is marked as one: `B. red`, `(B) red`."""
+NAMED = re.compile(r"(?:answer|choice|option)(?: is)?:?\s*\(?([A-Z])\b\)?", re.IGNORECASE)
+"""`The answer is B`, `Answer: (B)`."""
+
+
+def letter_place(text: str, count: int) -> int | None:
+    """The place, from 0, of the choice whose letter an answer gives; None where it gives none.
+
+    Args:
+        text: the answer.
+        count: the number of choices.
+    """
+    text = text.strip()
+    match = ALONE.fullmatch(text) or LEADING.match(text) or NAMED.search(text)
+    if match is None:
+        return None
+    letter = next(group for group in match.groups() if group)
+    place = LETTERS.index(letter.upper())
+    return place if place < count else None
+
+
+def text_place(text: str, choices: Sequence[str]) -> int | None:
+    """The place of the choice whose words an answer is, compared as in exact match.
+
+    A letter before the words (`B. red`) does not count. None where the answer is no choice.
+    """
+    texts = [normalise(choice) for choice in choices]
+    marked = LEADING.match(text.strip())
+    answers = [normalise(text), *([normalise(text.strip()[marked.end() :])] if marked else [])]
+    return next((texts.index(answer) for answer in answers if answer in texts), None)

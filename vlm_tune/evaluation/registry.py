@@ -1,0 +1,326 @@
+"""The metrics that `evaluate.metrics` names, and those that rows of a form get by default.
+
+A metric gives each row a vector of statistics that add up, and a score of summed ones: so the score
+of any group of rows, its interval, and paired tests follow from one pass over the answers.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_tune.data.sources.chat_schemas import CHAT_FORMS
+from vlm_tune.errors import DataError, Problem, RecipeError
+from vlm_tune.evaluation import captions, classes
+from vlm_tune.evaluation.boxes import box_overlap, boxes_in
+from vlm_tune.evaluation.choices import letter_place, text_place
+from vlm_tune.evaluation.intervals import Value
+from vlm_tune.evaluation.metrics import Answer
+from vlm_tune.evaluation.texts import anls, relaxed_match, vqa_accuracy, vqa_normalise
+from vlm_tune.quoting import quoted, reason_of
+
+LONG_ANSWER = 5
+"""Words above which a chat's reference answer is scored by overlap too."""
+LEAST_OVERLAP = 0.5
+"""The intersection over union from which a box counts as right."""
+
+
+def mean(totals: np.ndarray) -> np.ndarray:
+    """The mean of the statistics (score, 1)."""
+    return totals[..., 0] / totals[..., 1]
+
+
+def _each(score: Callable[[np.ndarray], float]) -> Value:
+    """A score of one vector of sums, for arrays of them."""
+    return lambda totals: np.apply_along_axis(score, -1, totals)
+
+
+def _any(answer: Answer) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A way to score answers.
+
+    Attributes:
+        name: its name in recipes and results.
+        title: its name in tables.
+        statistics: of rows [N]: an array [N, S] or a sparse matrix.
+        value: the score of summed statistics.
+        applies: whether a row can be scored by it.
+        needs: what such a row has, in words.
+        top: the largest score; None where there is none.
+        log: whether the score is positive and multiplicative.
+        lower_is_better: whether less is better.
+    """
+
+    name: str
+    title: str
+    statistics: Callable[[Sequence[Answer]], Any]
+    value: Value = mean
+    applies: Callable[[Answer], bool] = _any
+    needs: str = "an answer"
+    top: float | None = 1.0
+    log: bool = False
+    lower_is_better: bool = False
+
+
+def _by_row(score: Callable[[Answer], float]) -> Callable[[Sequence[Answer]], np.ndarray]:
+    """Statistics whose mean is the score."""
+    return lambda answers: np.array(
+        [[score(answer), 1.0] for answer in answers], dtype=np.float64
+    ).reshape(-1, 2)
+
+
+def _overlap(
+    count: Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray],
+) -> Callable[[Sequence[Answer]], np.ndarray]:
+    """Statistics of a function of answers and their references."""
+    return lambda answers: count(
+        [answer.generated for answer in answers], [answer.expectations for answer in answers]
+    )
+
+
+def _means(scores: np.ndarray) -> np.ndarray:
+    return np.column_stack([scores, np.ones(len(scores))])
+
+
+def _rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    return _means(captions.rouge_l(predictions, references))
+
+
+def _cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    tokens = captions.tokens_of
+    scores = captions.cider(
+        [tokens(text) for text in predictions],
+        [[tokens(text) for text in texts] for texts in references],
+    )
+    return _means(scores)
+
+
+def _has_choices(answer: Answer) -> bool:
+    return answer.references.chosen is not None
+
+
+def _right_letter(answer: Answer) -> float:
+    references = answer.references
+    return float(letter_place(answer.generated, len(references.choices)) == references.chosen)
+
+
+def _right_text(answer: Answer) -> float:
+    references = answer.references
+    return float(text_place(answer.generated, references.choices) == references.chosen)
+
+
+def _overlap_of_boxes(answer: Answer) -> float:
+    return box_overlap(answer.generated, answer.expected)
+
+
+def _has_boxes(answer: Answer) -> bool:
+    return len(boxes_in(answer.expected)) > 0
+
+
+def _class_metric(name: str, title: str, value: Value) -> Metric:
+    return Metric(
+        name,
+        title,
+        lambda answers: classes.class_statistics(
+            [(answer.generated, answer.expected) for answer in answers]
+        ),
+        value,
+    )
+
+
+_LISTED = (
+    Metric("exact_match", "exact match", _by_row(lambda answer: float(answer.correct))),
+    Metric(
+        "vqa_exact_match",
+        "exact match (VQA's normalisation)",
+        _by_row(
+            lambda answer: float(vqa_normalise(answer.generated) == vqa_normalise(answer.expected))
+        ),
+    ),
+    Metric(
+        "vqa_accuracy",
+        "VQA accuracy (leave one out)",
+        _by_row(lambda answer: vqa_accuracy(answer.generated, answer.references.answers)),
+        applies=lambda answer: len(answer.references.answers) > 1,
+        needs="several reference `answers`",
+    ),
+    Metric(
+        "relaxed_accuracy",
+        "relaxed accuracy (5%)",
+        _by_row(
+            lambda answer: float(
+                any(relaxed_match(answer.generated, text) for text in answer.expectations)
+            )
+        ),
+    ),
+    Metric(
+        "anls",
+        "ANLS (0.5)",
+        _by_row(lambda answer: anls(answer.generated, answer.expectations)),
+    ),
+    Metric(
+        "choice_letter",
+        "multiple choice by letter",
+        _by_row(_right_letter),
+        applies=_has_choices,
+        needs="choices",
+    ),
+    Metric(
+        "choice_text",
+        "multiple choice by text",
+        _by_row(_right_text),
+        applies=_has_choices,
+        needs="choices",
+    ),
+    _class_metric("balanced_accuracy", "balanced accuracy", classes.macro(classes.recall)),
+    _class_metric("precision_macro", "precision (macro)", classes.macro(classes.precision)),
+    _class_metric("recall_macro", "recall (macro)", classes.macro(classes.recall)),
+    _class_metric("f1_macro", "F1 (macro)", classes.macro(classes.f1)),
+    _class_metric("precision_micro", "precision (micro)", classes.micro(classes.precision)),
+    _class_metric("recall_micro", "recall (micro)", classes.micro(classes.recall)),
+    _class_metric("f1_micro", "F1 (micro)", classes.micro(classes.f1)),
+    Metric("bleu", "BLEU", _overlap(captions.bleu_statistics), _each(captions.bleu_score), top=100),
+    Metric("chrf", "chrF", _overlap(captions.chrf_counts), _each(captions.chrf), top=100),
+    Metric("rouge_l", "ROUGE-L", _overlap(_rouge)),
+    Metric("cider", "CIDEr-D", _overlap(_cider), top=10),
+    Metric(
+        "box_iou",
+        "box overlap (IoU)",
+        _by_row(_overlap_of_boxes),
+        applies=_has_boxes,
+        needs="a box in the reference answer",
+    ),
+    Metric(
+        "box_accuracy",
+        "boxes with IoU of 0.5",
+        _by_row(lambda answer: float(_overlap_of_boxes(answer) >= LEAST_OVERLAP)),
+        applies=_has_boxes,
+        needs="a box in the reference answer",
+    ),
+    Metric(
+        "perplexity",
+        "perplexity of the reference",
+        lambda answers: np.array(
+            [[answer.loss, answer.tokens] for answer in answers], dtype=np.float64
+        ).reshape(-1, 2),
+        lambda totals: np.exp(totals[..., 0] / totals[..., 1]),
+        applies=lambda answer: answer.tokens > 0,
+        needs="the loss of its reference answer",
+        top=None,
+        log=True,
+        lower_is_better=True,
+    ),
+)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _LISTED}
+
+BY_FORM: dict[str, tuple[str, ...]] = {
+    "caption": ("bleu", "chrf", "rouge_l", "cider"),
+    "classify": ("balanced_accuracy", "f1_macro"),
+    "ocr": ("anls",),
+    "translate": ("bleu", "chrf"),
+    "retrieval": ("choice_text",),
+}
+"""What rows of a form are scored by besides exact match."""
+
+
+def default_metrics(answer: Answer) -> tuple[str, ...]:
+    """The metrics that a row is scored by where the recipe names none."""
+    references = answer.references
+    names = ["exact_match", *BY_FORM.get(references.form, ())]
+    if len(references.answers) > 1 and references.form == "vqa":
+        names.append("vqa_accuracy")
+    if references.form == "multiple_choice":
+        by_letter = letter_place(answer.expected, len(references.choices)) == references.chosen
+        names.append("choice_letter" if by_letter else "choice_text")
+    if references.form in CHAT_FORMS and len(answer.expected.split()) > LONG_ANSWER:
+        names += ["chrf", "rouge_l"]
+    if _has_boxes(answer):
+        names += ["box_iou", "box_accuracy"]
+    return tuple(names)
+
+
+# --- a user's own ---------------------------------------------------------------------------------
+
+
+def find_metric(name: str) -> Metric:
+    """The metric of a name, or the one that a function `module:function` computes.
+
+    Raises `RecipeError` for a name that is neither, a module that can't be imported, and a function
+    that is not there.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    module_name, colon, function_name = name.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, METRICS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f": {', '.join(METRICS)}"
+        raise _problem(f"{quoted(name)} is no metric, and no my_module:function{hint}")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    # A module may raise anything as it is imported.
+    except Exception as error:
+        raise _problem(
+            f"{quoted(name)}: the module {quoted(module_name)} can't be imported from the working "
+            f"folder or an installed package: {reason_of(error)}"
+        ) from None
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise _problem(f"{quoted(name)}: {module_name} has no function {quoted(function_name)}")
+    return Metric(name, name, _by_row(_user_score(name, function)), top=None)
+
+
+def _problem(message: str) -> RecipeError:
+    return RecipeError([Problem("evaluate.metrics", message)])
+
+
+def _user_score(name: str, function: Callable[..., Any]) -> Callable[[Answer], float]:
+    """Calls a user's function for an answer; its faults become a `DataError` with the row."""
+
+    def score(answer: Answer) -> float:
+        try:
+            number = float(function(answer.generated, list(answer.expectations), asdict(answer)))
+        # A user's function may raise anything.
+        except Exception as error:
+            raise DataError(
+                f"the metric {name} failed: {type(error).__name__}: {reason_of(error)}",
+                source=answer.source,
+                row=answer.id,
+            ) from None
+        if not math.isfinite(number):
+            raise DataError(
+                f"the metric {name} gave {number}, expected a finite number",
+                source=answer.source,
+                row=answer.id,
+            )
+        return number
+
+    return score
+
+
+def check_metrics(names: Sequence[str] | None) -> None:
+    """Raises `RecipeError`, with every fault, for names that are no metrics."""
+    problems = []
+    for name in names or ():
+        try:
+            find_metric(name)
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
