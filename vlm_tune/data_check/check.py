@@ -32,6 +32,7 @@ from vlm_tune.data_check.leakage import leaks
 from vlm_tune.data_check.padding import padding
 from vlm_tune.data_check.rules import check_batches, check_rows, check_split, report_leaks
 from vlm_tune.errors import DataError, ModelError, check_count
+from vlm_tune.evaluation.registry import check_metrics
 from vlm_tune.events import Note, Preparing, Report
 from vlm_tune.model.build import bare_model, build_processor, tune_bare_model
 from vlm_tune.model.feature_choice import cache_choice, stage_usage
@@ -69,6 +70,7 @@ def check(
     loaded = as_recipe(recipe, overrides)
     started = time.perf_counter()
     stages = loaded.resolved_stages()
+    check_metrics(stages[-1][1].evaluate.metrics)
     if sample is None and any(stage.data.streaming for _, stage in stages):
         sample = STREAMED
     stages = [(name, _sampled(stage, sample)) for name, stage in stages]

@@ -6,7 +6,6 @@ Its charts are inline SVG, its images inline PNG.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,11 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.config.yaml_source import read_yaml_text
-from vlm_tune.data.types import Media
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.evaluation.texts import normalise
 from vlm_tune.rendering.charts import Panel, chart
 from vlm_tune.rendering.page import is_long, percent, thumbnail, write_html
+from vlm_tune.rendering.report_scores import (
+    baseline_rows,
+    class_tables,
+    group_table,
+    interval_text,
+    media_named,
+    metric_rows,
+    number_of,
+    score_notes,
+    worst_answers,
+)
 
 COLUMNS = ("before", "after")
 """The columns of samples.json that hold the model's answers: before and after training."""
@@ -40,17 +49,30 @@ def write_report(run: Path) -> Path:
     result = _read(run / "result.json")
     result = result if isinstance(result, dict) else {}
     samples = _rows(_read(run / "samples.json"))
+    worst, worst_note = worst_answers(run)
     page = {
         "name": str(values.get("name") or run.resolve().name),
         "note": _facts(values.get("seed"), events),
         "figures": _figures(result),
-        "scores": {kind: _groups(result.get(f"by_{kind}")) for kind in ("category", "source")},
+        "metrics": metric_rows(result),
+        "groups": {
+            kind: group_table(result, result.get(f"by_{kind}")) for kind in ("category", "source")
+        },
+        "baselines": baseline_rows(result),
+        "classes": class_tables(result),
+        "worst": worst,
+        "worst_note": worst_note,
         "stages": [_stage(stage) for stage in _stages(events)],
         "tuning": _tuning(_rows(_read(run / "tuning.json"))),
         "samples": [_sample(run, row) for row in samples],
         "right_counts": _right_counts(samples),
         "notes": [
-            event["text"] for event in events if event.get("event") == "note" and event.get("text")
+            *(
+                event["text"]
+                for event in events
+                if event.get("event") == "note" and event.get("text")
+            ),
+            *score_notes(result),
         ],
         "recipe": recipe,
     }
@@ -87,17 +109,6 @@ def _rows(value: Any) -> list[dict[str, Any]]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
-def _number(value: Any) -> float | None:
-    """A finite number; None for anything else, such as an integer beyond the largest float."""
-    if not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
 @dataclass
 class _Stage:
     """The log of one stage: its stage event, and its train and evaluate events by step."""
@@ -114,7 +125,7 @@ def _stages(events: Sequence[dict[str, Any]]) -> list[_Stage]:
     stages: dict[int, _Stage] = {}
     for event in events:
         number = event.get("stage")
-        step = _number(event.get("step"))
+        step = number_of(event.get("step"))
         kind = event.get("event")
         if not isinstance(number, int) or kind not in ("stage", "train", "evaluate"):
             continue
@@ -131,7 +142,7 @@ def _points(events: dict[int, dict[str, Any]], key: str) -> list[tuple[int, floa
     return [
         (step, value)
         for step in sorted(events)
-        if (value := _number(events[step].get(key))) is not None
+        if (value := number_of(events[step].get(key))) is not None
     ]
 
 
@@ -151,7 +162,7 @@ def _duration(seconds: float) -> str:
 
 def _count(value: Any, unit: str = "") -> str:
     """A whole number with its unit in the plural or singular; "" for a value that is no number."""
-    number = _number(value)
+    number = number_of(value)
     return (
         ""
         if number is None
@@ -165,7 +176,7 @@ def _facts(seed: Any, events: Sequence[dict[str, Any]]) -> str:
     times = [
         moment
         for event in events
-        if (moment := _number(event.get("time"))) is not None and 0 <= moment < 1e11
+        if (moment := number_of(event.get("time"))) is not None and 0 <= moment < 1e11
     ]
     if times:
         facts.append(f"started {datetime.fromtimestamp(times[0], UTC):%Y-%m-%d %H:%M} UTC")
@@ -175,31 +186,24 @@ def _facts(seed: Any, events: Sequence[dict[str, Any]]) -> str:
 def _figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The headline figures as (label, figure, note)."""
     figures = []
-    if (accuracy := _number(result.get("accuracy"))) is not None:
+    if (accuracy := number_of(result.get("accuracy"))) is not None:
         questions = _count(result.get("n"), "question")
-        figures.append(
-            ("Test accuracy", percent(accuracy, 2), f"of {questions}" if questions else "")
-        )
-    if (loss := _number(result.get("loss"))) is not None:
+        metrics = result.get("metrics")
+        exact = metrics.get("exact_match") if isinstance(metrics, dict) else None
+        ends = interval_text("exact_match", exact)
+        notes = [f"of {questions}" if questions else "", f"95% interval {ends}" if ends else ""]
+        figures.append(("Test accuracy", percent(accuracy, 2), ", ".join(filter(None, notes))))
+    if (loss := number_of(result.get("loss"))) is not None:
         figures.append(("Test loss", f"{loss:.4g}", "per supervised token"))
-    if (seconds := _number(result.get("seconds"))) is not None:
+    if (seconds := number_of(result.get("seconds"))) is not None:
         figures.append(("Training time", _duration(seconds), "all stages"))
-    if (memory := _number(result.get("peak_memory_mb"))) is not None:
+    if (memory := number_of(result.get("peak_memory_mb"))) is not None:
         figures.append(("Peak memory", f"{memory:,.0f} MB", "of the process"))
-    if (memory := _number(result.get("peak_gpu_memory_mb"))) is not None:
-        reserved = _number(result.get("peak_gpu_reserved_mb"))
+    if (memory := number_of(result.get("peak_gpu_memory_mb"))) is not None:
+        reserved = number_of(result.get("peak_gpu_reserved_mb"))
         note = "" if reserved is None else f"{reserved:,.0f} MB reserved"
         figures.append(("Peak GPU memory", f"{memory:,.0f} MB", note))
     return figures
-
-
-def _groups(scores: Any) -> list[tuple[str, float, str]]:
-    """Test accuracy by category or source, as (name, accuracy, number of questions)."""
-    return [
-        (name, accuracy, _count(entry.get("n")))
-        for name, entry in (scores.items() if isinstance(scores, dict) else ())
-        if isinstance(entry, dict) and (accuracy := _number(entry.get("accuracy"))) is not None
-    ]
 
 
 def _stage(stage: _Stage) -> dict[str, Any]:
@@ -210,7 +214,7 @@ def _stage(stage: _Stage) -> dict[str, Any]:
     held_out, accuracy = (_points(stage.evaluate, key) for key in ("loss", "accuracy"))
     last = max([0, *stage.train, *stage.evaluate])
     planned = [stage.start.get("steps"), *(event.get("of") for event in stage.train.values())]
-    steps = round(max([last, *filter(None, map(_number, planned))]))
+    steps = round(max([last, *filter(None, map(number_of, planned))]))
     facts = [
         _count(steps, "step"),
         _count(stage.start.get("questions"), "question"),
@@ -260,7 +264,8 @@ def _tuning(stages: Sequence[dict[str, Any]]) -> list[tuple[Any, list[dict[str, 
         rows = _rows(stage.get("rows"))
         if len(rows) > 1:
             together = {
-                key: sum(_number(row.get(key)) or 0 for row in rows) for key in ("trained", "total")
+                key: sum(number_of(row.get(key)) or 0 for row in rows)
+                for key in ("trained", "total")
             }
             rows.append({"match": "together", **together})
         if rows:
@@ -269,7 +274,9 @@ def _tuning(stages: Sequence[dict[str, Any]]) -> list[tuple[Any, list[dict[str, 
 
 
 def _tuning_line(row: dict[str, Any]) -> dict[str, Any]:
-    rate, trained, total = (_number(row.get(key)) for key in ("learning_rate", "trained", "total"))
+    rate, trained, total = (
+        number_of(row.get(key)) for key in ("learning_rate", "trained", "total")
+    )
     share = percent(trained / total, 2) if trained is not None and total else ""
     figures = ("" if rate is None else f"{rate:g}", _count(trained), _count(total), share)
     texts = {key: row.get(key) or "" for key in ("match", "how", "detail")}
@@ -288,7 +295,7 @@ def _sample(run: Path, row: dict[str, Any]) -> dict[str, Any]:
         "question": question,
         "expected": expected,
         "answers": answers,
-        "thumbnail": thumbnail(Media(run / str(row["image"])) if row.get("image") else None),
+        "thumbnail": thumbnail(media_named(run, row.get("image"))),
         "long": is_long(map(str, texts)),
     }
 
