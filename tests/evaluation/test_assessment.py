@@ -88,23 +88,23 @@ def test_groups_have_their_own_scores_and_intervals() -> None:
         replace(row, source="a" if number < 6 else "b", category="c" if number % 2 else "")
         for number, row in enumerate(answers)
     ]
-    result = assessed(answers, ["exact_match", "balanced_accuracy"])
-    first, second = (result.by_source[name]["metrics"]["exact_match"] for name in "ab")
+    scored = assessed(answers, ["exact_match", "balanced_accuracy"])
+    first, second = (scored.by_source[name]["metrics"]["exact_match"] for name in "ab")
     assert (first["value"], first["n"], first["images"]) == (pytest.approx(5 / 6), 6, 3)
     assert (second["value"], second["n"]) == (0.0, 6)
     assert first["low"] < 5 / 6 < first["high"] and second["low"] == 0 < second["high"]
-    assert result.by_category.keys() == {"c"}
-    assert result.by_category["c"]["metrics"]["balanced_accuracy"]["n"] == 6
-    assert result.accuracy == result.metrics["exact_match"]["value"]
+    assert scored.by_category.keys() == {"c"}
+    assert scored.by_category["c"]["metrics"]["balanced_accuracy"]["n"] == 6
+    assert scored.accuracy == scored.metrics["exact_match"]["value"]
 
 
 def test_a_metric_that_fits_no_row_is_named_with_the_reason() -> None:
-    result = assessed([answer(0, "yes")], ["exact_match", "vqa_accuracy", "perplexity"])
-    assert result.skipped == {
+    scored = assessed([answer(0, "yes")], ["exact_match", "vqa_accuracy", "perplexity"])
+    assert scored.skipped == {
         "vqa_accuracy": "no row has several reference `answers`",
         "perplexity": "no row has the loss of its reference answer",
     }
-    assert result.summary().keys() >= {"metrics", "skipped"}
+    assert scored.summary().keys() >= {"metrics", "skipped"}
 
 
 def test_answers_of_another_model_are_compared_row_by_row() -> None:
@@ -195,9 +195,9 @@ def test_perplexity_is_that_of_the_loss(kind: str, tiny_recipe: Callable[..., st
     model = built(recipe)
     rows = rows_of(recipe)
     plain = score(model, rows, decoding=Decoding(2), batch_size=3)
-    result = score(model, rows, decoding=Decoding(2), batch_size=3, loss=False, perplexity=True)
-    entry = assess(result, ["perplexity"]).metrics["perplexity"]
+    scored = score(model, rows, decoding=Decoding(2), batch_size=3, loss=False, perplexity=True)
+    entry = assess(scored, ["perplexity"]).metrics["perplexity"]
     assert plain.loss is not None
     assert entry["value"] == pytest.approx(math.exp(plain.loss), rel=1e-5)
     assert entry["low"] < entry["value"] < entry["high"]
-    assert sum(one.tokens for one in result.answers) == plain.tokens
+    assert sum(one.tokens for one in scored.answers) == plain.tokens

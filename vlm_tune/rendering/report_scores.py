@@ -116,11 +116,11 @@ def group_table(result: dict[str, Any], groups: Any) -> GroupTable:
         accuracy = number_of(entry.get("accuracy")) if isinstance(entry, dict) else None
         if accuracy is None:
             continue
-        own = dict(_entries(entry.get("metrics")))
+        metrics_here = dict(_entries(entry.get("metrics")))
         figures = [percent(accuracy)]
-        figures += [interval_text("exact_match", own.get("exact_match"))] if whole else []
+        figures += [interval_text("exact_match", metrics_here.get("exact_match"))] if whole else []
         for other in others:
-            score = own.get(other, {})
+            score = metrics_here.get(other, {})
             figures += [_shown(other, score.get("value")), interval_text(other, score)]
         rows.append((name, [*figures, count_of(entry.get("n"))], accuracy))
     return GroupTable([*columns, "questions"], rows)
