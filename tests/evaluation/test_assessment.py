@@ -14,7 +14,7 @@ from vlm_tune.config.train import METRICS as NAMES
 from vlm_tune.config.train import Baseline
 from vlm_tune.data.types import References
 from vlm_tune.errors import DataError, RecipeError
-from vlm_tune.evaluation.assessment import assess, better, compare_answers
+from vlm_tune.evaluation.assessment import assess, better, clusters_of, compare_answers, measure
 from vlm_tune.evaluation.baselines import TITLES
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Answer, Scores, scores
@@ -110,7 +110,8 @@ def test_a_metric_that_fits_no_row_is_named_with_the_reason() -> None:
 def test_answers_of_another_model_are_compared_row_by_row() -> None:
     right = [answer(number, "yes") for number in range(8)]
     wrong = [replace(row, generated="no", correct=False) for row in right]
-    entry = compare_answers(right, wrong, None)["exact_match"]
+    measured, _ = measure(right, None)
+    entry = compare_answers(measured, clusters_of(right), wrong)["exact_match"]
     assert (entry["value"], entry["difference"], entry["images"]) == (0.0, 1.0, 4)
     assert entry["p"] == 2 / 16 and better("exact_match", entry) is None
     assert better("exact_match", {**entry, "p": 0.01}) is True

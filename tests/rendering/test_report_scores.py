@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.html_page import HOSTILE, Page, assert_harmless
-from vlm_tune.evaluation.assessment import assess, compare_answers
+from vlm_tune.evaluation.assessment import assess, clusters_of, compare_answers, measure
 from vlm_tune.evaluation.metrics import Answer, scores
 from vlm_tune.evaluation.texts import levenshtein
 from vlm_tune.rendering.report import write_report
@@ -46,10 +46,10 @@ def answers(run: Path) -> list[Answer]:
 def summary_of(rows: list[Answer]) -> dict[str, Any]:
     result = assess(scores(rows, {}), ["exact_match", "f1_macro", "bleu"])
     worse = [replace(row, generated="red", correct=row.expected == "red") for row in rows]
-    names = ["exact_match", "f1_macro", "bleu"]
+    measured, _ = measure(rows, ["exact_match", "f1_macro", "bleu"])
     result.baselines = {
-        "majority": compare_answers(rows, worse, names),
-        "probe": compare_answers(rows, rows, names),
+        "majority": compare_answers(measured, clusters_of(rows), worse),
+        "probe": compare_answers(measured, clusters_of(rows), rows),
     }
     return result.summary()
 

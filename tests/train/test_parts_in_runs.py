@@ -380,6 +380,13 @@ def test_scores_are_told_by_source(tiny_recipe: Callable[..., str], color_rows: 
     assert again.by_source == run.result["by_source"] and {
         answer.source for answer in again.answers
     } == set(again.by_source)
+    entry = run.result["metrics"]["exact_match"]
+    assert (entry["value"], entry["n"], entry["images"]) == (run.result["accuracy"], 8, 4)
+    assert entry == again.metrics["exact_match"] and entry["low"] < entry["value"] < entry["high"]
+    # The tower is frozen, and its features are cached.
+    assert {"majority", "same_question", "nearest", "blind"} == run.result["baselines"].keys()
+    assert run.result["baselines"]["nearest"]["exact_match"]["value"] == 1.0
+    assert again.baselines == run.result["baselines"]
     # A source's name changes nothing of what is prepared or trained on.
     assert len(list(cache_folder("prepared").glob("*/examples.arrow"))) == 2
 

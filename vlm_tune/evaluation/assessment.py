@@ -128,22 +128,25 @@ def score_entry(metric: Metric, sums: Any) -> dict[str, float | None]:
     return {"value": float(metric.value(totals)), "low": low, "high": high}
 
 
+def measured_score(measured: Measured, clusters: np.ndarray) -> dict[str, float | None]:
+    """As `score_entry`, of measured answers and the clusters of all answers."""
+    return score_entry(measured.metric, _sums(measured.statistics, clusters[measured.rows]))
+
+
 def compare_answers(
-    answers: Sequence[Answer], others: Sequence[Answer], names: Sequence[str] | None
+    measured: Sequence[Measured], clusters: np.ndarray, others: Sequence[Answer]
 ) -> dict[str, dict[str, Any]]:
-    """The scores of other answers to the same questions, and how far `answers` are above them.
+    """The scores of other answers to the same questions, and how far the model's are above them.
 
     Args:
-        answers: of the model.
-        others: of a baseline, or another model, in the same order.
-        names: the metrics; those of each row's form where not given.
+        measured: the metrics of the model's answers.
+        clusters: the number of each answer's group of rows that share an image.
+        others: answers of a baseline, or another model, in the same order.
 
     Returns:
         {metric: {value, low, high, n, images, difference, difference_low, difference_high, p}} with
-        the scores of `others`, and the differences of `answers` less `others`.
+        the scores of `others`, and the differences of the model's answers less `others`.
     """
-    measured, _ = measure(answers, names)
-    clusters = clusters_of(answers)
     entries = {}
     for each in measured:
         metric = each.metric

@@ -16,7 +16,7 @@ from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.types import Conversation, Media, distinct_media
 from vlm_tune.errors import VlmTuneError
-from vlm_tune.evaluation.assessment import compare_answers
+from vlm_tune.evaluation.assessment import clusters_of, compare_answers, measure
 from vlm_tune.evaluation.baselines import (
     Known,
     majority,
@@ -39,6 +39,8 @@ CHEAP = 60.0
 """Seconds up to which `auto` computes a baseline."""
 MOST_ROWS = 20_000
 """Training rows that baselines read."""
+MOST_IMAGES = 50_000
+"""Training images up to which the features that a run has cached are looked for."""
 RATE = 2e9
 """Multiplications a second of a probe's fit."""
 TIMED = 16
@@ -107,6 +109,8 @@ class BaselineRun:
             answers["blind"] = self._blind()
         if self._auto and answers.get("same_question") == answers.get("majority"):
             answers.pop("same_question", None)
+        measured = measure(scores.answers, self.settings.metrics)[0] if answers else []
+        clusters = clusters_of(scores.answers)
         for name, texts in answers.items():
             others = [
                 replace(
@@ -117,7 +121,7 @@ class BaselineRun:
                 )
                 for answer, text in zip(scores.answers, texts, strict=True)
             ]
-            scores.baselines[name] = compare_answers(scores.answers, others, self.settings.metrics)
+            scores.baselines[name] = compare_answers(measured, clusters, others)
 
     @property
     def _auto(self) -> bool:
@@ -197,12 +201,14 @@ class BaselineRun:
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Mean features of the training and of the scored rows' images; None if too expensive."""
         model = self.model
+        training = distinct_media(self.training.rows)
+        caches = caches_images(model, training, self.caches)
         # Features are cached by the whole set of images, whose bytes have to be read.
-        sets = [self.training.media, distinct_media(self.training.rows)]
-        caches = caches_images(model, sets[-1], self.caches)
+        few = len(self.training.media) <= MOST_IMAGES
+        sets = [*([self.training.media] if few else []), training]
         lookup = (each for each in sets if has_features(model, each, autocast=self.autocast))
         cached = next(lookup, None) if caches else None
-        training = sets[-1] if cached is None else cached
+        training = training if cached is None else cached
         if cached is None:
             seconds = self._tower_seconds(training)
             if not self._affordable(" and ".join(names), seconds, notes):

@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_tune.data.types import References
 from vlm_tune.errors import DataError
-from vlm_tune.evaluation.assessment import compare_answers
+from vlm_tune.evaluation.assessment import clusters_of, compare_answers, measure, measured_score
 from vlm_tune.evaluation.metrics import Answer
 
 ANSWERS_FILE = "answers.jsonl"
@@ -120,8 +120,10 @@ def compare(
         RecipeError: a name is no metric.
     """
     second = _in_order(first, second, names)
-    entries = compare_answers(second, first, metrics)
-    mirrored = compare_answers(first, second, metrics)
+    clusters = clusters_of(second)
+    measured, _ = measure(second, metrics)
+    entries = compare_answers(measured, clusters, first)
+    seconds = {each.metric.name: measured_score(each, clusters) for each in measured}
     score = ("value", "low", "high")
     pairs = list(zip(first, second, strict=True))
     return Comparison(
@@ -130,7 +132,7 @@ def compare(
         {
             name: {
                 "first": {key: entry[key] for key in score},
-                "second": {key: mirrored[name][key] for key in score},
+                "second": seconds[name],
                 **{key: value for key, value in entry.items() if key not in score},
             }
             for name, entry in entries.items()

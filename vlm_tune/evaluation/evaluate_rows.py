@@ -47,6 +47,8 @@ def chosen_settings(
             raise RecipeError(
                 [Problem(f"--{option}", f"expected a list of names, not {quoted(names)}")]
             )
+        if option == "metrics" and names is not None and not names:
+            raise RecipeError([Problem("--metrics", "no metric is named")])
         if names is not None:
             changes[option] = names if isinstance(names, str) else list(names)
     given = changes.get("baselines", "auto")
