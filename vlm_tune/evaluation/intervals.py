@@ -146,7 +146,9 @@ def _wilson(share: float, variance: float, clusters: int) -> tuple[float, float]
     square = quantile**2
     center = (share + square / (2 * rows)) / (1 + square / rows)
     half = quantile / (1 + square / rows) * math.sqrt(spread / rows + square / (4 * rows**2))
-    return max(center - half, 0.0), min(center + half, 1.0)
+    # At 0 and 1 rounding would leave an end a little inside.
+    low = 0.0 if share == 0 else max(center - half, 0.0)
+    return low, 1.0 if share == 1 else min(center + half, 1.0)
 
 
 def t_quantile(freedom: int) -> float:
