@@ -361,3 +361,19 @@ def test_steps_set_beside_epochs_are_said(
         == 2
     )
     assert "note: train.epochs: 2 replaces train.steps: 4" in capsys.readouterr().err
+
+
+def test_a_folder_with_control_characters_in_its_name_is_printed_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlm_tune.cli.train import _print_run
+    from vlm_tune.train.run import Run
+
+    folder = tmp_path / "a\x9bb\x7f"
+    model: Any = None
+    _print_run(Run(folder, {}, model), as_json=False)
+    assert call_main(monkeypatch, "merge", str(folder), "--output", str(folder)) == 4
+    printed = capsys.readouterr()
+    for text in (printed.out, printed.err):
+        assert r"a\x9bb\x7f" in text
+        assert not set("\x7f\x9b") & set(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlm_tune.run_folder import recipe_above
+from vlm_tune.run_folder import finished_stages, recipe_above
 
 
 def test_a_checkpoint_behind_a_link_belongs_to_the_run_that_links_to_it(tmp_path: Path) -> None:
@@ -22,3 +22,13 @@ def test_a_checkpoint_behind_a_link_belongs_to_the_run_that_links_to_it(tmp_path
     assert recipe_above(tmp_path / "shortcut") is None
     (tmp_path / "scratch" / "recipe.yaml").touch()
     assert recipe_above(tmp_path / "shortcut") == tmp_path / "scratch" / "recipe.yaml"
+
+
+def test_finished_stages_are_in_their_order(tmp_path: Path) -> None:
+    names = ["1-a", "2-b", "10-c"]
+    for name in (*reversed(names), "notes"):
+        folder = tmp_path / "stages" / name
+        folder.mkdir(parents=True)
+        (folder / "done.json").touch()
+    assert [each.parent.name for each in finished_stages(tmp_path / "model")] == names
+    assert finished_stages(tmp_path / "merged") == []

@@ -33,6 +33,13 @@ def escaped(text: str) -> str:
     )
 
 
+def escaped_lines(text: str) -> str:
+    """Returns a text for a terminal: escaped, except for its line breaks and tabs."""
+    return "\n".join(
+        "\t".join(escaped(part) for part in line.split("\t")) for line in text.split("\n")
+    )
+
+
 def json_line(value: Any) -> str:
     r"""Returns a value as one line of JSON in which only printable characters stand.
 

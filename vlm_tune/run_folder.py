@@ -15,7 +15,7 @@ from vlm_tune.config.changes import fixed_changes, recipe_changes
 from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import Problem, RecipeError, TrainingError
-from vlm_tune.paths import check_writable, is_file, writing
+from vlm_tune.paths import check_writable, is_file, shown_path, writing
 from vlm_tune.run_lock import HOLDER, check_lock
 from vlm_tune.run_lock import NAME as LOCK
 
@@ -57,6 +57,15 @@ def recipe_above(folder: Path) -> Path | None:
     return next((each / RECIPE for each in above if is_file(each / RECIPE)), None)
 
 
+def finished_stages(model: Path) -> list[Path]:
+    """The files `done.json` of the run that ended in a model folder, in the order of its stages."""
+    if model.name != MODEL:
+        return []
+    files = (model.parent / "stages").glob("*/done.json")
+    numbered = [each for each in files if each.parent.name.partition("-")[0].isdecimal()]
+    return sorted(numbered, key=lambda each: int(each.parent.name.partition("-")[0]))
+
+
 def check_run(
     run: Path, recipe: Recipe, *, resume: bool, overwrite: bool, accept_changes: bool
 ) -> None:
@@ -73,12 +82,14 @@ def check_run(
     if resume:
         if not marked or not saved.is_file():
             missing = f"no {RECIPE}" if marked else f"no {MARK}, which every run writes"
-            raise RecipeError([Problem(str(run), f"there is no run to resume here ({missing})")])
+            raise RecipeError(
+                [Problem(shown_path(run), f"there is no run to resume here ({missing})")]
+            )
         _check_changes(run, load_recipe(saved), recipe, accept_changes=accept_changes)
     elif run.exists() and _holds_files(run) and not (overwrite and marked):
         stranger = "no run wrote it, so nothing in it is deleted; choose another output"
         hint = "--resume continues it, --overwrite starts over" if marked else stranger
-        raise RecipeError([Problem(str(run), f"the output folder is not empty; {hint}")])
+        raise RecipeError([Problem(shown_path(run), f"the output folder is not empty; {hint}")])
 
 
 def _check_changes(run: Path, old: Recipe, recipe: Recipe, *, accept_changes: bool) -> None:

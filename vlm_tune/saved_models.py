@@ -11,7 +11,7 @@ from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.model.checkpoint import find_model
 from vlm_tune.model.hub import read_json
 from vlm_tune.paths import is_folder, shown_path
-from vlm_tune.run_folder import recipe_above
+from vlm_tune.run_folder import finished_stages, recipe_above
 
 
 def find_recipe(model: Path) -> Path:
@@ -71,7 +71,7 @@ def which_model(path: str | Path) -> dict[str, Any]:
             "step": int(step) if step.isdecimal() else None,
             "run": str(run),
         }
-    stages = sorted((above.parent / "stages").glob("*/done.json")) if above.name == "model" else []
+    stages = finished_stages(above)
     if not stages:
         return {
             "folder": str(folder),

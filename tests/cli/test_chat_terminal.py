@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import png
 from vlm_tune.cli import app
-from vlm_tune.cli.chat_terminal import ChatTerminal, completions, lines
+from vlm_tune.cli.chat_terminal import ChatTerminal, completions
 from vlm_tune.data.sources.registry import read_path
 from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.quoting import escaped_lines
 
 Recipes = Callable[..., str]
 QUESTION = "what color is it?"
@@ -62,7 +63,7 @@ def test_answers_are_those_of_a_chat(
     terminal(model, [image]).run(typed(QUESTION, "is it red?"), as_json=False)
     chat = model.start_chat(max_new_tokens=6)
     expected = [chat.ask(QUESTION, [image]).text, chat.ask("is it red?").text]
-    assert capsys.readouterr().out == "".join(f"{lines(text)}\n" for text in expected)
+    assert capsys.readouterr().out == "".join(f"{escaped_lines(text)}\n" for text in expected)
     terminal(model, [image]).run(typed(QUESTION, "is it red?"), as_json=True)
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert printed == [{"answer": text} for text in expected]

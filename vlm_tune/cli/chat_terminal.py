@@ -16,7 +16,7 @@ from vlm_tune.errors import ArgumentError, VlmTuneError
 from vlm_tune.generation.chat_session import Chat
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.paths import exists, home, is_file, is_folder, shown_path, writing
-from vlm_tune.quoting import escaped, quoted
+from vlm_tune.quoting import escaped, escaped_lines, quoted
 
 COMMANDS = {
     "/image": ("PATH", "add an image to the next question, as dragging it here does"),
@@ -107,7 +107,7 @@ class ChatTerminal:
         """Answers a question and prints the answer while it is written."""
         if self.choices is not None:
             described = self.answer(prompt)
-            typer.echo(lines(described["answer"]))
+            typer.echo(escaped_lines(described["answer"]))
             ranked = sorted(described["probabilities"].items(), key=lambda pair: -pair[1])
             for text, probability in ranked:
                 typer.echo(f"  {probability:7.2%}  {escaped(text)}")
@@ -116,7 +116,7 @@ class ChatTerminal:
         try:
             with closing(self.chat.stream(prompt, images)) as stream:
                 for piece in stream:
-                    typer.echo(lines(piece), nl=False)
+                    typer.echo(escaped_lines(piece), nl=False)
         finally:
             typer.echo()
 
@@ -195,13 +195,6 @@ def _dropped_path(line: str) -> Path | None:
         if path.suffix.lower() in IMAGES and is_file(path):
             return path
     return None
-
-
-def lines(text: str) -> str:
-    """A text for a terminal, escaped except for its line breaks and tabs."""
-    return "\n".join(
-        "\t".join(escaped(part) for part in line.split("\t")) for line in text.split("\n")
-    )
 
 
 def completions(line: str) -> list[str]:

@@ -18,11 +18,12 @@ from vlm_tune.cli.options import (
     check_choice,
     load,
     print_json,
+    print_text,
     quiet_libraries,
 )
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import EXIT_TRAINING, Problem, RecipeError
-from vlm_tune.paths import check_writable, writing
+from vlm_tune.paths import check_writable, shown_path, writing
 from vlm_tune.quoting import quoted, reason_of
 
 
@@ -85,7 +86,7 @@ def check(
         show_exports(console, exports)
         show_check(console, report)
         if html:
-            typer.echo(f"page: {html}")
+            print_text(f"page: {html}")
     sys.exit(report.exit_code)
 
 
@@ -177,9 +178,11 @@ def recipes(
         target = Path(f"{Path(copy).name}.yaml")
         with writing(target, "the recipe's copy"):
             if os.path.lexists(target):
-                raise RecipeError([Problem(str(target), "is there already; it is left as it is")])
+                raise RecipeError(
+                    [Problem(shown_path(target), "is there already; it is left as it is")]
+                )
             target.write_text(shipped.read_text(encoding="utf-8"), encoding="utf-8")
-        print_json({"path": str(target)}) if as_json else typer.echo(str(target))
+        print_json({"path": str(target)}) if as_json else print_text(str(target))
         return
     rows = []
     for name in resource_names("recipes"):

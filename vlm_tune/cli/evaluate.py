@@ -26,6 +26,7 @@ from vlm_tune.cli.options import (
     load,
     names_in,
     print_json,
+    print_text,
     quiet_libraries,
     use_device,
 )
@@ -213,4 +214,4 @@ def predict(
     if as_json:
         print_json({"model": which, **written.summary()})
     else:
-        typer.echo(f"{written.n:,} answers in {written.seconds:,.1f} s: {output}")
+        print_text(f"{written.n:,} answers in {written.seconds:,.1f} s: {output}")

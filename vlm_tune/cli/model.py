@@ -18,6 +18,7 @@ from vlm_tune.cli.options import (
     check_choice,
     check_dtype,
     print_json,
+    print_text,
     quiet_libraries,
     use_device,
 )
@@ -63,7 +64,7 @@ def merge(
     else:
         from vlm_tune.rendering.proofs import merge_proof
 
-        typer.echo(
+        print_text(
             f"merged LoRA on {', '.join(report.parts)} into {report.base}\n{merge_proof(report)}\n"
             f"model: {output}"
         )
@@ -129,10 +130,10 @@ def export(
 def _print_export(report: ExportReport, output: Path) -> None:
     from vlm_tune.rendering.proofs import export_proof
 
-    typer.echo(
+    print_text(
         f"{report.format} of {report.parameters:,} parameters in {report.dtype}\n"
         f"{export_proof(report)}"
     )
     for note in report.notes:
-        typer.echo(f"note: {note}")
-    typer.echo(f"model: {output}")
+        print_text(f"note: {note}")
+    print_text(f"model: {output}")

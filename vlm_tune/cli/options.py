@@ -14,7 +14,7 @@ import typer
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.quoting import cut, json_line, quoted
+from vlm_tune.quoting import cut, escaped_lines, json_line, quoted
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")
@@ -147,6 +147,11 @@ def quiet_libraries() -> None:
 
 def print_json(value: Any) -> None:
     typer.echo(json_line(value))
+
+
+def print_text(text: str) -> None:
+    """Prints lines that may hold names and paths of the user's, whose characters are escaped."""
+    typer.echo(escaped_lines(text))
 
 
 def bases_by_part(given: list[str] | None) -> dict[str, str]:

@@ -21,6 +21,7 @@ from vlm_tune.cli.options import (
     launch_ranks,
     load,
     print_json,
+    print_text,
     quiet_libraries,
     use_device,
 )
@@ -123,7 +124,7 @@ def _print_run(run: Run, as_json: bool) -> None:
     if as_json:
         print_json({"run": str(run.folder), **run.result})
     else:
-        typer.echo(
+        print_text(
             f"model: {run.folder / 'model'}\nreport: {run.folder / 'report.html'}\n"
             f"result: {run.folder / 'result.json'}"
         )
@@ -155,6 +156,6 @@ def verify_run(
         if as_json:
             print_json(report.summary())
         else:
-            typer.echo("\n".join(replay_lines(report)))
+            print_text("\n".join(replay_lines(report)))
     if not report.agrees:
         sys.exit(EXIT_TRAINING)

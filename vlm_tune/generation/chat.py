@@ -142,7 +142,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         several answers are drawn, or whose choices are compared.
         """
         if isinstance(requests, str | Mapping) or not isinstance(requests, Iterable):
-            raise ArgumentError(f"answers are to a list of requests, got {quoted(requests)}")
+            raise ArgumentError(f"requests: expected a list, got {quoted(requests)}")
         decoding = Decoding.of(settings)
         check_count("batch_size", batch_size)
         conversations = [

@@ -15,6 +15,7 @@ from typing import Any
 from vlm_tune.config.yaml_source import read_yaml_text
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.evaluation.texts import normalise
+from vlm_tune.paths import shown_path
 from vlm_tune.rendering.charts import Panel, chart
 from vlm_tune.rendering.page import is_long, percent, thumbnail, write_html
 from vlm_tune.rendering.report_scores import (
@@ -39,7 +40,9 @@ def write_report(run: Path) -> Path:
     Parts whose file is missing are left out. Raises `RecipeError` for a folder without recipe.yaml.
     """
     if not (run / "recipe.yaml").is_file():
-        raise RecipeError([Problem(str(run), "not the folder of a run: it has no recipe.yaml")])
+        raise RecipeError(
+            [Problem(shown_path(run), "not the folder of a run: it has no recipe.yaml")]
+        )
     recipe = (run / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     try:
         values = read_yaml_text(recipe, "recipe.yaml").value

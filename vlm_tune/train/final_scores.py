@@ -30,7 +30,7 @@ from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.precision import DTYPES
 from vlm_tune.resources import peak_resident_memory
-from vlm_tune.run_folder import check_present
+from vlm_tune.run_folder import check_present, finished_stages
 from vlm_tune.train.engines.base import shards
 from vlm_tune.train.resuming import read_json
 from vlm_tune.train.stage import Context
@@ -85,7 +85,7 @@ def caches_features(stage: Recipe | None, model: Path) -> bool | Literal["auto"]
     """
     setting = "auto" if stage is None else stage.train.cache_features
     folder = find_model(model).resolve()
-    done = sorted((folder.parent / "stages").glob("*/done.json")) if folder.name == "model" else []
+    done = finished_stages(folder)
     if setting != "auto" or not done:
         return setting
     lost = "features are cached where there is room"

@@ -149,7 +149,7 @@ def _check_processes(run: Path, then: int, now: int) -> None:
     if now != then:
         many = f"--processes {then}" if then > 1 else "one process alone"
         hint = f"the run was trained by {then} processes, this is {now}; replay it with {many}"
-        raise RecipeError([Problem(str(run), hint)])
+        raise RecipeError([Problem(shown_path(run), hint)])
 
 
 def _replay(report: ReplayReport, loop: StageLoop, folder: Path, scratch: Path) -> None:
