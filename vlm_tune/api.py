@@ -150,31 +150,30 @@ def evaluate(
         raise RecipeError([Problem("--split", f"{quoted(split)} is none of validation, test")])
     check_count("--limit", limit)
     precision = dtype_of(dtype)
+    places = base_choice(base, accept_other_base)
     folder = Path(model)
     if data is not None:
         stage = _last_stage(folder, recipe, overrides)
         given = EvaluateSection() if stage is None else stage.evaluate
         settings = chosen_settings(given, metrics, baselines)
-        rows = read_files([data] if isinstance(data, str | Path) else list(data))[:limit]
-        vlm = load_model(folder, dtype=precision, base=base_choice(base, accept_other_base))
+        rows = read_files(data)[:limit]
+        vlm = load_model(folder, dtype=precision, base=places)
         caches = caches_features(stage, folder)
         return _score_rows(vlm, rows, settings, stage, caches, compile=False, show=show)
     loaded = as_recipe(find_recipe(folder) if recipe is None else recipe, overrides)
     stage = loaded.resolved_stages()[-1][1]
     settings = chosen_settings(stage.evaluate, metrics, baselines)
+    _check_part(stage, split)
+    vlm = load_model(folder, dtype=precision, base=places)
+    options: dict[str, Any] = {"split": split, "limit": limit, "settings": settings, "show": show}
+    return evaluate_model(vlm, loaded, caches=caches_features(stage, folder), **options)
+
+
+def _check_part(stage: Recipe, split: str) -> None:
+    """Raises `RecipeError` if a part of a stage's data is empty."""
     held_out = stage.data.split is not None and getattr(stage.data.split, split) > 0
     if not getattr(stage.data, split) and not held_out:
         raise RecipeError([Problem("recipe", f"data.{split} is empty: there is nothing to score")])
-    vlm = load_model(folder, dtype=precision, base=base_choice(base, accept_other_base))
-    return evaluate_model(
-        vlm,
-        loaded,
-        split=split,
-        limit=limit,
-        settings=settings,
-        caches=caches_features(stage, folder),
-        show=show,
-    )
 
 
 def evaluate_model(

@@ -103,12 +103,13 @@ def run_of(
     rows: list[Conversation],
     training: list[Conversation],
     seconds: float = 1.0,
+    caches: bool = True,
     **settings: object,
 ) -> Scores:
     scores = score(model, rows, decoding=Decoding(2), loss=False)
     section = EvaluateSection(max_new_tokens=2, **settings)  # type: ignore[arg-type]
     media = distinct_media(training)
-    BaselineRun(model, rows, Training(training, media), section, seconds).add(scores)
+    BaselineRun(model, rows, Training(training, media), section, seconds, caches).add(scores)
     return scores
 
 
@@ -145,7 +146,7 @@ def test_the_blind_model_sees_no_image(
 
     monkeypatch.setattr(baseline_run, "answer_prompts", fake)
     settings = EvaluateSection(baselines=["blind"])
-    BaselineRun(model, rows, Training(), settings, 1e6).add(scores)
+    BaselineRun(model, rows, Training(), settings, 1e6, caches=False).add(scores)
     assert len(prompts) == len(rows)
     assert not any(prompt.media or prompt.image_mask.any() for prompt in prompts)
     assert scores.baselines["blind"]["exact_match"]["value"] == 1.0
@@ -172,6 +173,19 @@ def test_what_is_not_cheap_is_left_out_with_its_cost(
     tower_features(model, distinct_media(rows))
     assert has_features(model, distinct_media(rows))
     assert "nearest" in run_of(model, rows, rows, seconds=100.0).baselines
+
+
+def test_without_a_cache_baselines_compute_features_and_store_none(
+    tiny_recipe: Callable[..., str],
+) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    model = built(recipe).train()
+    rows = rows_of(recipe)
+    images = distinct_media(rows)
+    computed = run_of(model, rows, rows, caches=False, baselines=["nearest"])
+    assert model.training and not has_features(model, images)
+    assert computed.baselines == run_of(model, rows, rows, baselines=["nearest"]).baselines
+    assert has_features(model, images)
 
 
 def test_named_baselines_that_can_not_be_computed_are_noted(

@@ -33,7 +33,11 @@ def test_scores_are_scikit_learns(seed: int) -> None:
     answers, references = zip(*pairs, strict=True)
     for mean, wrap in (("macro", classes.macro), ("micro", classes.micro)):
         expected = precision_recall_fscore_support(
-            references, answers, labels=LABELS[:3], average=mean, zero_division=0
+            references,
+            answers,
+            labels=LABELS[:3],
+            average=mean,
+            zero_division=0,  # type: ignore[arg-type]
         )
         measures = (classes.precision, classes.recall, classes.f1)
         values = [float(wrap(measure)(totals)) for measure in measures]

@@ -61,12 +61,14 @@ def chosen_settings(
     return chosen
 
 
-def read_files(files: Sequence[str | Path]) -> list[Conversation]:
-    """The rows of all files; files of one name are told apart by their paths in scores.
+def read_files(data: str | Path | Sequence[str | Path]) -> list[Conversation]:
+    """The rows of a file or of several; those of one name are told apart by their paths in scores.
 
     Raises `DataError` for the first row that can't be used, `RecipeError` for a file that is no
     path, and for no files.
     """
+    several = isinstance(data, Sequence) and not isinstance(data, str)
+    files: Sequence[Any] = data if several else [data]
     if not files:
         raise RecipeError([Problem("data", "no file is named")])
     for file in files:
@@ -75,8 +77,8 @@ def read_files(files: Sequence[str | Path]) -> list[Conversation]:
     rows: list[Conversation] = []
     for file in files:
         read, _ = read_path(str(file), seed=0)
-        several = stems[Path(file).stem] > 1
-        rows += [replace(row, source_name=str(file)) for row in read] if several else read
+        alike = stems[Path(file).stem] > 1
+        rows += [replace(row, source_name=str(file)) for row in read] if alike else read
     return rows
 
 
