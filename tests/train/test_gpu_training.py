@@ -36,7 +36,7 @@ from vlm_tune import system
 from vlm_tune.api import sft
 from vlm_tune.config.engine import AutoEngine, FsdpEngine
 from vlm_tune.errors import RecipeError, TrainingError
-from vlm_tune.events import Event, Note, StageEvent
+from vlm_tune.events import Acceleration, Event, Note, StageEvent
 from vlm_tune.memory_plan import machine
 from vlm_tune.train import accelerator as accelerators
 from vlm_tune.train import environment as environments
@@ -230,9 +230,9 @@ def test_only_a_stage_that_trains_the_llm_reports_how_it_does(
 ) -> None:
     text = with_tune(tiny_recipe("causal", precision="bf16"), tune)
     recipe = parsed(text, train__steps=1)
-    events: list[dict[str, Any]] = []
+    events: list[StageEvent] = []
     stage_loop(built(recipe), recipe, tmp_path, report=events.append).run()
-    assert any(event["event"] == "acceleration" for event in events) == reports
+    assert any(isinstance(event, Acceleration) for event in events) == reports
 
 
 def test_a_gpu_that_emulates_bf16_is_named(
