@@ -15,6 +15,7 @@ from tests.helpers.forked_runs import runs, stage_of
 from tests.helpers.tiny_models import assert_same_bits
 from vlm_tune.api import sft
 from vlm_tune.errors import Interrupted, TrainingError
+from vlm_tune.events import Event, StageStart
 from vlm_tune.train.checkpoint import checkpoints
 from vlm_tune.train.meetings import Meetings
 from vlm_tune.train.step_trace import DIGESTS
@@ -45,8 +46,8 @@ def test_a_run_asked_before_its_first_step_takes_none_and_goes_on(
 ) -> None:
     """And the bits are those of a run that was not asked."""
 
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "stage":
+    def stop(event: Event) -> None:
+        if isinstance(event, StageStart):
             os.kill(os.getpid(), signal.SIGTERM)
 
     whole = sft(runs(tiny_recipe, "whole", train__steps=2)).folder

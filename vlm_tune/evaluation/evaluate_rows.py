@@ -67,8 +67,7 @@ def read_files(data: str | Path | Sequence[str | Path]) -> list[Conversation]:
     Raises `DataError` for the first row that can't be used, `RecipeError` for a file that is no
     path, and for no files.
     """
-    several = isinstance(data, Sequence) and not isinstance(data, str)
-    files: Sequence[Any] = data if several else [data]
+    files: Sequence[Any] = [data] if isinstance(data, str | Path) else data
     if not files:
         raise RecipeError([Problem("data", "no file is named")])
     for file in files:
