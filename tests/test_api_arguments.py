@@ -52,6 +52,10 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             vlm_tune.evaluate,
             {"model": run, "data": folder / "messages.jsonl", "limit": 1},
         ),
+        "compare": (
+            vlm_tune.compare,
+            {"first": run, "second": run, "data": folder / "messages.jsonl", "limit": 1},
+        ),
         "predict": (
             vlm_tune.predict,
             {

@@ -98,6 +98,8 @@ def test_files_of_one_name_are_told_apart(files: list[Path], tmp_path: Path) -> 
     [
         ("exact_match", None, "--metrics: expected a list of names"),
         (None, "all", "--baselines: expected a list of names"),
+        ([None], None, "--metrics: expected a list of names"),
+        (-7, None, "--metrics: expected a list of names"),
         (None, ["deaf"], "'deaf' is none of majority, same_question, nearest, probe, blind"),
         (["exact"], None, "'exact' is no metric"),
         ([], None, "--metrics: no metric is named"),

@@ -43,14 +43,16 @@ def chosen_settings(
     """
     changes: dict[str, Any] = {}
     for option, names in (("metrics", metrics), ("baselines", baselines)):
-        if isinstance(names, str) and (option, names) != ("baselines", "auto"):
-            raise RecipeError(
-                [Problem(f"--{option}", f"expected a list of names, not {quoted(names)}")]
-            )
-        if option == "metrics" and names is not None and not names:
-            raise RecipeError([Problem("--metrics", "no metric is named")])
-        if names is not None:
-            changes[option] = names if isinstance(names, str) else list(names)
+        if names is None:
+            continue
+        automatic = option == "baselines" and names == "auto"
+        listed = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        if not automatic and not listed:
+            message = f"expected a list of names, not {quoted(names)}"
+            raise RecipeError([Problem(f"--{option}", message)])
+        changes[option] = names if automatic else list(names)
+    if metrics is not None and not metrics:
+        raise RecipeError([Problem("--metrics", "no metric is named")])
     given = changes.get("baselines", "auto")
     for name in given if given != "auto" else ():
         if name not in get_args(Baseline):
@@ -67,7 +69,8 @@ def read_files(data: str | Path | Sequence[str | Path]) -> list[Conversation]:
     Raises `DataError` for the first row that can't be used, `RecipeError` for a file that is no
     path, and for no files.
     """
-    files: Sequence[Any] = [data] if isinstance(data, str | Path) else data
+    several = isinstance(data, Sequence) and not isinstance(data, str)
+    files: list[Any] = [*data] if several else [data]  # type: ignore[misc]
     if not files:
         raise RecipeError([Problem("data", "no file is named")])
     for file in files:
