@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vlm_tune.generation.chat import VisionLanguageModel
     from vlm_tune.memory_plan.plan import plan
     from vlm_tune.model.vlm import VisionLanguageConfig
+    from vlm_tune.recipe_writer.init import init
     from vlm_tune.train.replay import verify_run
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "export": "vlm_tune.exporting",
     "plan": "vlm_tune.memory_plan.plan",
     "predict": "vlm_tune.api",
+    "init": "vlm_tune.recipe_writer.init",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "init",
     "load_recipe",
     "merge",
     "plan",

@@ -1,4 +1,4 @@
-"""Commands that inspect a recipe and its data: show, check, plan, schema, recipes."""
+"""Commands that write or inspect a recipe and its data: init, show, check, plan, ..."""
 
 from __future__ import annotations
 
@@ -25,6 +25,64 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import EXIT_TRAINING, Problem, RecipeError
 from vlm_tune.paths import check_writable, shown_path, writing
 from vlm_tune.quoting import quoted, reason_of
+
+
+def init(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PATH]...",
+            help="files of rows, tar shards, a saved data set, or a folder of them or of class "
+            "folders",
+        ),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="convert a configuration of LLaMA-Factory, ms-swift, TRL or LLaVA (YAML, JSON, "
+            "or a script) in place of PATH",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="the recipe to write")] = Path("recipe.yaml"),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="a folder or hub name of an LLM or of a whole model; chosen by the machine "
+            "where not given"
+        ),
+    ] = None,
+    tower: Annotated[
+        str | None,
+        typer.Option(
+            help="a folder or hub name of a vision tower, or an open_clip one as NAME:TAG"
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing recipe")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at data and this machine, and write a recipe with the reason for each choice; exit code
+    3 if rows can't be used.
+    """
+    quiet_libraries()
+    from vlm_tune.recipe_writer.init import init as run
+    from vlm_tune.rendering.init_text import show_written
+    from vlm_tune.rendering.terminal import Display
+
+    console = Console(stderr=as_json)
+    with Display(console) as display:
+        written = run(
+            paths or (),
+            configuration=from_,
+            output=output,
+            model=model,
+            tower=tower,
+            force=force,
+            show=display,
+        )
+    print_json(written.summary()) if as_json else show_written(console, written)
+    sys.exit(written.exit_code)
 
 
 def show(

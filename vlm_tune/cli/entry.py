@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_tune.cli.chat import chat
-from vlm_tune.cli.data import check, plan, recipes, schema, show
+from vlm_tune.cli.data import check, init, plan, recipes, schema, show
 from vlm_tune.cli.evaluate import compare, evaluate, predict
 from vlm_tune.cli.model import export, merge
 from vlm_tune.cli.options import print_json
@@ -60,6 +60,7 @@ def root(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init,
     "sft": sft,
     "eval": evaluate,
     "compare": compare,

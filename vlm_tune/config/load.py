@@ -164,12 +164,12 @@ def dump_recipe(recipe: Recipe) -> str:
     yaml.width = 120
     data = recipe.model_dump()
     data["stages"] = recipe.model_dump(exclude_unset=True).get("stages", [])
-    yaml.dump(_quoted(data), stream)
+    yaml.dump(quoted_breaks(data), stream)
     return stream.getvalue()
 
 
-def _quoted(value: Any) -> Any:
-    """Marks texts with unusual line breaks for double quotes, throughout a value.
+def quoted_breaks(value: Any) -> Any:
+    """Marks texts with unusual line breaks for double quotes in YAML, throughout a value.
 
     In other styles YAML folds such breaks into blanks.
     """
@@ -180,8 +180,8 @@ def _quoted(value: Any) -> Any:
             DoubleQuotedScalarString(value) if set(value) & {"\x85", "\u2028", "\u2029"} else value
         )
     if isinstance(value, dict):
-        return {_quoted(key): _quoted(child) for key, child in value.items()}
-    return [_quoted(child) for child in value] if isinstance(value, list) else value
+        return {quoted_breaks(key): quoted_breaks(child) for key, child in value.items()}
+    return [quoted_breaks(child) for child in value] if isinstance(value, list) else value
 
 
 def check_recipe(located: Located) -> Recipe:

@@ -1,0 +1,1 @@
+"""What `vlm-tune init` does: a recipe for data, or from another framework's configuration."""

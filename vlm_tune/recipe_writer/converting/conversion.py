@@ -1,0 +1,95 @@
+"""What the converters of all frameworks share: the arguments, the draft, and what trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm_tune.recipe_writer.converting.arguments import Arguments
+from vlm_tune.recipe_writer.draft import Draft
+
+
+@dataclass
+class Conversion:
+    """A configuration on its way to a recipe.
+
+    Attributes:
+        framework: The framework's name.
+        folder: The configuration's folder.
+        arguments: Its keys and values.
+        draft: The recipe.
+        model: The model that the user names in place of the configuration's.
+        tower: The tower that the user names.
+    """
+
+    framework: str
+    folder: Path
+    arguments: Arguments
+    model: str | None = None
+    tower: str | None = None
+    draft: Draft = field(default_factory=Draft)
+
+    def set(self, name: str, value: Any, key: str = "") -> None:
+        """Sets a value of the recipe, and the key that it comes from as its reason."""
+        self.draft.set(name, value, f"from {key}" if key else "")
+
+    def set_default(self, name: str, value: Any, key: str) -> None:
+        """Sets a value that the configuration leaves to its framework."""
+        self.draft.set(name, value, f"{self.framework}'s default of {key}")
+
+
+Method = Literal["lora", "full"]
+
+
+@dataclass
+class WhatTrains:
+    """Which parts of the model train, how, and at which rates.
+
+    `lora` has the keys of a LoRA rule. A rate of None is the common one. `plain_connector` says
+    that the connector trains whole beside LoRA.
+    """
+
+    method: Method = "lora"
+    tower: bool = False
+    connector: bool = True
+    llm: bool = True
+    lora: dict[str, Any] = field(default_factory=dict)
+    tower_rate: float | None = None
+    connector_rate: float | None = None
+    llm_rate: float | None = None
+    plain_connector: bool = True
+
+
+def set_rules(conversion: Conversion, trains: WhatTrains, *, new_connector: bool) -> None:
+    """Writes the rules of `tune`; a connector from random weights trains in any case."""
+    draft = conversion.draft
+    framework = conversion.framework
+    if trains.tower:
+        _rule(draft, "tower.*", trains, trains.tower_rate, f"{framework} trains the tower")
+    else:
+        draft.rule(f"{framework} leaves the tower as it is", match="tower.*", how="frozen")
+    if trains.connector or new_connector:
+        reason = f"{framework} trains the connector"
+        if not trains.connector:
+            reason = "the connector starts from random weights here, so it has to train"
+        whole = trains.plain_connector or new_connector or trains.method == "full"
+        rule: dict[str, Any] = {"how": "full"} if whole else {"how": "lora", **trains.lora}
+        rate = {"learning_rate": trains.connector_rate} if trains.connector_rate else {}
+        draft.rule(reason, match="connector.*", **rule, **rate)
+    else:
+        draft.rule(f"{framework} leaves the connector as it is", match="connector.*", how="frozen")
+    if trains.llm:
+        _rule(draft, "llm.*", trains, trains.llm_rate, f"{framework} trains the LLM")
+    else:
+        draft.rule(f"{framework} leaves the LLM as it is", match="llm.*", how="frozen")
+
+
+def _rule(draft: Draft, match: str, trains: WhatTrains, rate: float | None, reason: str) -> None:
+    how: dict[str, Any] = {"how": "full"}
+    if trains.method == "lora":
+        lora = dict(trains.lora)
+        if match != "llm.*":  # names of the LLM's modules are not those of other parts
+            lora["target_modules"] = "all-linear"
+        how = {"how": "lora", **lora}
+    draft.rule(reason, match=match, **how, **({"learning_rate": rate} if rate else {}))

@@ -1,0 +1,271 @@
+"""Configurations of LLaMA-Factory (`llamafactory-cli train FILE.yaml`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.paths import is_file, shown_path
+from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
+from vlm_tune.recipe_writer.converting.models import Family, lora_targets, set_model
+from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources
+from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer, refuse_left
+
+MARKERS = {
+    "cutoff_len", "dataset_dir", "finetuning_type", "freeze_multi_modal_projector",
+    "freeze_vision_tower", "image_max_pixels", "lora_target", "media_dir", "stage", "val_size",
+}  # fmt: skip
+"""Keys by which a configuration is known."""
+
+VLM_TEMPLATES: dict[str, Family] = {
+    "llava": "llava",
+    **dict.fromkeys(
+        (
+            "gemma3", "gemma3n", "glm4v", "intern_vl", "kimi_vl", "llama4", "llava_next",
+            "llava_next_llama3", "llava_next_mistral", "llava_next_qwen", "llava_next_yi",
+            "minicpm_v", "minicpm_o", "mllama", "paligemma", "paligemma_chat", "pixtral",
+            "qwen2_omni", "qwen2_vl", "qwen3_vl", "qwen3_vl_nothink", "smolvlm", "video_llava",
+            "yi_vl",
+        ),
+        "other",
+    ),
+}  # fmt: skip
+"""Templates of vision-language models; the others are of language models."""
+TEMPLATES = {
+    "llava": "vicuna",
+    "vicuna": "vicuna",
+    "llama3": "llama3",
+    "qwen": "chatml",
+    "qwen3": "chatml",
+    "chatml": "chatml",
+    "yi": "chatml",
+}
+"""Our names of templates."""
+
+QUIET = {
+    "do_predict", "double_quantization", "enable_liger_kernel", "flash_attn", "low_cpu_mem_usage",
+    "overwrite_cache", "plot_loss", "preprocessing_batch_size", "preprocessing_num_workers",
+    "quantization_method", "tokenized_path", "upcast_layernorm", "use_fast_tokenizer",
+    "use_unsloth", "use_unsloth_gc", "disable_gradient_checkpointing",
+    "ignore_pad_token_for_loss", "print_param_status", "use_reentrant_gc", "pissa_convert",
+    "video_max_pixels", "video_fps", "video_maxlen", "data_shared_file_system",
+    "predict_with_generate", "compute_accuracy", "ray_run_name",
+}  # fmt: skip
+PREFIXES = ("shuffle", "swanlab_", "galore_", "apollo_", "badam_", "ppo_", "kto_", "ray_")
+"""Settings of what is off: another key of the same name turns it on."""
+
+REASONS = {
+    "additional_target": "name the parameters in a rule of their own: tune, how: full",
+    "adapter_name_or_path": "merge the adapter first, and name the merged model",
+    "create_new_adapter": "an adapter is merged before another one is trained",
+    "enable_thinking": "rows with reasoning are refused: no chat format here renders it",
+    "freeze_extra_modules": "name the parameters in a rule of their own: tune, how: full",
+    "image_max_pixels": "a tower reads images of one size: model.tower.image_size, and tiles for "
+    "larger ones",
+    "image_min_pixels": "a tower reads images of one size: model.tower.image_size",
+    "mask_history": "give turns that are context `weight: 0` in the rows",
+    "rope_scaling": "the LLM's positions stay as they are",
+    "tool_format": "rows with tools are refused: no chat format here renders them",
+    "train_on_prompt": "questions carry no loss here",
+    "use_badam": "AdamW is the only optimizer here",
+    "use_galore": "AdamW is the only optimizer here",
+    "use_apollo": "AdamW is the only optimizer here",
+    "use_llama_pro": "no blocks are added to the LLM",
+    "use_swanlab": "the trackers are tensorboard, wandb, mlflow and trackio",
+    "shift_attn": "attention is the model's own",
+}
+
+
+def convert(conversion: Conversion) -> None:
+    """Converts a configuration of LLaMA-Factory."""
+    arguments = conversion.arguments
+    stage = arguments.text("stage") or "sft"
+    if stage not in ("sft", "pt"):
+        arguments.refuse("stage", stage, "the recipe trains on answers, as `stage: sft` does")
+    template = arguments.text("template")
+    bits = arguments.count("quantization_bit")
+    if bits not in (None, 4, 8):
+        arguments.refuse("quantization_bit", bits, "weights are packed in 4 or 8 bit")
+    packed = {4: "nf4", 8: "int8"}.get(bits or 0)
+    kind = arguments.text("quantization_type")
+    new = set_model(
+        conversion,
+        "model_name_or_path",
+        arguments.text("model_name_or_path"),
+        family=VLM_TEMPLATES.get(template, "text") if template else None,
+        template=TEMPLATES.get(template or ""),
+        quantize="fp4" if packed == "nf4" and kind == "fp4" else packed,
+    )
+    _set_data(conversion)
+    convert_trainer(conversion, Defaults(checkpointing=True))
+    _set_tuning(conversion, new)
+    refuse_left(conversion, QUIET, REASONS, PREFIXES)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def _set_data(conversion: Conversion) -> None:
+    arguments = conversion.arguments
+    folder = arguments.text("dataset_dir") or "data"
+    media = arguments.text("media_dir")
+    info = _dataset_info(folder)
+    most = arguments.count("max_samples")
+    weights = arguments.names("interleave_probs")
+    strategy = arguments.text("mix_strategy") or "concat"
+    for part, key in (("train", "dataset"), ("validation", "eval_dataset")):
+        names = arguments.names(key)
+        sources = [_source(conversion, key, name, folder, media, info) for name in names]
+        for place, source in enumerate(sources):
+            if most:
+                source["limit"] = most
+            if part == "train" and strategy != "concat" and len(weights) == len(names):
+                source["weight"] = float(weights[place])
+        set_sources(conversion, part, sources, key)
+    share = arguments.number("val_size")
+    if share is not None and 0 < share < 1:
+        conversion.set("data.split", {"validation": share}, "val_size")
+    elif share:
+        reason = "what is held out is a share of the rows: data.split.validation"
+        arguments.refuse("val_size", share, reason)
+    set_max_length(conversion, "cutoff_len", 2048)
+    conversion.draft.set(
+        "data.overlong", "trim", "LLaMA-Factory cuts long rows; here only questions are cut"
+    )
+    if arguments.flag("packing") | arguments.flag("neat_packing"):
+        conversion.set("data.packing", True, "packing")
+    if arguments.flag("streaming"):
+        conversion.set("data.streaming", True, "streaming")
+        buffer = arguments.count("buffer_size")
+        if buffer:
+            conversion.set("data.shuffle_buffer", buffer, "buffer_size")
+    system = arguments.text("default_system")
+    if system:
+        conversion.set("data.system", system, "default_system")
+
+
+def _dataset_info(folder: str) -> dict[str, Any]:
+    """The descriptions of data sets in a folder, by name."""
+    path = Path(folder) / "dataset_info.json"
+    if not is_file(path):
+        return {}
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError([Problem(shown_path(path), f"can't be read as JSON: {error}")]) from None
+    if not isinstance(info, dict):
+        raise RecipeError([Problem(shown_path(path), "expected an object of data sets by name")])
+    return info
+
+
+def _source(
+    conversion: Conversion,
+    key: str,
+    name: str,
+    folder: str,
+    media: str | None,
+    info: dict[str, Any],
+) -> dict[str, Any]:
+    """A source for a data set, as dataset_info.json describes it."""
+    root = {"image_root": media} if media and Path(media) != Path(folder) else {}
+    about = info.get(name)
+    if not isinstance(about, dict):
+        reason = f"{Path(folder) / 'dataset_info.json'} does not describe it; its file was guessed"
+        conversion.arguments.refuse(key, name, reason)
+        return {"kind": "file", "path": str(Path(folder) / f"{name}.json"), **root}
+    columns = _columns(about)
+    extra: dict[str, Any] = {"columns": columns} if columns else {}
+    hub = about.get("hf_hub_url")
+    if "file_name" in about:
+        path = str(Path(folder) / about["file_name"])
+        if Path(path).is_dir():
+            return {"kind": "dataset", "name": path, **extra}
+        return {"kind": "file", "path": path, **root, **extra}
+    if hub:
+        split = {"split": about["split"]} if about.get("split") else {}
+        subset = {"config": about["subset"]} if about.get("subset") else {}
+        return {"kind": "dataset", "name": hub, **split, **subset, **extra}
+    reason = "only files and data sets of the Hugging Face hub are read"
+    conversion.arguments.refuse(key, name, reason)
+    return {"kind": "file", "path": str(Path(folder) / f"{name}.json"), **root}
+
+
+FIELDS = {
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "history": "history",
+    "system": "system",
+    "images": "images",
+    "videos": "videos",
+    "tools": "tools",
+}
+"""Our names of LLaMA-Factory's columns."""
+
+
+def _columns(about: dict[str, Any]) -> dict[str, str]:
+    """Our field names with the rows' own, where these differ."""
+    tags = about.get("tags") or {}
+    turns = "messages" if tags.get("role_tag") == "role" else "conversations"
+    fields = {**FIELDS, "messages": turns}
+    columns = about.get("columns") or {}
+    return {
+        fields[name]: theirs
+        for name, theirs in columns.items()
+        if name in fields and theirs and fields[name] != theirs
+    }
+
+
+# --- what trains ----------------------------------------------------------------------------------
+
+
+def _set_tuning(conversion: Conversion, new_connector: bool) -> None:
+    arguments = conversion.arguments
+    kind = arguments.text("finetuning_type") or "lora"
+    last_layers = arguments.count("freeze_trainable_layers")
+    if kind == "freeze":
+        reason = (
+            f"the recipe trains the LLM in full; set how: last_layers, layers: {last_layers or 2} "
+            "in its rule to train only these"
+        )
+        arguments.refuse("finetuning_type", kind, reason)
+    elif kind not in ("lora", "full"):
+        arguments.refuse("finetuning_type", kind, "adapters are LoRA here; the recipe takes LoRA")
+    trains = WhatTrains(
+        method="full" if kind in ("full", "freeze") else "lora",
+        tower=not arguments.flag("freeze_vision_tower", True),
+        connector=not arguments.flag("freeze_multi_modal_projector", True),
+        llm=not arguments.flag("freeze_language_model"),
+        lora=_lora(conversion),
+        plain_connector=False,
+    )
+    set_rules(conversion, trains, new_connector=new_connector)
+
+
+def _lora(conversion: Conversion) -> dict[str, Any]:
+    """The keys of a LoRA rule."""
+    arguments = conversion.arguments
+    rank = arguments.count("lora_rank") or 8
+    rule: dict[str, Any] = {"r": rank, "lora_alpha": arguments.count("lora_alpha") or 2 * rank}
+    dropout = arguments.number("lora_dropout")
+    if dropout:
+        rule["lora_dropout"] = dropout
+    names = arguments.names("lora_target")
+    rule["target_modules"] = lora_targets(conversion, names, "lora_target")
+    if arguments.flag("use_dora"):
+        rule["variant"] = "dora"
+    elif arguments.flag("use_rslora"):
+        rule["variant"] = "rslora"
+    if arguments.flag("pissa_init"):
+        rule["init"] = "pissa"
+        iterations = arguments.number("pissa_iter")
+        if iterations is None or iterations > 0:
+            rule["pissa_niter"] = int(iterations or 16)
+    ratio = arguments.number("loraplus_lr_ratio")
+    if ratio:
+        rule["lora_plus_ratio"] = ratio
+    for key in ("loraplus_lr_embedding", "pissa_iter"):
+        arguments.take(key)
+    return rule

@@ -1,0 +1,153 @@
+"""The model of another framework's configuration as a recipe's `model` and chat format."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from vlm_tune.errors import ModelError
+from vlm_tune.model.hub import config_source
+from vlm_tune.model.vlm_layouts import find_vlm
+from vlm_tune.quoting import quoted
+from vlm_tune.recipe_writer.converting.conversion import Conversion
+from vlm_tune.recipe_writer.models import (
+    LARGE_WIDTH,
+    LLAVA,
+    causal_template,
+    is_causal,
+    named_model,
+    tower_section,
+)
+
+Family = Literal["llava", "other", "text"]
+"""LLaVA-1.5; another vision-language model; a language model."""
+
+LLAMA_MODULES = {
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+}  # fmt: skip
+"""The linear layers of LLaVA-1.5's language model."""
+
+
+def set_model(
+    conversion: Conversion,
+    key: str,
+    name: str | None,
+    *,
+    family: Family | None = None,
+    template: str | None = None,
+    quantize: str | None = None,
+) -> bool:
+    """Sets the model, its quantisation and its chat format.
+
+    Args:
+        conversion: the configuration on its way.
+        key: the key that names the model.
+        name: the model's folder or hub name; None where the configuration names none.
+        family: what the configuration says the model is; used where its config can't be read.
+        template: our name of the configuration's chat format.
+        quantize: how the LLM's weights are packed.
+
+    Returns:
+        Whether the connector starts from random weights.
+    """
+    if conversion.model is not None:
+        return _take_users(conversion, quantize)
+    name = name or LLAVA
+    config = _config(name)
+    vlm = find_vlm(name)
+    if vlm is not None:
+        family = "llava"
+        template = "vicuna" if is_causal(vlm) else "blip2"
+    elif config is not None:
+        family = "other" if "vision_config" in config else "text"
+    if family == "text":
+        _set_llm(conversion, key, name, config, template, quantize)
+        return True
+    if family == "other":
+        reason = (
+            "LLaVA-1.5, BLIP-2 and InstructBLIP are loaded whole, others are not; the recipe takes "
+            f"{LLAVA} (--model chooses another)"
+        )
+        conversion.arguments.refuse(key, name, reason)
+        conversion.draft.set("model.pretrained", LLAVA, f"in place of {quoted(name)}")
+        template = "vicuna"
+    else:
+        conversion.set("model.pretrained", name, key)
+        if config is None:
+            conversion.draft.reasons["model.pretrained"] += (
+                "; its config is not on this machine, so `vlm-tune check` has to say whether it is "
+                "of a kind that is loaded whole"
+            )
+    if quantize:
+        conversion.set("model.llm", {"quantize": quantize}, "its quantisation")
+    conversion.draft.set("data.template", template or "vicuna", "the chat format of this model")
+    return False
+
+
+def _config(name: str) -> dict[str, Any] | None:
+    """The config of a model, None where it can't be read."""
+    from transformers.configuration_utils import PretrainedConfig
+
+    try:
+        return PretrainedConfig.get_config_dict(config_source(name))[0]
+    except (OSError, ValueError):
+        return None
+
+
+def _take_users(conversion: Conversion, quantize: str | None) -> bool:
+    """Takes the model that --model names."""
+    choice = named_model(str(conversion.model), conversion.tower)
+    draft = conversion.draft
+    for name, value in choice.draft.values.items():
+        draft.set(name, value, choice.draft.reasons.get(name, ""))
+    if quantize:
+        llm = {**draft.values.get("model.llm", {}), "quantize": quantize}
+        draft.set("model.llm", llm, "named by --model; the quantisation is the configuration's")
+    return "model.pretrained" not in draft.values
+
+
+def _set_llm(
+    conversion: Conversion,
+    key: str,
+    name: str,
+    config: dict[str, Any] | None,
+    template: str | None,
+    quantize: str | None,
+) -> None:
+    """Sets a language model under a tower, which its configuration does not have."""
+    known = config or {}
+    seq2seq = bool(known.get("is_encoder_decoder")) or known.get("model_type") == "t5"
+    packed = {"quantize": quantize} if quantize else {}
+    llm = {"kind": "seq2seq" if seq2seq else "causal", "name": name, **packed}
+    conversion.set("model.llm", llm, key)
+    draft = conversion.draft
+    if "model.tower" not in draft.values:
+        section, reason = tower_section(conversion.tower, _width(config) >= LARGE_WIDTH)
+        draft.set("model.tower", section, f"the configuration names none; {reason}")
+        draft.set("model.connector", {"kind": "mlp", "depth": 2}, "from random weights")
+    if seq2seq:
+        template = "flan"
+    elif template is None:
+        try:
+            template = causal_template(name)
+        except ModelError:  # not on this machine
+            template = "chatml"
+    draft.set("data.template", template, "the chat format of this language model")
+
+
+def _width(config: dict[str, Any] | None) -> int:
+    """The width of a language model; that of a large one where it is not known."""
+    if config is None:
+        return LARGE_WIDTH
+    return config.get("hidden_size") or config.get("d_model") or 0
+
+
+def lora_targets(conversion: Conversion, names: list[str], key: str) -> list[str] | str:
+    """The modules of a LoRA rule: the configuration's names, or all linear layers."""
+    if not names or any(name in ("all", "all-linear") for name in names):
+        return "all-linear"
+    swapped = conversion.draft.values.get("model.pretrained") == LLAVA and conversion.model is None
+    if swapped and not set(names) <= LLAMA_MODULES:
+        reason = f"{LLAVA} has no such modules, so all linear layers of its LLM are taken"
+        conversion.arguments.refuse(key, names, reason)
+        return "all-linear"
+    return names

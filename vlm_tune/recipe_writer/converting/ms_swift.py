@@ -1,0 +1,222 @@
+"""Configurations of ms-swift: YAML, a script with `swift sft`, or a run's `args.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
+from vlm_tune.recipe_writer.converting.models import Family, lora_targets, set_model
+from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources, source_of
+from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer, refuse_left
+
+MARKERS = {
+    "aligner_lr", "attn_impl", "freeze_aligner", "freeze_vit", "model", "model_id_or_path",
+    "model_type", "sft_type", "split_dataset_ratio", "target_modules", "train_type",
+    "truncation_strategy", "tuner_type", "val_dataset", "vit_lr",
+}  # fmt: skip
+"""Keys by which a configuration is known."""
+
+MODEL_TYPES: dict[str, Family] = {
+    "llava1_5_hf": "llava",
+    **dict.fromkeys(
+        (
+            "deepseek_vl", "deepseek_vl2", "florence", "gemma3_vision", "glm4v", "glm4_5v",
+            "got_ocr2", "idefics3", "internvl2", "internvl2_5", "internvl3", "internvl3_5",
+            "internvl_chat", "kimi_vl", "llama3_2_vision", "llava1_6_mistral_hf",
+            "llava1_6_vicuna_hf", "llava_onevision_hf", "minicpmv", "minicpmv2_6", "minicpmv4",
+            "molmo", "ovis2", "paligemma", "phi3_vision", "phi4_multimodal", "pixtral",
+            "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_omni", "qwen3_vl", "qwen_vl",
+        ),
+        "other",
+    ),
+}  # fmt: skip
+"""Types of vision-language models; the others are of language models."""
+TEMPLATES = {"qwen": "chatml", "chatml": "chatml", "qwen2_5": "chatml", "llama3": "llama3"}
+"""Our names of templates."""
+
+QUIET = {
+    "attn_impl", "add_version", "check_model", "ckpt_dir", "create_checkpoint_symlink",
+    "dataset_num_proc", "dataset_shuffle", "device_map", "download_mode", "enable_cache",
+    "eval_strategy", "global_world_size", "hub", "ignore_args_error", "interleave_prob",
+    "load_args", "load_data_args", "load_from_cache_file", "local_repo_path",
+    "local_world_size", "loss_type", "lora_bias", "lora_dtype", "bnb_4bit_compute_dtype",
+    "bnb_4bit_use_double_quant", "model_dir", "model_info", "model_meta", "model_suffix",
+    "output_dir_postfix", "padding_free", "padding_side", "predict_with_generate", "quant_method",
+    "rank", "stream", "stopping_strategy", "strict", "swift_version",
+    "template_backend", "train_dataloader_shuffle", "training_args", "tuner_backend", "use_hf",
+    "use_swift_lora", "val_dataset_shuffle", "vit_gradient_checkpointing",
+    "metric_for_best_model", "use_chat_template", "metric",
+    "router_aux_loss_coef", "hub_private_repo", "model_author", "model_name", "num_beams",
+    "temperature", "repetition_penalty", "save_strategy", "eval_dataset_args", "dataset_kwargs",
+    "logprobs", "problem_type", "lazy_tokenize", "init_weights",
+}  # fmt: skip
+PREFIXES = (
+    "adalora_", "boft_", "fourier_", "galore_", "lisa_", "llamapro_", "lora_ga_", "reft_", "vera_",
+    "vllm_", "sglang_", "lmdeploy_", "ray_", "eval_", "packing_", "hqq_", "optim_target",
+)  # fmt: skip
+"""Settings of other tuners and of servers, which `args.json` writes out for every run."""
+
+USUAL = {
+    "deepspeed_autotp_size": 1,
+    "loss_scale": "default",
+    "sequence_parallel_size": 1,
+    "shuffle_buffer_size": 1000,
+}
+"""Defaults that `args.json` writes out for every run."""
+
+REASONS = {
+    "MAX_PIXELS": "a tower reads images of one size: model.tower.image_size, and tiles for larger",
+    "MIN_PIXELS": "a tower reads images of one size: model.tower.image_size",
+    "VIDEO_MAX_PIXELS": "a tower reads images of one size: model.tower.image_size",
+    "FPS_MAX_FRAMES": "a source's video_frames says how many frames are read",
+    "adapters": "merge the adapter first, and name the merged model",
+    "agent_template": "rows with tools are refused: no chat format here renders them",
+    "custom_register_path": "code is never run; docs/data.md lists the forms of rows",
+    "external_plugins": "code is never run",
+    "freeze_parameters": "name the parameters in a rule of their own: tune, how: frozen",
+    "freeze_parameters_ratio": "how: last_layers in a rule of `tune` trains the last blocks",
+    "loss_scale": "all answers weigh the same; rows give turns `weight: 0`",
+    "max_pixels": "a tower reads images of one size: model.tower.image_size, and tiles for larger",
+    "model_kwargs": "these are settings of one model, and no key of a recipe is known for them",
+    "modules_to_save": "name the parameters in a rule of their own: tune, how: full",
+    "new_special_tokens": "model.llm.added_special_tokens takes a list of tokens",
+    "num_labels": "answers are text, also in classification",
+    "rope_scaling": "the LLM's positions stay as they are",
+    "sequence_parallel_size": "a row is on one device",
+    "target_regex": "a rule of `tune` matches by globs, and target_modules by names",
+    "trainable_parameters": "name the parameters in a rule of their own: tune, how: full",
+    "use_galore": "AdamW is the only optimizer here",
+}
+
+
+def convert(conversion: Conversion) -> None:
+    """Converts a configuration of ms-swift."""
+    arguments = conversion.arguments
+    kind = arguments.text("tuner_type", "train_type", "sft_type") or "lora"
+    bits = arguments.count("quant_bits")
+    if bits not in (None, 4, 8):
+        arguments.refuse("quant_bits", bits, "weights are packed in 4 or 8 bit")
+    fp4 = arguments.text("bnb_4bit_quant_type") == "fp4"
+    model_type = arguments.text("model_type")
+    template = arguments.text("template")
+    new = set_model(
+        conversion,
+        "model",
+        arguments.text("model", "model_id_or_path"),
+        family=MODEL_TYPES.get(model_type, "text") if model_type else None,
+        template=TEMPLATES.get(template or ""),
+        quantize={4: "fp4" if fp4 else "nf4", 8: "int8"}.get(bits or 0),
+    )
+    _set_data(conversion)
+    usual = Defaults(
+        batch=1,
+        accumulation=16,
+        learning_rate=1e-5 if kind == "full" else 1e-4,
+        weight_decay=0.1,
+        beta2=0.95,
+        schedule="cosine",
+        checkpointing=True,
+    )
+    convert_trainer(conversion, usual)
+    _set_tuning(conversion, kind, new)
+    task = arguments.text("task_type")
+    if task not in (None, "causal_lm"):
+        arguments.refuse("task_type", task, "answers are text, also in classification")
+    refuse_left(conversion, QUIET, REASONS, PREFIXES, USUAL)
+
+
+def _set_data(conversion: Conversion) -> None:
+    arguments = conversion.arguments
+    columns = _columns(conversion)
+    for part, key in (("train", "dataset"), ("validation", "val_dataset")):
+        names = arguments.take(key) or []
+        names = names if isinstance(names, list) else str(names).split()
+        set_sources(conversion, part, [_source(str(name)) | columns for name in names], key)
+    share = arguments.number("split_dataset_ratio")
+    if share and "data.validation" not in conversion.draft.values:
+        conversion.set("data.split", {"validation": share}, "split_dataset_ratio")
+    set_max_length(conversion, "max_length", 2048)
+    strategy = arguments.text("truncation_strategy") or "delete"
+    overlong = "drop" if strategy == "delete" else "split" if strategy == "split" else "trim"
+    conversion.draft.set("data.overlong", overlong, f"from truncation_strategy: {strategy}")
+    if arguments.flag("packing"):
+        conversion.set("data.packing", True, "packing")
+    if arguments.flag("streaming"):
+        conversion.set("data.streaming", True, "streaming")
+    system = arguments.text("system")
+    if system:
+        conversion.set("data.system", system, "system")
+
+
+def _source(name: str) -> dict[str, Any]:
+    """A source for `path_or_id:subset#count`."""
+    name, _, count = name.partition("#")
+    name = name.removeprefix("HF::").removeprefix("MS::")
+    source = source_of(name)
+    if source["kind"] == "dataset" and ":" in name:
+        source["name"], _, source["config"] = name.partition(":")
+    if count.isdecimal():
+        source["limit"] = int(count)
+    return source
+
+
+OURS = {"query": "prompt", "response": "completion", "system": "system", "images": "images"}
+"""Our names of ms-swift's columns."""
+
+
+def _columns(conversion: Conversion) -> dict[str, Any]:
+    """`columns` of the sources; ms-swift gives the rows' own names first."""
+    columns = conversion.arguments.take("columns")
+    if not isinstance(columns, dict):
+        return {}
+    ours = {OURS.get(name, name): theirs for theirs, name in columns.items()}
+    return {"columns": ours}
+
+
+def _set_tuning(conversion: Conversion, kind: str, new_connector: bool) -> None:
+    arguments = conversion.arguments
+    if kind not in ("lora", "full"):
+        arguments.refuse("tuner_type", kind, "adapters are LoRA here; the recipe takes LoRA")
+    trains = WhatTrains(
+        method="full" if kind == "full" else "lora",
+        tower=not arguments.flag("freeze_vit", True),
+        connector=not arguments.flag("freeze_aligner", True),
+        llm=not arguments.flag("freeze_llm"),
+        lora=_lora(conversion),
+        tower_rate=arguments.number("vit_lr"),
+        connector_rate=arguments.number("aligner_lr"),
+        plain_connector=False,
+    )
+    set_rules(conversion, trains, new_connector=new_connector)
+
+
+def _lora(conversion: Conversion) -> dict[str, Any]:
+    """The keys of a LoRA rule."""
+    arguments = conversion.arguments
+    rule: dict[str, Any] = {
+        "r": arguments.count("lora_rank") or 8,
+        "lora_alpha": arguments.count("lora_alpha") or 32,
+    }
+    dropout = arguments.number("lora_dropout")
+    if dropout is None or dropout:
+        rule["lora_dropout"] = 0.05 if dropout is None else dropout
+    names = arguments.names("target_modules")
+    rule["target_modules"] = lora_targets(conversion, names, "target_modules")
+    if arguments.flag("use_dora"):
+        rule["variant"] = "dora"
+    elif arguments.flag("use_rslora"):
+        rule["variant"] = "rslora"
+    ratio = arguments.number("lorap_lr_ratio")
+    if ratio:
+        rule["lora_plus_ratio"] = ratio
+    start = str(arguments.take("init_weights") or "true").lower()
+    if start == "gaussian":
+        rule["init"] = "gaussian"
+    elif start.startswith("pissa"):
+        rule["init"] = "pissa"
+        iterations = start.removeprefix("pissa").removeprefix("_niter_")
+        if iterations.isdecimal():
+            rule["pissa_niter"] = int(iterations)
+    elif start != "true":
+        arguments.refuse("init_weights", start, "A is random and B zero, gaussian, or PiSSA")
+    return rule

@@ -1,0 +1,119 @@
+"""Reads the configuration of another framework: YAML, JSON, or the arguments in a shell script."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from vlm_tune.config.yaml_source import read_yaml_text
+from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.paths import is_file, shown_path
+from vlm_tune.quoting import quoted
+
+LARGEST = 1_000_000
+"""Bytes of a configuration."""
+SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch")
+VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
+"""`$NAME`, `${NAME}` and `${NAME:-default}`."""
+NAMED = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)")
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """The keys and values of a configuration.
+
+    Of a shell script they are the flags of its training command, and the variables set for it.
+
+    Raises:
+        RecipeError: there is no such file, or it holds no mapping and no command with flags.
+    """
+    place = shown_path(path)
+    if not is_file(path):
+        raise RecipeError([Problem(place, "no such file: --from takes a configuration's file")])
+    try:
+        content = path.read_bytes()
+        text = content[: LARGEST + 1].decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError([Problem(place, f"can't be read as text: {error}")]) from None
+    if len(content) > LARGEST:
+        message = f"has {len(content):,} bytes, too many for a configuration"
+        raise RecipeError([Problem(place, message)])
+    if path.suffix.lower() in SCRIPTS or text.startswith("#!"):
+        values: Any = _script(text, place)
+    elif path.suffix.lower() == ".json":
+        values = _json(text, place)
+    else:
+        values = read_yaml_text(text, place).value
+    if not isinstance(values, dict):
+        message = f"expected a mapping of keys and values, got {quoted(values)}"
+        raise RecipeError([Problem(place, message)])
+    return values
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError([Problem(place, f"not JSON: {error}")]) from None
+
+
+def _script(text: str, place: str) -> dict[str, Any]:
+    """The flags of the command with the most flags, and the variables set before it."""
+    variables: dict[str, str] = {}
+    best: dict[str, Any] = {}
+    for line in re.sub(r"\\[ \t]*\r?\n", " ", text).splitlines():
+        try:
+            words = shlex.split(_expanded(line, variables), comments=True)
+        except ValueError as error:
+            raise RecipeError([Problem(place, f"not a shell script: {error}")]) from None
+        command = list(words)
+        while command and (match := NAMED.fullmatch(command[0])):
+            variables[match[1]] = match[2]
+            command.pop(0)
+            if command and command[0] == "export":
+                command.pop(0)
+        if command and command[0] == "export":
+            named = filter(None, map(NAMED.fullmatch, command))
+            variables |= {match[1]: match[2] for match in named}
+        flags = _flags(command)
+        if len(flags) > len(best):
+            best = flags
+    if not best:
+        message = "no command with flags (--key value) is in this script"
+        raise RecipeError([Problem(place, message)])
+    return {key: value for key, value in variables.items() if key in ENVIRONMENT} | best
+
+
+ENVIRONMENT = ("MAX_PIXELS", "MIN_PIXELS", "VIDEO_MAX_PIXELS", "FPS_MAX_FRAMES")
+"""Variables by which ms-swift is told how large images may be."""
+
+
+def _expanded(line: str, variables: dict[str, str]) -> str:
+    """The line with its variables replaced by their values, as far as they are known."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        return variables.get(name, match[3] if match[3] is not None else match[0])
+
+    return VARIABLE.sub(value, line)
+
+
+def _flags(words: list[str]) -> dict[str, Any]:
+    """The flags of a command, without those of the launcher before the script."""
+    scripts = [place for place, word in enumerate(words) if word.endswith(".py")]
+    flags: dict[str, list[str]] = {}
+    name: str | None = None
+    for word in words[scripts[0] + 1 if scripts else 0 :]:
+        if word in ("|", "&&", ";", ">", "2>&1", "&"):
+            break
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            flags[name] = [value] if equals else []
+        elif name is not None:
+            flags[name].append(word)
+    return {
+        name: True if not values else values[0] if len(values) == 1 else values
+        for name, values in flags.items()
+    }

@@ -1,0 +1,113 @@
+"""Configurations of TRL's SFTTrainer: the keys of ScriptArguments, SFTConfig and ModelConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
+from vlm_tune.recipe_writer.converting.models import lora_targets, set_model
+from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources, source_of
+from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer, refuse_left
+
+MARKERS = {
+    "assistant_only_loss", "completion_only_loss", "dataset_config", "dataset_name",
+    "dataset_test_split", "dataset_text_field", "dataset_train_split", "load_in_4bit",
+    "load_in_8bit", "lora_r", "lora_target_modules", "max_seq_length", "use_peft",
+}  # fmt: skip
+"""Keys by which a configuration is known."""
+
+QUIET = {
+    "attn_implementation", "assistant_only_loss", "bnb_4bit_quant_storage", "completion_only_loss",
+    "dataset_kwargs", "dataset_num_proc", "dataset_text_field", "eval_packing", "lora_task_type",
+    "model_revision", "packing_strategy", "pad_to_multiple_of", "padding_free", "shuffle_dataset",
+    "truncation_mode", "use_bnb_nested_quant", "eval_strategy", "ignore_bias_buffers",
+    "lora_target_parameters", "pad_token", "activation_offloading", "save_strategy", "loss_type",
+}  # fmt: skip
+
+REASONS = {
+    "chat_template_path": "data.template names a chat format of our own kind (docs/data.md)",
+    "eos_token": "the chat format says what ends an answer",
+    "lora_modules_to_save": "name the parameters in a rule of their own: tune, how: full",
+    "model_init_kwargs": "the recipe's own keys say how a model is loaded",
+    "router_aux_loss_coef": "the loss is plain cross-entropy",
+}
+
+
+def convert(conversion: Conversion) -> None:
+    """Converts a configuration of TRL."""
+    arguments = conversion.arguments
+    four = arguments.flag("load_in_4bit")
+    eight = arguments.flag("load_in_8bit")
+    kind = arguments.text("bnb_4bit_quant_type") or "nf4"
+    new = set_model(
+        conversion,
+        "model_name_or_path",
+        arguments.text("model_name_or_path", "model_name"),
+        quantize=kind if four else "int8" if eight else None,
+    )
+    _set_data(conversion)
+    usual = Defaults(learning_rate=2e-5, checkpointing=True)
+    convert_trainer(conversion, usual)
+    lora = arguments.flag("use_peft") or "lora_r" in arguments or four or eight
+    trains = WhatTrains(method="lora" if lora else "full", lora=_lora(conversion))
+    trains.connector = not lora
+    trains.tower = not lora
+    set_rules(conversion, trains, new_connector=new)
+    refuse_left(conversion, QUIET, REASONS)
+
+
+def _set_data(conversion: Conversion) -> None:
+    arguments = conversion.arguments
+    name = arguments.text("dataset_name")
+    config = arguments.text("dataset_config")
+    train = arguments.text("dataset_train_split") or "train"
+    test = arguments.text("dataset_test_split")
+    streamed = arguments.flag("dataset_streaming") | arguments.flag("streaming")
+    mixture = arguments.take("datasets")
+    sources = [] if name is None else [_source(name, config, train)]
+    if isinstance(mixture, list):
+        sources += [
+            _source(str(each.get("path")), each.get("name"), each.get("split") or "train")
+            for each in mixture
+            if isinstance(each, dict)
+        ]
+    set_sources(conversion, "train", sources, "dataset_name")
+    if name is not None and test and sources[0]["kind"] == "dataset":
+        scored = [_source(name, config, test)]
+        set_sources(conversion, "validation", scored, "dataset_test_split")
+    if "max_seq_length" in arguments:
+        set_max_length(conversion, "max_seq_length", 1024)
+    else:
+        set_max_length(conversion, "max_length", 1024)
+    conversion.draft.set("data.overlong", "trim", "TRL cuts long rows; here only questions are cut")
+    if arguments.flag("packing"):
+        conversion.set("data.packing", True, "packing")
+    if streamed:
+        conversion.set("data.streaming", True, "dataset_streaming")
+
+
+def _source(name: str, config: str | None, split: str) -> dict[str, Any]:
+    source = source_of(name)
+    if source["kind"] == "dataset":
+        source |= {"split": split} | ({"config": config} if config else {})
+    return source
+
+
+def _lora(conversion: Conversion) -> dict[str, Any]:
+    """The keys of a LoRA rule."""
+    arguments = conversion.arguments
+    dropout = arguments.number("lora_dropout")
+    dropout = 0.05 if dropout is None else dropout
+    names = arguments.names("lora_target_modules")
+    rule: dict[str, Any] = {
+        "r": arguments.count("lora_r") or 16,
+        "lora_alpha": arguments.count("lora_alpha") or 32,
+        "target_modules": lora_targets(conversion, names, "lora_target_modules"),
+    }
+    if dropout:
+        rule["lora_dropout"] = dropout
+    if arguments.flag("use_dora"):
+        rule["variant"] = "dora"
+    elif arguments.flag("use_rslora"):
+        rule["variant"] = "rslora"
+    return rule

@@ -1,0 +1,200 @@
+"""`vlm-tune init`: writes a recipe for data and this machine, or from another configuration."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_tune.config.load import load_recipe
+from vlm_tune.data_check.check import check
+from vlm_tune.data_check.findings import CheckReport
+from vlm_tune.errors import ModelError, Problem, RecipeError
+from vlm_tune.events import Report
+from vlm_tune.paths import check_path, check_writable, shown_path, writing
+from vlm_tune.quoting import reason_of
+from vlm_tune.recipe_writer.choose import set_data, set_evaluation, set_training
+from vlm_tune.recipe_writer.converting.convert import convert
+from vlm_tune.recipe_writer.draft import Draft
+from vlm_tune.recipe_writer.find_data import Sources, find_data
+from vlm_tune.recipe_writer.fit import Fit, fit
+from vlm_tune.recipe_writer.look import ROWS, Facts, look
+from vlm_tune.recipe_writer.machine import Machine, this_machine
+from vlm_tune.recipe_writer.models import ModelChoice, candidates, shape_tower
+from vlm_tune.recipe_writer.written import Written
+
+Paths = str | Path | Sequence[str | Path]
+FILE = "recipe.yaml"
+
+
+def init(
+    paths: Paths = (),
+    *,
+    configuration: str | Path | None = None,
+    output: str | Path = FILE,
+    model: str | None = None,
+    tower: str | None = None,
+    force: bool = False,
+    show: Report | None = None,
+) -> Written:
+    """Writes a recipe for data and this machine, or from another framework's configuration.
+
+    Args:
+        paths: files of rows, tar shards, a data set saved to disk, or a folder of them or of class
+            folders.
+        configuration: in place of `paths`, a configuration of LLaMA-Factory, ms-swift, TRL or
+            LLaVA.
+        output: the recipe to write.
+        model: a folder or hub name of an LLM or of a whole vision-language model; chosen by the
+            machine where not given.
+        tower: a folder or hub name of a vision tower, or an open_clip one as NAME:TAG.
+        force: replace an existing file at `output`.
+        show: called with every event.
+
+    Returns:
+        Where the recipe is, what it is about, and what the check of the data says.
+
+    Raises:
+        RecipeError: an argument can't be used, the output is there already, or the configuration
+            can't be read.
+        DataError: the data can't be read, or holds no images.
+        ModelError: the config of `model` can't be read.
+    """
+    named = _checked_paths(paths)
+    _check_arguments(named, configuration, output, model, tower, force)
+    target = Path(output)
+    if configuration is not None:
+        return convert(Path(configuration), target, model=model, tower=tower, show=show)
+    sources = find_data(named)
+    facts = look(sources["train"])
+    machine = this_machine()
+    choices = candidates(machine, facts, model, tower)
+    name = _name_of(named[0])
+
+    def draft_of(choice: ModelChoice, batch: int) -> Draft:
+        return _draft(name, sources, facts, machine, choice, batch)
+
+    chosen = fit(choices, facts, machine, draft_of, show)
+    report, unchecked = _checked(chosen.draft, facts, show)
+    with writing(target, "the recipe"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(chosen.draft.text(_title(named, machine, chosen)), encoding="utf-8")
+    return Written(
+        target,
+        load_recipe(target),
+        machine.description,
+        facts,
+        chosen.plan,
+        chosen.fits,
+        report,
+        unchecked,
+    )
+
+
+def _checked_paths(paths: Paths) -> list[str]:
+    listed = [paths] if isinstance(paths, str | Path) else paths
+    if not isinstance(listed, Sequence):
+        check_path("paths", listed)
+    for path in listed:
+        check_path("paths", path)
+    return [str(path) for path in listed]
+
+
+def _check_arguments(
+    paths: list[str],
+    configuration: Any,
+    output: Any,
+    model: Any,
+    tower: Any,
+    force: Any,
+) -> None:
+    """Raises `RecipeError` for arguments that can't be used."""
+    if bool(paths) == (configuration is not None):
+        message = "give the paths of data, or another framework's configuration with --from"
+        raise RecipeError([Problem("PATH", message)])
+    for option, name in (("--from", configuration), ("--model", model), ("--tower", tower)):
+        if name is not None:
+            check_path(option, name)
+    check_path("--output", output)
+    if force is not True and os.path.lexists(output):
+        message = "is there already; it is left as it is (--force replaces it)"
+        raise RecipeError([Problem(shown_path(output), message)])
+    check_writable(output, "the recipe")
+
+
+def _name_of(path: str) -> str:
+    """The run's name: that of the file or folder, as far as a run's name can be that."""
+    stem = Path(path).absolute().name.split(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-") or "run"
+
+
+def _draft(
+    name: str,
+    sources: Sources,
+    facts: Facts,
+    machine: Machine,
+    choice: ModelChoice,
+    batch: int,
+) -> Draft:
+    """The recipe's draft for a model and a batch."""
+    draft = choice.draft.copy()
+    draft.set("name", name)
+    draft.set("output", f"runs/{name}")
+    draft.set("seed", 0)
+    shape_tower(draft, facts, choice.size)
+    set_data(draft, facts, sources, choice)
+    set_training(draft, facts, machine, choice, batch)
+    set_evaluation(draft, facts, choice)
+    return draft
+
+
+def _checked(
+    draft: Draft, facts: Facts, show: Report | None
+) -> tuple[CheckReport | None, str | None]:
+    """The check's report, or the reason why there is none.
+
+    Where the images can't be divided as the draft says, the draft holds out less.
+    """
+    sample = ROWS if facts.rows > ROWS else None
+    try:
+        report = check(draft.recipe("recipe"), sample=sample, show=show)
+        while report.error_counts["split"] and _holds_out_less(draft):
+            report = check(draft.recipe("recipe"), sample=sample, show=show)
+    except ModelError as error:
+        return None, reason_of(error)
+    return report, None
+
+
+def _holds_out_less(draft: Draft) -> bool:
+    """Changes a split that does not fit the data; False where there is none left to change."""
+    split = draft.values.pop("data.split", None)
+    if split is None:
+        return False
+    if split.pop("stratify", False):
+        draft.set("data.split", split, draft.reasons["data.split"].partition(", and every")[0])
+        return True
+    draft.reasons.pop("data.split")
+    draft.reasons["data.train"] += (
+        "\nnothing is held out: too many rows share their images; add a file of rows about other "
+        "images as data.validation and data.test"
+    )
+    return True
+
+
+def _title(paths: list[str], machine: Machine, chosen: Fit) -> str:
+    """The comment at the head of the recipe."""
+    lines = [f"Written by `vlm-tune init {' '.join(paths)}` for: {machine.description}."]
+    if not chosen.fits:
+        lines.append(
+            f"It does not fit: {chosen.plan.needed / 1e9:.1f} GB are needed. Take a smaller model "
+            "(--model), or a machine with more memory."
+        )
+    seconds = chosen.plan.time(chosen.plan.stages[-1])
+    if seconds is not None:
+        least, most = (max(math.ceil(each / 60), 1) for each in seconds)
+        lines.append(f"Training is expected to take {least} to {most} minutes here.")
+    lines.append("Change what you like: docs/recipe.md explains every key.")
+    return "\n".join(lines)

@@ -1,0 +1,271 @@
+"""Looks at data before there is a recipe: how much there is, how large, and what is answered."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from vlm_tune.config.data import AnySource
+from vlm_tune.data.images.decode import image_size
+from vlm_tune.data.prepare.language import language_of
+from vlm_tune.data.sources.base import SourceReader
+from vlm_tune.data.sources.registry import open_source, read_all
+from vlm_tune.data.types import Conversation, Media
+from vlm_tune.errors import DataError
+from vlm_tune.paths import home
+from vlm_tune.quoting import name_list
+from vlm_tune.recipe_writer.find_data import has_images
+
+ROWS = 20_000
+"""Rows of a source that are read; `check` reads all."""
+SIZED = 500
+"""Images whose size is read from their header."""
+SHORT = 40
+"""Characters that nine of ten answers have at most where answers are short."""
+LONGER_THAN_WIDE = 1.25
+"""Ratio of an image's sides from which on it is not nearly square."""
+LANGUAGE_TEXTS = 50
+"""Texts of a source from which the language is detected."""
+LATIN_ENDS = 0x250
+"""The first code point behind the Latin letters."""
+
+Answers = Literal["repeated", "short", "long"]
+"""Kinds of answers: few different ones, open but short ones, and sentences."""
+
+
+@dataclass
+class _Seen:
+    """Counts over the rows that were read."""
+
+    rows: int = 0
+    bad: int = 0
+    first_fault: DataError | None = None
+    fault_kinds: Counter[str] = field(default_factory=Counter)
+    questions: int = 0
+    images: set[object] = field(default_factory=set)
+    samples: list[Media] = field(default_factory=list)
+    most_images: int = 0
+    answers: Counter[str] = field(default_factory=Counter)
+    categories: Counter[str] = field(default_factory=Counter)
+    longest: int = 0
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, row: Conversation) -> None:
+        self.rows += 1
+        answers = [each.text for each in row.messages if each.role == "assistant" and each.trained]
+        self.questions += len(answers)
+        self.answers.update(answers)
+        self.categories[row.category] += 1
+        media = row.media
+        self.most_images = max(self.most_images, len(media))
+        for each in media:
+            identity = _identity(each)
+            if identity not in self.images and len(self.samples) < SIZED:
+                self.samples.append(each)
+            self.images.add(identity)
+        length = sum(len(message.text) for message in row.messages)
+        self.longest = max(self.longest, length)
+        if len(self.texts) < LANGUAGE_TEXTS:
+            self.texts.append(" ".join(message.text for message in row.messages))
+
+    def add_fault(self, fault: DataError) -> None:
+        self.bad += 1
+        self.first_fault = self.first_fault or fault
+        self.fault_kinds[fault.kind] += 1
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the train rows are like.
+
+    `rows` counts all of them; the rest is of the first `read` rows that can be used, of each source
+    `ROWS` at most. Lengths are in characters, sides in pixels. `smallest_class` is the number of
+    rows of the rarest category, 0 without categories. `language` is an ISO 639-1 code, None if
+    unknown; `latin` is the share of the texts' letters that are Latin.
+    """
+
+    forms: tuple[str, ...]
+    rows: int
+    read: int
+    bad: int
+    questions: int
+    images: int
+    most_images: int
+    width: int
+    height: int
+    elongated: float
+    answers: Answers
+    distinct_answers: int
+    longest_answer: int
+    longest_row: int
+    smallest_class: int
+    language: str | None
+    latin: float
+
+    @property
+    def all_questions(self) -> int:
+        """The number of questions of all rows, estimated from those that were read."""
+        return max(round(self.questions * self.rows / max(self.read + self.bad, 1)), 1)
+
+    @property
+    def all_images(self) -> int:
+        """The number of distinct images of all rows, estimated likewise."""
+        return max(round(self.images * self.rows / max(self.read + self.bad, 1)), 1)
+
+    @property
+    def questions_per_image(self) -> float:
+        """The mean number of questions about an image."""
+        return self.questions / self.images
+
+
+def look(sources: list[dict[str, Any]], seed: int = 0) -> Facts:
+    """Reads rows of the sources and says what they are like.
+
+    Where no row's image is found, and a folder beside the rows holds images, that folder is set as
+    the source's `image_root`.
+
+    Args:
+        sources: sources as a recipe writes them; `image_root` may be added to them.
+        seed: as for `open_source`.
+
+    Raises:
+        DataError: a source can't be read, no row can be used, or no row has an image.
+    """
+    seen = _Seen()
+    forms: list[str] = []
+    rows = 0
+    for source in sources:
+        reader, part = _read_source(source, seed)
+        forms.append(reader.form)
+        rows += sum(chunk.rows for chunk in reader.chunks())
+        _merge(seen, part)
+    if not seen.rows:
+        assert seen.first_fault is not None
+        raise seen.first_fault
+    if not seen.images:
+        raise DataError(
+            f"none of the first {seen.rows:,} rows has an image; vision-language tuning needs some",
+            source=name_list(_names(sources)),
+        )
+    return _facts(seen, tuple(dict.fromkeys(forms)), rows)
+
+
+def _names(sources: Sequence[dict[str, Any]]) -> list[str]:
+    return [str(source.get("path", source.get("name"))) for source in sources]
+
+
+def _opened(source: dict[str, Any], seed: int) -> SourceReader:
+    return open_source(TypeAdapter(AnySource).validate_python(source), seed=seed)
+
+
+def _read_source(source: dict[str, Any], seed: int) -> tuple[SourceReader, _Seen]:
+    """The reader of a source and its counts, with an image root that is found where needed."""
+    reader = _opened(source, seed)
+    seen = _read(reader)
+    if seen.rows or not seen.fault_kinds["image_missing"] or source["kind"] != "file":
+        return reader, seen
+    folder = Path(home(source["path"])).parent
+    for inner in sorted(each for each in folder.iterdir() if each.is_dir() and has_images(each)):
+        candidate = {**source, "image_root": str(Path(source["path"]).parent / inner.name)}
+        other = _opened(candidate, seed)
+        counts = _read(other)
+        if counts.rows:
+            source["image_root"] = candidate["image_root"]
+            return other, counts
+    return reader, seen
+
+
+def _read(reader: SourceReader) -> _Seen:
+    seen = _Seen()
+    for row in islice(read_all([reader]), ROWS):
+        if isinstance(row, DataError):
+            seen.add_fault(row)
+        else:
+            seen.add(row)
+    if not seen.rows and seen.first_fault is None:
+        raise DataError("no rows", source=reader.name)
+    return seen
+
+
+def _merge(whole: _Seen, part: _Seen) -> None:
+    """Adds the counts of another source."""
+    for name in ("rows", "bad", "questions"):
+        setattr(whole, name, getattr(whole, name) + getattr(part, name))
+    for name in ("most_images", "longest"):
+        setattr(whole, name, max(getattr(whole, name), getattr(part, name)))
+    for name in ("fault_kinds", "answers", "categories"):
+        getattr(whole, name).update(getattr(part, name))
+    whole.first_fault = whole.first_fault or part.first_fault
+    whole.images |= part.images
+    whole.texts += part.texts
+    whole.samples += part.samples
+
+
+def _identity(media: Media) -> object:
+    """What tells an image from others; bytes are not kept for that."""
+    source = media.source
+    return hashlib.blake2b(source, digest_size=16).digest() if isinstance(source, bytes) else source
+
+
+def _facts(seen: _Seen, forms: tuple[str, ...], rows: int) -> Facts:
+    sizes = []
+    for media in seen.samples:
+        try:
+            sizes.append(image_size(media))
+        except (DataError, OSError):  # `check` names it
+            continue
+    if not sizes:
+        raise DataError(
+            f"none of the first {len(seen.samples):,} images can be read, such as "
+            f"{seen.samples[0].name}",
+            kind="image_unreadable",
+        )
+    lengths = sorted(
+        length for text, times in seen.answers.items() for length in [len(text)] * times
+    )
+    letters = [ord(letter) for text in seen.texts for letter in text if letter.isalpha()]
+    categories = {name: count for name, count in seen.categories.items() if name}
+    return Facts(
+        forms=forms,
+        rows=max(rows, seen.rows + seen.bad),
+        read=seen.rows,
+        bad=seen.bad,
+        questions=max(seen.questions, 1),
+        images=len(seen.images),
+        most_images=seen.most_images,
+        width=round(median(width for width, _ in sizes)),
+        height=round(median(height for _, height in sizes)),
+        elongated=sum(max(each) > LONGER_THAN_WIDE * min(each) for each in sizes) / len(sizes),
+        answers=_kind_of_answers(seen.answers, lengths),
+        distinct_answers=len(seen.answers),
+        longest_answer=lengths[-1] if lengths else 0,
+        longest_row=seen.longest,
+        smallest_class=min(categories.values(), default=0) if len(categories) > 1 else 0,
+        language=_language(seen.texts),
+        latin=sum(each < LATIN_ENDS for each in letters) / len(letters) if letters else 1.0,
+    )
+
+
+def _kind_of_answers(answers: Counter[str], lengths: Sequence[int]) -> Answers:
+    """Few answers for many questions are a choice; the rest is told by its length."""
+    short = bool(lengths) and lengths[int(0.9 * (len(lengths) - 1))] <= SHORT
+    if short and len(answers) <= max(2, min(200, answers.total() // 4)):
+        return "repeated"
+    return "short" if short else "long"
+
+
+def _language(texts: Sequence[str]) -> str | None:
+    """The language of most texts; None without the package that tells it."""
+    if importlib.util.find_spec("py3langid") is None:
+        return None
+    languages = Counter(filter(None, map(language_of, texts)))
+    return languages.most_common(1)[0][0] if languages else None

@@ -1,0 +1,318 @@
+"""The models that `init` may put into a recipe, the best for the machine first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm_tune.config.model import Llm
+from vlm_tune.errors import ModelError, Problem, RecipeError
+from vlm_tune.model.hub import is_ours, read_json
+from vlm_tune.model.pretrained.language_model import llm_config
+from vlm_tune.model.pretrained.tokenizer import load_tokenizer
+from vlm_tune.model.vlm_layouts import Vlm, find_vlm
+from vlm_tune.paths import is_file, is_folder
+from vlm_tune.quoting import quoted
+from vlm_tune.recipe_writer.draft import Draft
+from vlm_tune.recipe_writer.look import Facts
+from vlm_tune.recipe_writer.machine import Machine
+
+LLAVA = "llava-hf/llava-1.5-7b-hf"
+FLAN_T5 = "google/flan-t5-xl"
+CLIP_LARGE = "openai/clip-vit-large-patch14-336"
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CLIP_SMALL = "openai/clip-vit-base-patch32"
+LOCAL_LLM = "models/smollm2-135m-instruct"
+LOCAL_TOWER = "models/efficientnet_lite0.safetensors"
+"""What `make models` writes."""
+LARGE_WIDTH = 1536
+"""Width of a language model from which on it counts as large: about a billion parameters."""
+MANY_IMAGES = 4
+"""Images of a row from which on each is pooled to fewer tokens."""
+POOLED = 6
+"""Side of the grid of tokens to which they are pooled."""
+SCRATCH_SIDES = (64, 128)
+"""Sides of images that the tower from random weights reads; the larger for larger images."""
+
+Size = Literal["scratch", "small", "large"]
+"""From random weights; under about a billion parameters; above."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model in words, its size and kind, and a draft with what the recipe says about it."""
+
+    name: str
+    size: Size
+    causal: bool
+    draft: Draft
+
+
+def candidates(
+    machine: Machine, facts: Facts, model: str | None, tower: str | None
+) -> list[ModelChoice]:
+    """The models to try on a machine, the best first; the last is the smallest.
+
+    Args:
+        machine: where the recipe trains.
+        facts: what the data is like.
+        model: a folder or hub name of the user's choice, of an LLM or of a whole model.
+        tower: likewise of the vision tower; an open_clip one as NAME:TAG.
+
+    Raises:
+        ModelError: the config of `model` can't be read.
+        RecipeError: `tower` is given for a whole model, which has its own.
+    """
+    if model is not None:
+        choice = named_model(model, tower)
+        return [choice, _packed(choice)] if machine.gpu and choice.size == "large" else [choice]
+    if machine.gpu:
+        llava = _llava(tower)
+        return [llava, _packed(llava), _packed(_flan_t5(tower))]
+    if is_folder(LOCAL_LLM):
+        return [_small(LOCAL_LLM, tower, f"{LOCAL_LLM} is in this folder; it trains on a CPU")]
+    if machine.hub:
+        return [_small(SMOLLM2, tower, "the smallest instruction-tuned LLM: it trains on a CPU")]
+    return [_scratch(facts)]
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+
+def _llava(tower: str | None) -> ModelChoice:
+    _refuse_tower(LLAVA, tower)
+    return _whole(LLAVA, "vicuna", True, "LLaVA-1.5-7B knows images and text already")
+
+
+def _refuse_tower(model: str, tower: str | None) -> None:
+    if tower is not None:
+        message = f"{quoted(model)} has a vision tower; give --model an LLM, or leave --tower out"
+        raise RecipeError([Problem("--tower", message)])
+
+
+def _whole(name: str, template: str, causal: bool, reason: str) -> ModelChoice:
+    """A vision-language model with tower, connector and LLM, tuned by LoRA."""
+    draft = Draft()
+    draft.set("model.pretrained", name, reason)
+    draft.set("data.template", template, "the chat format that this model was tuned with")
+    _frozen_tower(draft)
+    draft.rule(
+        "the connector has learned already, so it moves slowly",
+        match="connector.*",
+        how="full",
+        learning_rate=2.0e-5,
+    )
+    targets: Any = "all-linear" if causal else ["q", "v"]
+    draft.rule(
+        "LoRA keeps what the LLM knows, and needs memory for a hundredth of the weights",
+        match="llm.*",
+        how="lora",
+        r=32,
+        lora_alpha=64,
+        target_modules=targets,
+        learning_rate=2.0e-4,
+    )
+    return ModelChoice(name, "large", causal, draft)
+
+
+def named_model(model: str, tower: str | None) -> ModelChoice:
+    """The model that a user names: a whole one, or an LLM under the user's or the usual tower."""
+    folder = Path(model)
+    if is_folder(model) and is_ours(folder):
+        _refuse_tower(model, tower)
+        config = read_json(folder / "config.json")
+        template = config.get("template", {}).get("name", "chatml")
+        causal = config.get("model", {}).get("llm", {}).get("kind") == "causal"
+        whole = _whole(model, template, causal, "named by --model")
+        return ModelChoice(model, "small", causal, whole.draft)
+    vlm = find_vlm(model)
+    if vlm is not None:
+        _refuse_tower(model, tower)
+        causal = is_causal(vlm)
+        return _whole(model, "vicuna" if causal else "blip2", causal, "named by --model")
+    config = llm_config(Llm(kind="causal", name=model))
+    if getattr(config, "vision_config", None) is not None:
+        raise ModelError(
+            f"--model: {quoted(model)} is a vision-language model of the kind {config.model_type}; "
+            "LLaVA-1.5, BLIP-2 and InstructBLIP are loaded whole, others are not: name one of "
+            "these, or an LLM (and --tower)"
+        )
+    if config.is_encoder_decoder:
+        return _under_tower(model, "seq2seq", "flan", tower, _width(config), "named by --model")
+    template = causal_template(model)
+    return _under_tower(model, "causal", template, tower, _width(config), "named by --model")
+
+
+def is_causal(vlm: Vlm) -> bool:
+    """Whether the LLM of a vision-language model is a decoder, by the model's config."""
+    return vlm.config.get("text_config", {}).get("model_type") != "t5"
+
+
+def _width(config: Any) -> int:
+    return getattr(config, "hidden_size", None) or getattr(config, "d_model", 0)
+
+
+def causal_template(name: str) -> str:
+    """The chat format of a decoder, by the control tokens that its tokenizer has."""
+    tokenizer = load_tokenizer(Llm(kind="causal", name=name))
+    vocabulary = tokenizer.get_vocab()
+    if "<|start_header_id|>" in vocabulary:
+        return "llama3"
+    if "<|im_start|>" in vocabulary:
+        return "chatml"
+    return "vicuna" if tokenizer.bos_token_id is not None else "flan"
+
+
+# --- an LLM under a tower -------------------------------------------------------------------------
+
+
+def _flan_t5(tower: str | None) -> ModelChoice:
+    return _under_tower(
+        FLAN_T5, "seq2seq", "flan", tower, LARGE_WIDTH, "a larger model does not fit this GPU"
+    )
+
+
+def _small(name: str, tower: str | None, reason: str) -> ModelChoice:
+    return _under_tower(name, "causal", "chatml", tower, 0, reason)
+
+
+def _under_tower(
+    name: str,
+    kind: Literal["causal", "seq2seq"],
+    template: str,
+    tower: str | None,
+    width: int,
+    reason: str,
+) -> ModelChoice:
+    """An LLM with a new connector from a frozen tower, tuned by LoRA."""
+    large = width >= LARGE_WIDTH
+    draft = Draft()
+    section, why = tower_section(tower, large)
+    draft.set("model.tower", section, why)
+    draft.set(
+        "model.connector",
+        {"kind": "mlp", "depth": 2},
+        "two layers from the tower's width to the LLM's, as in LLaVA-1.5",
+    )
+    draft.set("model.llm", {"kind": kind, "name": name}, reason)
+    draft.set("data.template", template, "the chat format of this language model")
+    _frozen_tower(draft)
+    draft.rule(
+        "the connector starts from random weights, so it learns fast",
+        match="connector.*",
+        how="full",
+        learning_rate=1.0e-3 if large else 1.5e-3,
+    )
+    draft.rule(
+        "LoRA keeps what the LLM knows, and needs memory for a hundredth of the weights",
+        match="llm.*",
+        how="lora",
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear" if kind == "causal" else ["q", "v"],
+        learning_rate=2.0e-4 if large else 6.0e-4,
+    )
+    return ModelChoice(name, "large" if large else "small", kind == "causal", draft)
+
+
+def _frozen_tower(draft: Draft) -> None:
+    draft.rule("the tower knows images already", match="tower.*", how="frozen")
+
+
+def tower_section(tower: str | None, large: bool) -> tuple[dict[str, Any], str]:
+    """The tower that a user names, or the usual one for an LLM of this size; and the reason."""
+    if tower is not None:
+        name, colon, tag = tower.partition(":")
+        if colon and not is_folder(tower):
+            return {"kind": "open_clip", "name": name, "pretrained": tag}, "named by --tower"
+        return {"kind": "transformers", "name": tower, "layer": -2}, "named by --tower"
+    if large:
+        reason = "the tower of LLaVA-1.5: 576 tokens an image, from the last layer but one"
+        return {"kind": "transformers", "name": CLIP_LARGE, "layer": -2}, reason
+    if is_file(LOCAL_TOWER):
+        section = {
+            "kind": "timm",
+            "name": "efficientnet_lite0",
+            "pretrained": LOCAL_TOWER,
+            "stages": [2, 3],
+            "image_size": 112,
+            "grid": 7,
+        }
+        return section, f"{LOCAL_TOWER} is in this folder; 7 x 7 tokens an image, fast on a CPU"
+    reason = "a small CLIP: 7 x 7 tokens an image"
+    return {"kind": "transformers", "name": CLIP_SMALL, "layer": -2}, reason
+
+
+# --- random weights -------------------------------------------------------------------------------
+
+
+def _scratch(facts: Facts) -> ModelChoice:
+    """A small CLIP tower and a small T5 from random weights, as `recipes/demo.yaml` has them."""
+    side = SCRATCH_SIDES[min(facts.width, facts.height) > 1.5 * SCRATCH_SIDES[0]]
+    draft = Draft()
+    draft.set(
+        "model.tower",
+        {"kind": "open_clip", "config": {"layers": [1, 1, 1, 1], "width": 16, "image_size": side}},
+        "there are no pretrained weights on this machine and the model hub can't be reached, so "
+        "tower and LLM start from random weights: good for a first run, and for simple images. "
+        "Name pretrained ones with --model and --tower for more.",
+    )
+    draft.set("model.connector", {"kind": "mlp", "depth": 2, "norm": True})
+    draft.set(
+        "model.llm",
+        {
+            "kind": "seq2seq",
+            "scratch": {
+                "model_type": "t5",
+                "vocab_size": 512,
+                "config": {
+                    "d_model": 64,
+                    "d_kv": 16,
+                    "d_ff": 256,
+                    "num_layers": 2,
+                    "num_decoder_layers": 1,
+                    "num_heads": 4,
+                    "dropout_rate": 0.0,
+                    "feed_forward_proj": "gated-gelu",
+                },
+            },
+        },
+        "a T5 that two cores train in minutes; its tokenizer is trained on the rows' text",
+    )
+    draft.set("data.template", "flan", "no roles: questions go in, answers come out")
+    draft.rule("nothing is pretrained, so everything trains", match="*", how="full")
+    return ModelChoice("a small T5 from random weights", "scratch", False, draft)
+
+
+# --- changes of a choice --------------------------------------------------------------------------
+
+
+def _packed(choice: ModelChoice) -> ModelChoice:
+    """The choice with the LLM in 4 bit: QLoRA."""
+    draft = choice.draft.copy()
+    reason = "in 16 bit it does not fit this GPU, so its frozen weights are packed in 4 bit (QLoRA)"
+    llm = {**draft.values.get("model.llm", {}), "quantize": "nf4"}
+    draft.set("model.llm", llm, reason)
+    return ModelChoice(f"{choice.name} in 4 bit", choice.size, choice.causal, draft)
+
+
+def shape_tower(draft: Draft, facts: Facts, size: Size) -> None:
+    """Sets how the tower sees the images: their edges, and the tokens each takes."""
+    whole = "model.pretrained" in draft.values
+    tower = dict(draft.values.get("model.tower", {}))
+    reasons = []
+    if facts.elongated > 0.1:
+        tower["resize"] = "pad"
+        reasons.append(
+            f"{facts.elongated:.0%} of the images are not square: padding shows their edges too"
+        )
+    if facts.most_images >= MANY_IMAGES and size != "scratch":
+        tower["grid"] = POOLED
+        reasons.append(
+            f"rows have up to {facts.most_images} images, so each is pooled to {POOLED} x {POOLED} "
+            "tokens"
+        )
+    if reasons:
+        before = [] if whole else [draft.reasons["model.tower"]]
+        draft.set("model.tower", tower, "\n".join([*before, *reasons]))
