@@ -110,10 +110,14 @@ def _one_line(value: Any) -> Any:
 
 def _wrapped(text: str, indent: int) -> str:
     """A comment's text in lines that fit beside its indentation."""
-    paragraphs = (escaped(line) for line in text.split("\n"))
-    return "\n".join(
-        "\n".join(
-            textwrap.wrap(each, WIDTH - indent - 2, break_on_hyphens=False, break_long_words=False)
+    lines: list[str] = []
+    for paragraph in map(escaped, text.split("\n")):
+        inner = "    " if paragraph.startswith(" ") else ""
+        lines += textwrap.wrap(
+            paragraph,
+            WIDTH - indent - 2,
+            subsequent_indent=inner,
+            break_on_hyphens=False,
+            break_long_words=False,
         )
-        for each in paragraphs
-    )
+    return "\n".join(lines)

@@ -35,6 +35,10 @@ class Arguments:
     def __contains__(self, key: str) -> bool:
         return not is_nothing(self._left.get(key))
 
+    def has(self, key: str) -> bool:
+        """Whether the key is there, whatever its value; null is none."""
+        return self._left.get(key) is not None
+
     def take(self, key: str) -> Any:
         """The value of any kind; None where it is missing or asks for nothing."""
         value = self._left.pop(key, None)

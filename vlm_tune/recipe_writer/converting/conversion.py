@@ -34,9 +34,12 @@ class Conversion:
         """Sets a value of the recipe, and the key that it comes from as its reason."""
         self.draft.set(name, value, f"from {key}" if key else "")
 
-    def set_default(self, name: str, value: Any, key: str) -> None:
-        """Sets a value that the configuration leaves to its framework."""
-        self.draft.set(name, value, f"{self.framework}'s default of {key}")
+    def set_or_default(self, name: str, given: Any, default: Any, key: str) -> None:
+        """Sets the value that a key has, or the framework's default where `given` is None."""
+        if given is None:
+            self.draft.set(name, default, f"{self.framework}'s default of {key}")
+        else:
+            self.set(name, given, key)
 
 
 Method = Literal["lora", "full"]

@@ -108,7 +108,7 @@ def convert(
 
 
 def _title(place: str, framework: Framework, unmatched: list[Unmatched]) -> str:
-    lines = [f"Converted by `vlm-tune init --from {place}` from a {framework.name} configuration."]
+    lines = [f"Converted by `vlm-tune init --from {place}` from {framework.name}'s configuration."]
     if unmatched:
         lines.append("These of its keys have no counterpart:")
         lines += [f"  {each.key}: {json_line(each.value)}: {each.reason}" for each in unmatched]

@@ -63,9 +63,11 @@ def _script(text: str, place: str) -> dict[str, Any]:
     """The flags of the command with the most flags, and the variables set before it."""
     variables: dict[str, str] = {}
     best: dict[str, Any] = {}
+    # shlex takes any # for a comment's begin, and ms-swift has `rows.jsonl#500`.
+    text = re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)
     for line in re.sub(r"\\[ \t]*\r?\n", " ", text).splitlines():
         try:
-            words = shlex.split(_expanded(line, variables), comments=True)
+            words = shlex.split(_expanded(line, variables))
         except ValueError as error:
             raise RecipeError([Problem(place, f"not a shell script: {error}")]) from None
         command = list(words)

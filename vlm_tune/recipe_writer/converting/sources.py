@@ -33,10 +33,7 @@ def set_sources(conversion: Conversion, part: str, sources: list[dict[str, Any]]
 def set_max_length(conversion: Conversion, key: str, default: int) -> None:
     """Sets the longest example, from a key or the framework's default."""
     length = conversion.arguments.count(key)
-    if length:
-        conversion.set("data.max_length", length, key)
-    else:
-        conversion.set_default("data.max_length", default, key)
+    conversion.set_or_default("data.max_length", length, default, key)
 
 
 def here(sources: list[dict[str, Any]]) -> bool:

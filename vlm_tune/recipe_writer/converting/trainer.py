@@ -74,10 +74,7 @@ def _set_name(conversion: Conversion) -> None:
     conversion.set("name", name)
     conversion.set("output", output, "output_dir")
     seed = arguments.number("seed")
-    if seed is None:
-        conversion.set_default("seed", 42, "seed")
-    else:
-        conversion.set("seed", int(seed), "seed")
+    conversion.set_or_default("seed", None if seed is None else int(seed), 42, "seed")
 
 
 def _set_length(conversion: Conversion, defaults: Defaults) -> None:
@@ -86,36 +83,28 @@ def _set_length(conversion: Conversion, defaults: Defaults) -> None:
     epochs = arguments.number("num_train_epochs")
     if steps:
         conversion.set("train.steps", steps, "max_steps")
-    elif epochs:
-        conversion.set("train.epochs", epochs, "num_train_epochs")
     else:
-        conversion.set_default("train.epochs", defaults.epochs, "num_train_epochs")
+        conversion.set_or_default("train.epochs", epochs, defaults.epochs, "num_train_epochs")
     for name, key, usual in (
         ("train.batch_size", "per_device_train_batch_size", defaults.batch),
         ("train.gradient_accumulation", "gradient_accumulation_steps", defaults.accumulation),
     ):
-        count = arguments.count(key)
-        if count:
-            conversion.set(name, count, key)
-        else:
-            conversion.set_default(name, usual, key)
+        conversion.set_or_default(name, arguments.count(key), usual, key)
 
 
 def _set_optimizer(conversion: Conversion, defaults: Defaults) -> None:
     arguments = conversion.arguments
-    rate = arguments.number("learning_rate")
-    if rate:
-        conversion.set("train.learning_rate", rate, "learning_rate")
-    else:
-        conversion.set_default("train.learning_rate", defaults.learning_rate, "learning_rate")
-    decay = arguments.number("weight_decay")
-    decay = defaults.weight_decay if decay is None else decay
-    if decay:
-        conversion.set("train.weight_decay", decay, "weight_decay")
-    first = arguments.number("adam_beta1") or 0.9
-    second = arguments.number("adam_beta2") or defaults.beta2
-    if (first, second) != (0.9, 0.999):
-        conversion.set("train.betas", [first, second], "adam_beta1 and adam_beta2")
+    for name, key, usual in (
+        ("train.learning_rate", "learning_rate", defaults.learning_rate),
+        ("train.weight_decay", "weight_decay", defaults.weight_decay),
+    ):
+        conversion.set_or_default(name, arguments.number(key), usual, key)
+    first = arguments.number("adam_beta1")
+    second = arguments.number("adam_beta2")
+    betas = [0.9 if first is None else first, defaults.beta2 if second is None else second]
+    if betas != [0.9, 0.999]:
+        given = None if first is None and second is None else betas
+        conversion.set_or_default("train.betas", given, betas, "adam_beta1 and adam_beta2")
     norm = arguments.number("max_grad_norm")
     if norm is not None and norm != 1.0:
         conversion.set("train.max_grad_norm", norm or None, "max_grad_norm")
@@ -148,7 +137,7 @@ def _set_schedule(conversion: Conversion, defaults: Defaults) -> None:
             "the warm-up is a share of all steps here (train.schedule.warmup), and how many there "
             "are depends on the data"
         )
-        arguments.refuse("warmup_steps", steps, reason)
+        arguments.refuse("warmup_steps", int(steps), reason)
     schedule = {"kind": SCHEDULES.get(kind, "cosine"), "warmup": share}
     conversion.set("train.schedule", schedule, "lr_scheduler_type and warmup_ratio")
 
@@ -165,8 +154,9 @@ def _set_precision(conversion: Conversion, defaults: Defaults) -> None:
         conversion.set("train.precision", PRECISIONS[named], "the model's dtype")
     else:
         conversion.draft.set("train.precision", "bf16", "not given; bf16 is usual")
-    if arguments.flag("gradient_checkpointing", defaults.checkpointing):
-        conversion.set("train.gradient_checkpointing", True, "gradient_checkpointing")
+    key = "gradient_checkpointing"
+    given = arguments.flag(key, defaults.checkpointing) if arguments.has(key) else None
+    conversion.set_or_default(f"train.{key}", given, defaults.checkpointing, key)
 
 
 def _set_intervals(conversion: Conversion) -> None:

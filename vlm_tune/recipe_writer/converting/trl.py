@@ -49,9 +49,16 @@ def convert(conversion: Conversion) -> None:
     usual = Defaults(learning_rate=2e-5, checkpointing=True)
     convert_trainer(conversion, usual)
     lora = arguments.flag("use_peft") or "lora_r" in arguments or four or eight
-    trains = WhatTrains(method="lora" if lora else "full", lora=_lora(conversion))
-    trains.connector = not lora
-    trains.tower = not lora
+    rule = _lora(conversion)
+    # TRL tunes a model as a whole: PEFT's all-linear takes the tower's layers too.
+    whole = not lora or (rule["target_modules"] == "all-linear" and not new)
+    trains = WhatTrains(
+        method="lora" if lora else "full",
+        tower=whole,
+        connector=whole,
+        lora=rule,
+        plain_connector=False,
+    )
     set_rules(conversion, trains, new_connector=new)
     refuse_left(conversion, QUIET, REASONS)
 
@@ -75,10 +82,8 @@ def _set_data(conversion: Conversion) -> None:
     if name is not None and test and sources[0]["kind"] == "dataset":
         scored = [_source(name, config, test)]
         set_sources(conversion, "validation", scored, "dataset_test_split")
-    if "max_seq_length" in arguments:
-        set_max_length(conversion, "max_seq_length", 1024)
-    else:
-        set_max_length(conversion, "max_length", 1024)
+    key = "max_seq_length" if "max_seq_length" in arguments else "max_length"
+    set_max_length(conversion, key, 1024)
     conversion.draft.set("data.overlong", "trim", "TRL cuts long rows; here only questions are cut")
     if arguments.flag("packing"):
         conversion.set("data.packing", True, "packing")
