@@ -114,6 +114,9 @@ def test_images_inside_rows_are_kept_beside_the_examples(tmp_path: Path) -> None
     )
     assert [item.read() for item in prepared.media] == [RED.read()]
     assert {example.media for example in examples_of(prepared)} == {tuple(prepared.media)}
+    # A validation or test part reads rows again, with the images that were stored.
+    inside, _ = prepared.conversations(np.array([0, 1]))
+    assert inside.media == tuple(prepared.media)
 
 
 # --- what is left out --------------------------------------------------------------------------

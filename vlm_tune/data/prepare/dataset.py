@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -20,6 +19,7 @@ from vlm_tune.data.prepare.arrow_store import (
     numpy_view,
     read_batches,
 )
+from vlm_tune.data.prepare.duplicates import bytes_digest
 from vlm_tune.data.prepare.job import Job, source_names
 from vlm_tune.data.prepare.merge_shards import PARTS, joined_rows
 from vlm_tune.data.prepare.worker import BAD, LEFT_OUT, OK, content_hash, files_changed
@@ -272,11 +272,11 @@ class Prepared:
     def _stored(self, part: str | Media) -> str | Media:
         if isinstance(part, str) or not isinstance(part.source, bytes):
             return part
-        return self._media_by_bytes[hashlib.sha256(part.source).digest()]
+        return self._media_by_bytes[bytes_digest(part.source)]
 
     @cached_property
     def _media_by_bytes(self) -> dict[bytes, Media]:
-        """Whole images by the SHA-256 of their bytes."""
+        """Whole images by the digest of their bytes."""
         return {row.info.sha256: row.media for row in self.media_rows if row.media.tile is None}
 
     def split_problem(self, part: str) -> str | None:

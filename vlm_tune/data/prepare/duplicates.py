@@ -36,7 +36,7 @@ CELL = 20
 class ImageInfo:
     """Properties of an image that can be decoded.
 
-    `sha256` is the first 16 bytes of its file's SHA-256; width and height are after EXIF rotation.
+    `sha256` is its file's `bytes_digest`; width and height are after EXIF rotation.
     `dhash` has a bit for each cell of an 8x8 grid, set if it is brighter than the cell to its left.
     `thumbnail` is uint8[8, 8, 3] as bytes.
     """
@@ -47,6 +47,11 @@ class ImageInfo:
     format: str
     dhash: int
     thumbnail: bytes
+
+
+def bytes_digest(data: bytes) -> bytes:
+    """The first 16 bytes of the SHA-256 of an image's file."""
+    return hashlib.sha256(data).digest()[:16]
 
 
 def inspect_image(media: Media) -> ImageInfo:
@@ -66,7 +71,7 @@ def inspect_image(media: Media) -> ImageInfo:
     if image.size != draft:
         width, height = height, width
     return ImageInfo(
-        hashlib.sha256(data).digest()[:16],
+        bytes_digest(data),
         width,
         height,
         kind,
