@@ -104,8 +104,10 @@ class Arguments:
         self.unmatched.append(Unmatched(key, value, reason))
 
     def left(self) -> dict[str, Any]:
-        """The keys that were not taken and whose values ask for something."""
-        return {key: value for key, value in self._left.items() if not is_nothing(value)}
+        """The keys that were not taken and whose values ask for something; 0 does not."""
+        return {
+            key: value for key, value in self._left.items() if not is_nothing(value) and value != 0
+        }
 
     def _wrong(self, key: str, expected: str, value: Any) -> RecipeError:
         message = f"expected {expected}, got {quoted(value)}"

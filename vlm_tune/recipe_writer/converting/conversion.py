@@ -49,8 +49,8 @@ Method = Literal["lora", "full"]
 class WhatTrains:
     """Which parts of the model train, how, and at which rates.
 
-    `lora` has the keys of a LoRA rule. A rate of None is the common one. `plain_connector` says
-    that the connector trains whole beside LoRA.
+    `lora` has the keys of a LoRA rule. A rate of None is the common one. `connector_by_lora`
+    says that the framework trains the connector by LoRA too.
     """
 
     method: Method = "lora"
@@ -60,8 +60,7 @@ class WhatTrains:
     lora: dict[str, Any] = field(default_factory=dict)
     tower_rate: float | None = None
     connector_rate: float | None = None
-    llm_rate: float | None = None
-    plain_connector: bool = True
+    connector_by_lora: bool = True
 
 
 def set_rules(conversion: Conversion, trains: WhatTrains, *, new_connector: bool) -> None:
@@ -76,14 +75,14 @@ def set_rules(conversion: Conversion, trains: WhatTrains, *, new_connector: bool
         reason = f"{framework} trains the connector"
         if not trains.connector:
             reason = "the connector starts from random weights here, so it has to train"
-        whole = trains.plain_connector or new_connector or trains.method == "full"
-        rule: dict[str, Any] = {"how": "full"} if whole else {"how": "lora", **trains.lora}
+        elif trains.method == "lora" and trains.connector_by_lora:
+            reason += ", by LoRA; here it trains in full"
         rate = {"learning_rate": trains.connector_rate} if trains.connector_rate else {}
-        draft.rule(reason, match="connector.*", **rule, **rate)
+        draft.rule(reason, match="connector.*", how="full", **rate)
     else:
         draft.rule(f"{framework} leaves the connector as it is", match="connector.*", how="frozen")
     if trains.llm:
-        _rule(draft, "llm.*", trains, trains.llm_rate, f"{framework} trains the LLM")
+        _rule(draft, "llm.*", trains, None, f"{framework} trains the LLM")
     else:
         draft.rule(f"{framework} leaves the LLM as it is", match="llm.*", how="frozen")
 

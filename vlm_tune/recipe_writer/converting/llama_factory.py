@@ -239,7 +239,6 @@ def _set_tuning(conversion: Conversion, new_connector: bool) -> None:
         connector=not arguments.flag("freeze_multi_modal_projector", True),
         llm=not arguments.flag("freeze_language_model"),
         lora=_lora(conversion),
-        plain_connector=False,
     )
     set_rules(conversion, trains, new_connector=new_connector)
 

@@ -134,6 +134,7 @@ def _set_tuning(conversion: Conversion) -> None:
         connector=projector_alone or not arguments.flag("freeze_mm_mlp_adapter"),
         llm=not projector_alone and not arguments.flag("freeze_backbone"),
         lora=rule,
+        connector_by_lora=False,
         connector_rate=arguments.number("mm_projector_lr"),
     )
     set_rules(conversion, trains, new_connector=False)

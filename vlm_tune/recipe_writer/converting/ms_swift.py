@@ -185,7 +185,6 @@ def _set_tuning(conversion: Conversion, kind: str, new_connector: bool) -> None:
         lora=_lora(conversion),
         tower_rate=arguments.number("vit_lr"),
         connector_rate=arguments.number("aligner_lr"),
-        plain_connector=False,
     )
     set_rules(conversion, trains, new_connector=new_connector)
 

@@ -57,7 +57,6 @@ def convert(conversion: Conversion) -> None:
         tower=whole,
         connector=whole,
         lora=rule,
-        plain_connector=False,
     )
     set_rules(conversion, trains, new_connector=new)
     refuse_left(conversion, QUIET, REASONS)

@@ -1,0 +1,158 @@
+"""Which models `init` tries on which machine, and what it says about batches and epochs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vlm_tune.config.model import ModelSection
+from vlm_tune.recipe_writer import fit as fitting
+from vlm_tune.recipe_writer.choose import batches, held_out, set_data, set_evaluation, set_training
+from vlm_tune.recipe_writer.draft import Draft
+from vlm_tune.recipe_writer.fit import Fit, fit
+from vlm_tune.recipe_writer.look import Facts
+from vlm_tune.recipe_writer.machine import Machine
+from vlm_tune.recipe_writer.models import ModelChoice, candidates, shape_tower
+
+CPU = Machine("a CPU", None, 8_000_000_000, 2, hub=False)
+GPU = Machine("a GPU", 9.0, 24_000_000_000, 8, hub=True)
+OLD_GPU = Machine("an old GPU", 7.5, 16_000_000_000, 8, hub=True)
+FACTS = Facts(
+    forms=("vqa",),
+    rows=780,
+    read=780,
+    bad=0,
+    questions=780,
+    images=195,
+    most_images=1,
+    width=160,
+    height=160,
+    elongated=0.0,
+    answers="repeated",
+    distinct_answers=9,
+    longest_answer=12,
+    longest_row=80,
+    smallest_class=0,
+    language="en",
+    latin=1.0,
+)
+SOURCES = {
+    "train": [{"kind": "file", "path": "train.jsonl"}],
+    "validation": [],
+    "test": [],
+}
+
+
+def draft_of(choice: ModelChoice, machine: Machine, facts: Facts, batch: int) -> Draft:
+    draft = choice.draft.copy()
+    draft.set("name", "x")
+    draft.set("output", "runs/x")
+    set_data(draft, facts, SOURCES, choice)
+    set_training(draft, facts, machine, choice, batch)
+    set_evaluation(draft, facts, choice)
+    return draft
+
+
+@pytest.mark.parametrize("machine", [CPU, replace(CPU, hub=True), GPU], ids=lambda each: each.name)
+def test_every_candidate_makes_a_valid_recipe(machine: Machine) -> None:
+    for choice in candidates(machine, FACTS, None, None):
+        recipe = draft_of(choice, machine, FACTS, 1).recipe("recipe")
+        assert recipe.train.precision in ("bf16", "fp32")
+
+
+def test_models_follow_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(machine: Machine) -> list[str]:
+        return [choice.name for choice in candidates(machine, FACTS, None, None)]
+
+    monkeypatch.chdir(tmp_path)
+    llava = "llava-hf/llava-1.5-7b-hf"
+    assert names(GPU) == [llava, f"{llava} in 4 bit", "google/flan-t5-xl in 4 bit"]
+    assert names(CPU) == ["a small T5 from random weights"]
+    assert names(replace(CPU, hub=True)) == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    (tmp_path / "models" / "smollm2-135m-instruct").mkdir(parents=True)
+    (tmp_path / "models" / "efficientnet_lite0.safetensors").touch()
+    assert names(CPU) == ["models/smollm2-135m-instruct"]
+    (local,) = candidates(CPU, FACTS, None, None)
+    assert local.draft.values["model.tower"]["pretrained"].startswith("models/efficientnet")
+
+
+def test_precision_follows_the_gpu_and_never_fp16_for_t5() -> None:
+    llava, _, t5 = candidates(OLD_GPU, FACTS, None, None)
+    assert draft_of(llava, OLD_GPU, FACTS, 1).values["train.precision"] == "fp16"
+    assert draft_of(t5, OLD_GPU, FACTS, 1).values["train.precision"] == "fp32"
+    assert draft_of(t5, GPU, FACTS, 1).values["train.precision"] == "bf16"
+
+
+def test_small_sets_get_more_epochs_and_smaller_batches() -> None:
+    (small,) = candidates(replace(CPU, hub=True), FACTS, None, None)
+    assert draft_of(small, GPU, FACTS, 8).values["train.epochs"] == 26
+    many = replace(FACTS, rows=100_000, read=20_000, questions=20_000, images=5_000)
+    assert draft_of(small, GPU, many, 8).values["train.epochs"] == 1
+    assert many.all_questions == 100_000 and many.all_images == 25_000
+    assert batches(FACTS, small) == [8, 4, 2, 1]  # images: four questions about each
+    assert batches(replace(FACTS, images=20), small) == [2, 1]
+
+
+def test_shares_follow_the_number_of_images() -> None:
+    def shares(facts: Facts, **sources: list[dict[str, str]]) -> dict[str, float] | None:
+        return held_out(facts, {**SOURCES, **sources})[0]
+
+    assert shares(FACTS) == {"validation": 0.1, "test": 0.1}
+    assert shares(replace(FACTS, images=20)) == {"validation": 0.2, "test": 0.2}
+    assert shares(replace(FACTS, images=4)) is None
+    assert shares(FACTS, validation=[{"path": "val.jsonl"}]) == {"test": 0.1}
+    stratified = shares(replace(FACTS, smallest_class=12))
+    assert stratified == {"validation": 0.1, "test": 0.1, "stratify": True}
+
+
+def test_rows_of_many_images_get_fewer_tokens_for_each() -> None:
+    (small,) = candidates(replace(CPU, hub=True), FACTS, None, None)
+    draft = small.draft.copy()
+    shape_tower(draft, replace(FACTS, most_images=8), small.size)
+    assert draft.values["model.tower"]["grid"] == 6
+    whole = candidates(GPU, FACTS, None, None)[0]
+    draft = whole.draft.copy()
+    shape_tower(draft, replace(FACTS, most_images=8, elongated=0.5), whole.size)
+    assert draft.values["model.tower"] == {"resize": "pad", "grid": 6}
+
+
+class Planned:
+    """A plan that needs memory by the batch and the LLM's bits."""
+
+    def __init__(self, recipe: object) -> None:
+        batch = recipe.train.batch_size  # type: ignore[attr-defined]
+        packed = recipe.model.llm.quantize is not None  # type: ignore[attr-defined]
+        self.needed = (5 if packed else 15) * 10**9 + batch * 10**9
+        self.stages = [self]
+        self.why_cached = "the tower is cheap"
+
+
+@pytest.mark.parametrize(
+    ("memory", "name", "batch", "fits"),
+    [
+        (40, "llava-hf/llava-1.5-7b-hf", 16, True),
+        (20, "llava-hf/llava-1.5-7b-hf", 4, True),
+        (14, "llava-hf/llava-1.5-7b-hf in 4 bit", 8, True),
+        (3, "google/flan-t5-xl in 4 bit", 1, False),
+    ],
+)
+def test_the_best_model_and_largest_batch_that_fit_are_taken(
+    memory: int, name: str, batch: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "plan", Planned)
+    facts = replace(FACTS, images=780)
+    machine = replace(GPU, memory=memory * 10**9)
+    chosen: Fit = fit(
+        candidates(machine, facts, None, None),
+        facts,
+        machine,
+        lambda choice, size: draft_of(choice, machine, facts, size),
+    )
+    assert (chosen.choice.name, chosen.fits) == (name, fits)
+    recipe = chosen.draft.recipe("recipe")
+    assert recipe.train.batch_size == batch
+    assert recipe.train.batch_size * recipe.train.gradient_accumulation == 32
+    assert f"of {memory}.0 GB, says `vlm-tune plan`" in chosen.draft.reasons["train.batch_size"]
+    assert isinstance(recipe.model, ModelSection) == name.startswith("google")
