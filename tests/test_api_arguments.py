@@ -47,6 +47,10 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         ),
         "check": (vlm_tune.check, {"recipe": recipe}),
         "plan": (vlm_tune.plan, {"recipe": recipe}),
+        "init": (
+            vlm_tune.init,
+            {"paths": folder / "messages.jsonl", "output": folder / "new.yaml", "force": True},
+        ),
         "load_recipe": (vlm_tune.load_recipe, {"path": recipe}),
         "evaluate": (
             vlm_tune.evaluate,

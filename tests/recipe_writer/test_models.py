@@ -88,8 +88,10 @@ def test_precision_follows_the_gpu_and_never_fp16_for_t5() -> None:
 def test_small_sets_get_more_epochs_and_smaller_batches() -> None:
     (small,) = candidates(replace(CPU, hub=True), FACTS, None, None)
     assert draft_of(small, GPU, FACTS, 8).values["train.epochs"] == 26
+    assert draft_of(small, GPU, FACTS, 8).values["evaluate.every"] == 26 * 25 // 12
     many = replace(FACTS, rows=100_000, read=20_000, questions=20_000, images=5_000)
-    assert draft_of(small, GPU, many, 8).values["train.epochs"] == 1
+    values = draft_of(small, GPU, many, 8).values
+    assert values["train.epochs"] == 1 and "evaluate.every" not in values
     assert many.all_questions == 100_000 and many.all_images == 25_000
     assert batches(FACTS, small) == [8, 4, 2, 1]  # images: four questions about each
     assert batches(replace(FACTS, images=20), small) == [2, 1]

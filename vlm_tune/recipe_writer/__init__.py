@@ -1,1 +1,1 @@
-"""What `vlm-tune init` does: a recipe for data, or from another framework's configuration."""
+"""Recipes that `vlm-tune init` writes: for data, or from another framework's configuration."""

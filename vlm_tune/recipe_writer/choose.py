@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,9 @@ EFFORTS: dict[Size, Effort] = {
 
 780 questions about icons needed 24 epochs of a small LLM: 9 were too few.
 """
+
+EVALUATIONS = 12
+"""Evaluations of a run of many short epochs."""
 
 SCORES: dict[Answers, str] = {
     "repeated": "the score is the share of answers that equal the expected ones (exact match): "
@@ -170,7 +174,7 @@ def batches(facts: Facts, choice: ModelChoice) -> list[int]:
 
 
 def set_evaluation(draft: Draft, facts: Facts, choice: ModelChoice) -> None:
-    """Sets how answers are generated and scored."""
+    """Sets how often and how answers are generated and scored; after `set_training`."""
     # The most that any tokenizer here makes of a text: a token for two bytes of Latin text, and
     # two for each other character.
     tokens = facts.longest_answer if facts.latin > 0.9 else 2 * facts.longest_answer
@@ -180,5 +184,14 @@ def set_evaluation(draft: Draft, facts: Facts, choice: ModelChoice) -> None:
         longest,
         f"{SCORES[facts.answers]}\nthe longest answer has {facts.longest_answer:,} characters",
     )
+    epochs = draft.values["train.epochs"]
+    if epochs > EVALUATIONS:
+        steps = epochs * math.ceil(units(facts, choice) / step_units(facts, choice))
+        draft.set(
+            "evaluate.every",
+            max(steps // EVALUATIONS, 1),
+            f"steps: about {EVALUATIONS} times a run; after each of {epochs} short epochs would "
+            "take longer than training",
+        )
     draft.set("evaluate.batch_size", 16 if choice.size == "large" else 64)
     draft.set("evaluate.limit", 500, "validation rows that are scored while training")

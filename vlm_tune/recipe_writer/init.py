@@ -65,9 +65,15 @@ def init(
     """
     named = _checked_paths(paths)
     _check_arguments(named, configuration, output, model, tower, force)
-    target = Path(output)
     if configuration is not None:
-        return convert(Path(configuration), target, model=model, tower=tower, show=show)
+        return convert(Path(configuration), Path(output), model=model, tower=tower, show=show)
+    return _for_data(named, Path(output), model, tower, show)
+
+
+def _for_data(
+    named: list[str], target: Path, model: str | None, tower: str | None, show: Report | None
+) -> Written:
+    """Writes a recipe for data and this machine."""
     sources = find_data(named)
     facts = look(sources["train"])
     machine = this_machine()

@@ -85,7 +85,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the train rows are like.
+    """Properties of the train rows.
 
     `rows` counts all of them; the rest is of the first `read` rows that can be used, of each source
     `ROWS` at most. Lengths are in characters, sides in pixels. `smallest_class` is the number of
@@ -211,7 +211,7 @@ def _merge(whole: _Seen, part: _Seen) -> None:
 
 
 def _identity(media: Media) -> object:
-    """What tells an image from others; bytes are not kept for that."""
+    """A value that tells an image from others; bytes are not kept for that."""
     source = media.source
     return hashlib.blake2b(source, digest_size=16).digest() if isinstance(source, bytes) else source
 

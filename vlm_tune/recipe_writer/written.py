@@ -1,4 +1,4 @@
-"""What `init` returns: where the recipe is, what it is about, and what became of each key."""
+"""The result of `init`: where the recipe is, what it is about, and what became of each key."""
 
 from __future__ import annotations
 

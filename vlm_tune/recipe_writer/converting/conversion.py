@@ -1,4 +1,4 @@
-"""What the converters of all frameworks share: the arguments, the draft, and what trains."""
+"""Shared by the converters of all frameworks: the arguments, the draft, and what trains."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ LONGEST_TIMEOUT = 1e7
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a framework takes where a configuration does not say."""
+    """The values that a framework takes where a configuration does not say."""
 
     epochs: float = 3.0
     batch: int = 8
@@ -281,7 +281,7 @@ def refuse_left(
     quiet: set[str],
     reasons: dict[str, str],
     prefixes: tuple[str, ...] = (),
-    own: dict[str, Any] | None = None,
+    usual: dict[str, Any] | None = None,
 ) -> None:
     """Notes the keys that are left, but those that are quiet or have their default.
 
@@ -290,16 +290,16 @@ def refuse_left(
         quiet: keys of the framework that change no result.
         reasons: why keys of the framework have no counterpart.
         prefixes: beginnings of keys of the framework that are quiet.
-        own: defaults of the framework's own keys.
+        usual: defaults of the framework's own keys.
     """
     arguments = conversion.arguments
     left = arguments.left()
-    usual = _trainer_defaults() if left.keys() - quiet - QUIET - reasons.keys() else {}
-    usual |= own or {}
+    defaults = _trainer_defaults() if left.keys() - quiet - QUIET - reasons.keys() else {}
+    defaults |= usual or {}
     for key, value in left.items():
         if key in quiet or key in QUIET or (prefixes and key.startswith(prefixes)):
             continue
-        if key in usual and (value == usual[key] or str(value) == str(usual[key])):
+        if key in defaults and str(value) == str(defaults[key]):
             continue
         if key in reasons or key in REASONS:
             arguments.refuse(key, value, reasons.get(key) or REASONS[key])
