@@ -16,6 +16,8 @@ FEW_IMAGES = 10
 """Images under which none is held out: a score on one or two would say nothing."""
 SMALL_SET = 40
 """Images under which larger shares are held out."""
+QUESTIONS = 1.5
+"""Questions an image from which on a decoder reads an image's rows together."""
 LONGEST = 2048
 """Tokens of the longest row."""
 LEAST_STEPS = 8
@@ -44,6 +46,9 @@ EFFORTS: dict[Size, Effort] = {
 
 EVALUATIONS = 12
 """Evaluations of a run of many short epochs."""
+
+STRATIFIED = ", and every class has its share"
+"""End of the reason for a split by category."""
 
 SCORES: dict[Answers, str] = {
     "repeated": "the score is the share of answers that equal the expected ones (exact match): "
@@ -79,7 +84,7 @@ def set_data(draft: Draft, facts: Facts, sources: Sources, choice: ModelChoice) 
             "left out and written to quarantine.jsonl (see `vlm-tune check`)",
         )
         draft.set("data.max_bad_rows", max(100, 2 * facts.bad))
-    if choice.causal and facts.questions_per_image >= 1.5:
+    if _groups_images(facts, choice):
         draft.set(
             "data.group",
             "image",
@@ -117,8 +122,24 @@ def held_out(facts: Facts, sources: Sources) -> tuple[dict[str, Any] | None, str
     )
     if facts.smallest_class * share >= 1:
         split["stratify"] = True
-        reason += ", and every class has its share"
+        reason += STRATIFIED
     return split, reason
+
+
+def hold_out_less(draft: Draft) -> bool:
+    """Changes a split that does not fit the data; returns False where none is left to change."""
+    split = draft.values.pop("data.split", None)
+    if split is None:
+        return False
+    reason = draft.reasons.pop("data.split")
+    if split.pop("stratify", False):
+        draft.set("data.split", split, reason.removesuffix(STRATIFIED))
+        return True
+    draft.reasons["data.train"] += (
+        "\nnothing is held out: too many rows share their images; add a file of rows about other "
+        "images as data.validation and data.test"
+    )
+    return True
 
 
 def set_training(
@@ -155,8 +176,12 @@ def set_training(
 
 def units(facts: Facts, choice: ModelChoice) -> int:
     """The units of an epoch: images where their rows are grouped, else rows."""
-    grouped = choice.causal and facts.questions_per_image >= 1.5
-    return facts.all_images if grouped else facts.rows
+    return facts.all_images if _groups_images(facts, choice) else facts.rows
+
+
+def _groups_images(facts: Facts, choice: ModelChoice) -> bool:
+    """Whether the rows of an image are one unit; a decoder gains most from that."""
+    return choice.causal and facts.questions_per_image >= QUESTIONS
 
 
 def step_units(facts: Facts, choice: ModelChoice) -> int:

@@ -16,7 +16,7 @@ from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.events import Report
 from vlm_tune.paths import check_path, check_writable, shown_path, writing
 from vlm_tune.quoting import reason_of
-from vlm_tune.recipe_writer.choose import set_data, set_evaluation, set_training
+from vlm_tune.recipe_writer.choose import hold_out_less, set_data, set_evaluation, set_training
 from vlm_tune.recipe_writer.converting.convert import convert
 from vlm_tune.recipe_writer.draft import Draft
 from vlm_tune.recipe_writer.find_data import Sources, find_data
@@ -26,15 +26,12 @@ from vlm_tune.recipe_writer.machine import Machine, this_machine
 from vlm_tune.recipe_writer.models import ModelChoice, candidates, shape_tower
 from vlm_tune.recipe_writer.written import Written
 
-Paths = str | Path | Sequence[str | Path]
-FILE = "recipe.yaml"
-
 
 def init(
-    paths: Paths = (),
+    paths: str | Path | Sequence[str | Path] = (),
     *,
     configuration: str | Path | None = None,
-    output: str | Path = FILE,
+    output: str | Path = "recipe.yaml",
     model: str | None = None,
     tower: str | None = None,
     force: bool = False,
@@ -100,7 +97,7 @@ def _for_data(
     )
 
 
-def _checked_paths(paths: Paths) -> list[str]:
+def _checked_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
     listed = [paths] if isinstance(paths, str | Path) else paths
     if not isinstance(listed, Sequence):
         check_path("paths", listed)
@@ -167,27 +164,11 @@ def _checked(
     sample = ROWS if facts.rows > ROWS else None
     try:
         report = check(draft.recipe("recipe"), sample=sample, show=show)
-        while report.error_counts["split"] and _holds_out_less(draft):
+        while report.error_counts["split"] and hold_out_less(draft):
             report = check(draft.recipe("recipe"), sample=sample, show=show)
     except ModelError as error:
         return None, reason_of(error)
     return report, None
-
-
-def _holds_out_less(draft: Draft) -> bool:
-    """Changes a split that does not fit the data; False where there is none left to change."""
-    split = draft.values.pop("data.split", None)
-    if split is None:
-        return False
-    if split.pop("stratify", False):
-        draft.set("data.split", split, draft.reasons["data.split"].partition(", and every")[0])
-        return True
-    draft.reasons.pop("data.split")
-    draft.reasons["data.train"] += (
-        "\nnothing is held out: too many rows share their images; add a file of rows about other "
-        "images as data.validation and data.test"
-    )
-    return True
 
 
 def _title(paths: list[str], machine: Machine, chosen: Fit) -> str:

@@ -74,6 +74,7 @@ swift sft \\
     --freeze_aligner false --target_modules all-linear \\
     --quant_method bnb --quant_bits 4 \\
     --attn_impl sdpa --truncation_strategy delete --max_length 4096 \\
+    --new_special_tokens "<loc>" "<end>" \\
     --output_dir output/vl --deepspeed zero3 --neftune_noise_alpha 5
 """
 
@@ -179,12 +180,20 @@ def test_llama_factory(tmp_path: Path) -> None:
     assert written.unchecked == "its data is not on this machine"
 
 
+def test_llama_factorys_freeze_trains_the_last_layers() -> None:
+    text = LLAMA_FACTORY.replace("finetuning_type: lora", "finetuning_type: freeze")
+    text = text.format(folder=".") + "freeze_trainable_layers: 3\n"
+    recipe = converted("freeze.yaml", text).recipe
+    assert rules(recipe)[2] == {"match": "llm.*", "how": "last_layers", "layers": 3}
+
+
 def test_ms_swift() -> None:
     written = converted("train.sh", SWIFT)
     recipe = written.recipe
     assert written.framework == "ms-swift"
     assert recipe.model.model_dump()["pretrained"] == "llava-hf/llava-1.5-7b-hf"
     assert recipe.model.llm.quantize == "nf4"
+    assert recipe.model.llm.added_special_tokens == ["<loc>", "<end>"]
     assert [source.model_dump(exclude_unset=True) for source in recipe.data.train] == [
         {"kind": "file", "path": "rows.jsonl", "limit": 500},
         {"kind": "dataset", "name": "some/set", "config": "part"},

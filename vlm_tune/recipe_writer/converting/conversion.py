@@ -49,7 +49,8 @@ Method = Literal["lora", "full"]
 class WhatTrains:
     """Which parts of the model train, how, and at which rates.
 
-    `lora` has the keys of a LoRA rule. A rate of None is the common one. `connector_by_lora`
+    `lora` has the keys of a LoRA rule, `last_layers` is the number of the LLM's blocks that train
+    alone, None for all. A rate of None is the common one. `connector_by_lora`
     says that the framework trains the connector by LoRA too.
     """
 
@@ -58,6 +59,7 @@ class WhatTrains:
     connector: bool = True
     llm: bool = True
     lora: dict[str, Any] = field(default_factory=dict)
+    last_layers: int | None = None
     tower_rate: float | None = None
     connector_rate: float | None = None
     connector_by_lora: bool = True
@@ -89,6 +91,8 @@ def set_rules(conversion: Conversion, trains: WhatTrains, *, new_connector: bool
 
 def _rule(draft: Draft, match: str, trains: WhatTrains, rate: float | None, reason: str) -> None:
     how: dict[str, Any] = {"how": "full"}
+    if trains.last_layers and match == "llm.*":
+        how = {"how": "last_layers", "layers": trains.last_layers}
     if trains.method == "lora":
         lora = dict(trains.lora)
         if match != "llm.*":  # names of the LLM's modules are not those of other parts

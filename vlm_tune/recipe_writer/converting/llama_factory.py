@@ -74,6 +74,7 @@ REASONS = {
     "use_apollo": "AdamW is the only optimizer here",
     "use_llama_pro": "no blocks are added to the LLM",
     "use_swanlab": "the trackers are tensorboard, wandb, mlflow and trackio",
+    "freeze_trainable_modules": "the last blocks train as a whole",
     "shift_attn": "attention is the model's own",
 }
 
@@ -224,14 +225,11 @@ def _columns(about: dict[str, Any]) -> dict[str, str]:
 def _set_tuning(conversion: Conversion, new_connector: bool) -> None:
     arguments = conversion.arguments
     kind = arguments.text("finetuning_type") or "lora"
-    last_layers = arguments.count("freeze_trainable_layers")
-    if kind == "freeze":
-        reason = (
-            f"the recipe trains the LLM in full; set how: last_layers, layers: {last_layers or 2} "
-            "in its rule to train only these"
-        )
-        arguments.refuse("finetuning_type", kind, reason)
-    elif kind not in ("lora", "full"):
+    layers = arguments.number("freeze_trainable_layers") or 2
+    if kind == "freeze" and layers < 0:
+        reason = "the last blocks can train alone, and not the first; as many of them do"
+        arguments.refuse("freeze_trainable_layers", int(layers), reason)
+    elif kind not in ("lora", "full", "freeze"):
         arguments.refuse("finetuning_type", kind, "adapters are LoRA here; the recipe takes LoRA")
     trains = WhatTrains(
         method="full" if kind in ("full", "freeze") else "lora",
@@ -239,6 +237,7 @@ def _set_tuning(conversion: Conversion, new_connector: bool) -> None:
         connector=not arguments.flag("freeze_multi_modal_projector", True),
         llm=not arguments.flag("freeze_language_model"),
         lora=_lora(conversion),
+        last_layers=abs(int(layers)) if kind == "freeze" else None,
     )
     set_rules(conversion, trains, new_connector=new_connector)
 

@@ -35,7 +35,6 @@ REASONS = {
     "mm_use_im_patch_token": "image slots are no tokens of the vocabulary here",
     "mm_use_im_start_end": "no tokens stand before and after an image",
     "mpt_attn_impl": "attention is the model's own: model.llm.attention",
-    "unfreeze_mm_vision_tower": "give tower.* in `tune` how: full",
 }
 
 
@@ -131,6 +130,7 @@ def _set_tuning(conversion: Conversion) -> None:
         rule["lora_dropout"] = 0.05 if dropout is None else dropout
     trains = WhatTrains(
         method="lora" if lora else "full",
+        tower=arguments.flag("unfreeze_mm_vision_tower"),
         connector=projector_alone or not arguments.flag("freeze_mm_mlp_adapter"),
         llm=not projector_alone and not arguments.flag("freeze_backbone"),
         lora=rule,

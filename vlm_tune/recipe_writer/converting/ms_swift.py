@@ -79,7 +79,6 @@ REASONS = {
     "max_pixels": "a tower reads images of one size: model.tower.image_size, and tiles for larger",
     "model_kwargs": "these are settings of one model, and no key of a recipe is known for them",
     "modules_to_save": "name the parameters in a rule of their own: tune, how: full",
-    "new_special_tokens": "model.llm.added_special_tokens takes a list of tokens",
     "num_labels": "answers are text, also in classification",
     "rope_scaling": "the LLM's positions stay as they are",
     "sequence_parallel_size": "a row is on one device",
@@ -108,6 +107,7 @@ def convert(conversion: Conversion) -> None:
         quantize={4: "fp4" if fp4 else "nf4", 8: "int8"}.get(bits or 0),
     )
     _set_data(conversion)
+    _set_tokens(conversion)
     usual = Defaults(
         batch=1,
         accumulation=16,
@@ -123,6 +123,18 @@ def convert(conversion: Conversion) -> None:
     if task not in (None, "causal_lm"):
         arguments.refuse("task_type", task, "answers are text, also in classification")
     refuse_left(conversion, QUIET, REASONS, PREFIXES, USUAL)
+
+
+def _set_tokens(conversion: Conversion) -> None:
+    """Adds special tokens to the vocabulary; ms-swift takes them from a text file too."""
+    arguments = conversion.arguments
+    tokens = arguments.names("new_special_tokens")
+    if any(name.endswith(".txt") for name in tokens):
+        reason = "model.llm.added_special_tokens takes the tokens, and no file"
+        arguments.refuse("new_special_tokens", tokens, reason)
+    elif tokens:
+        llm = {**conversion.draft.values.get("model.llm", {}), "added_special_tokens": tokens}
+        conversion.set("model.llm", llm, "quant_bits and new_special_tokens")
 
 
 def _set_data(conversion: Conversion) -> None:
