@@ -26,7 +26,7 @@ class Planned:
     needed = 10**9
     why_cached = "the tower is cheap"
 
-    def __init__(self, recipe: object) -> None:
+    def __init__(self, recipe: object, tokens: int | None) -> None:
         self.stages = [self]
 
     def time(self, stage: object) -> None:
@@ -98,6 +98,7 @@ def test_files_of_other_parts_beside_the_named_one_are_taken(tmp_path: Path) -> 
     }
     assert paths == {"train": ["train.jsonl"], "validation": ["val.jsonl"], "test": ["test.jsonl"]}
     assert recipe.data.split is None
+    assert recipe.name == tmp_path.name  # `train` says nothing about the data
 
 
 @pytest.mark.usefixtures("planned")

@@ -11,7 +11,7 @@ from vlm_tune.config.model import ModelSection
 from vlm_tune.recipe_writer import fit as fitting
 from vlm_tune.recipe_writer.choose import batches, held_out, set_data, set_evaluation, set_training
 from vlm_tune.recipe_writer.draft import Draft
-from vlm_tune.recipe_writer.fit import Fit, fit
+from vlm_tune.recipe_writer.fit import Drafted, Fit, fit
 from vlm_tune.recipe_writer.look import Facts
 from vlm_tune.recipe_writer.machine import Machine
 from vlm_tune.recipe_writer.models import ModelChoice, candidates, shape_tower
@@ -123,7 +123,7 @@ def test_rows_of_many_images_get_fewer_tokens_for_each() -> None:
 class Planned:
     """A plan that needs memory by the batch and the LLM's bits."""
 
-    def __init__(self, recipe: object) -> None:
+    def __init__(self, recipe: object, tokens: int | None) -> None:
         batch = recipe.train.batch_size  # type: ignore[attr-defined]
         packed = recipe.model.llm.quantize is not None  # type: ignore[attr-defined]
         self.needed = (5 if packed else 15) * 10**9 + batch * 10**9
@@ -150,7 +150,7 @@ def test_the_best_model_and_largest_batch_that_fit_are_taken(
         candidates(machine, facts, None, None),
         facts,
         machine,
-        lambda choice, size: draft_of(choice, machine, facts, size),
+        lambda choice: Drafted(draft_of(choice, machine, facts, 1), None, "no check"),
     )
     assert (chosen.choice.name, chosen.fits) == (name, fits)
     recipe = chosen.draft.recipe("recipe")

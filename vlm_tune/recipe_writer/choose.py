@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm_tune.recipe_writer.draft import Draft
 from vlm_tune.recipe_writer.find_data import PARTS, Sources
-from vlm_tune.recipe_writer.look import Answers, Facts
+from vlm_tune.recipe_writer.look import ROWS, Answers, Facts
 from vlm_tune.recipe_writer.machine import Machine
 from vlm_tune.recipe_writer.models import ModelChoice, Size
 
@@ -20,6 +20,12 @@ QUESTIONS = 1.5
 """Questions an image from which on a decoder reads an image's rows together."""
 LONGEST = 2048
 """Tokens of the longest row."""
+MARGIN = 1.25
+"""Share by which a row that was not read may be longer than those that were."""
+TEMPLATE_TOKENS = 64
+"""Tokens of a chat format around a row's text."""
+ROW_LENGTH = 1024
+"""Tokens of a row of joined questions, as `data.row_length` has it by default."""
 LEAST_STEPS = 8
 """Optimizer steps that an epoch has at least; fewer rows get smaller batches."""
 
@@ -70,10 +76,12 @@ def set_data(draft: Draft, facts: Facts, sources: Sources, choice: ModelChoice) 
         draft.set("data.split", split, reason)
     elif reason:
         draft.reasons["data.train"] += f"\n{reason}"
+    tokens = MARGIN * facts.longest_row + facts.most_images * choice.image_tokens
     draft.set(
         "data.max_length",
-        LONGEST,
-        f"the longest row has {facts.longest_row:,} characters, and its images take tokens too",
+        min(64 * math.ceil((tokens + TEMPLATE_TOKENS) / 64), LONGEST),
+        f"the longest row has {facts.longest_row:,} bytes of text (a token has one or more), and "
+        f"its images take up to {facts.most_images * choice.image_tokens:,} tokens",
     )
     draft.set("data.overlong", "drop", "longer rows are left out and counted")
     if facts.bad:
@@ -177,6 +185,14 @@ def set_training(
 def units(facts: Facts, choice: ModelChoice) -> int:
     """The units of an epoch: images where their rows are grouped, else rows."""
     return facts.all_images if _groups_images(facts, choice) else facts.rows
+
+
+def planned_tokens(facts: Facts, choice: ModelChoice) -> int | None:
+    """The tokens of a row to plan with, where the data has too many rows to be prepared before.
+
+    None leaves that to the plan, which knows prepared data or takes the longest row.
+    """
+    return ROW_LENGTH if facts.rows > ROWS and _groups_images(facts, choice) else None
 
 
 def _groups_images(facts: Facts, choice: ModelChoice) -> bool:

@@ -26,6 +26,7 @@ WORDS = {
     "test": ("test", "testing"),
 }
 """Words in the name of a file, folder or split that say which part it is."""
+PART_WORDS = {word for words in WORDS.values() for word in words}
 SAVED = ("state.json", "dataset_dict.json")
 """Files of a data set that the datasets library saved."""
 MANY = 4
@@ -138,7 +139,7 @@ def _class_folders(path: str, folder: Path) -> list[tuple[str, dict[str, Any]]]:
     parts = [
         (part_of(each.name), {"kind": "folder", "path": str(Path(path) / each.name)})
         for each in inner
-        if each.name.lower() in {word for words in WORDS.values() for word in words}
+        if each.name.lower() in PART_WORDS
         and any(has_images(child) for child in each.iterdir() if child.is_dir())
     ]
     if any(part == "train" for part, _ in parts):

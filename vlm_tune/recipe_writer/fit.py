@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vlm_tune.data_check.findings import CheckReport
 from vlm_tune.events import Note, Report
 from vlm_tune.memory_plan.plan import plan
 from vlm_tune.memory_plan.results import Plan
-from vlm_tune.recipe_writer.choose import batches
+from vlm_tune.recipe_writer.choose import batches, planned_tokens, set_training
 from vlm_tune.recipe_writer.draft import Draft
 from vlm_tune.recipe_writer.look import Facts
 from vlm_tune.recipe_writer.machine import Machine
@@ -16,20 +17,31 @@ from vlm_tune.recipe_writer.models import ModelChoice
 
 
 @dataclass(frozen=True)
+class Drafted:
+    """The draft for a model, with the check's report, or with the reason why there is none."""
+
+    draft: Draft
+    report: CheckReport | None
+    unchecked: str | None
+
+
+@dataclass(frozen=True)
 class Fit:
-    """The draft of a model with its batch, and what `plan` says about it."""
+    """The draft of a model with its batch, and what `plan` and the check say about it."""
 
     choice: ModelChoice
     draft: Draft
     plan: Plan
     fits: bool
+    report: CheckReport | None
+    unchecked: str | None
 
 
 def fit(
     choices: list[ModelChoice],
     facts: Facts,
     machine: Machine,
-    draft_of: Callable[[ModelChoice, int], Draft],
+    drafted_for: Callable[[ModelChoice], Drafted],
     show: Report | None = None,
 ) -> Fit:
     """Plans each choice, its largest batch first, until one fits.
@@ -38,7 +50,7 @@ def fit(
         choices: the models to try, the best first.
         facts: what the data is like.
         machine: the machine's memory.
-        draft_of: writes the draft for a choice and a batch.
+        drafted_for: writes and checks the draft for a choice, so that `plan` knows its lengths.
         show: called with a note about each plan.
 
     Returns:
@@ -46,10 +58,12 @@ def fit(
     """
     last: Fit | None = None
     for choice in choices:
+        drafted = drafted_for(choice)
         smaller: str | None = None
         for batch in batches(facts, choice):
-            draft = draft_of(choice, batch)
-            planned = plan(draft.recipe("recipe"))
+            draft = drafted.draft.copy()
+            set_training(draft, facts, machine, choice, batch)
+            planned = plan(draft.recipe("recipe"), tokens=planned_tokens(facts, choice))
             fits = planned.needed <= machine.memory
             if show:
                 show(Note(f"{choice.name}, batches of {batch}: {_memory(planned, machine)}"))
@@ -57,7 +71,7 @@ def fit(
             reason += f"; {smaller}" if smaller else ""
             draft.set("train.batch_size", batch, reason)
             draft.set("train.cache_features", "auto", f"here: {planned.stages[-1].why_cached}")
-            last = Fit(choice, draft, planned, fits)
+            last = Fit(choice, draft, planned, fits, drafted.report, drafted.unchecked)
             if fits:
                 return last
             smaller = f"batches of {batch} take {planned.needed / 1e9:.1f} GB"

@@ -11,16 +11,21 @@ from typing import Any
 
 from vlm_tune.config.load import load_recipe
 from vlm_tune.data_check.check import check
-from vlm_tune.data_check.findings import CheckReport
 from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.events import Report
 from vlm_tune.paths import check_path, check_writable, shown_path, writing
 from vlm_tune.quoting import reason_of
-from vlm_tune.recipe_writer.choose import hold_out_less, set_data, set_evaluation, set_training
+from vlm_tune.recipe_writer.choose import (
+    batches,
+    hold_out_less,
+    set_data,
+    set_evaluation,
+    set_training,
+)
 from vlm_tune.recipe_writer.converting.convert import convert
 from vlm_tune.recipe_writer.draft import Draft
-from vlm_tune.recipe_writer.find_data import Sources, find_data
-from vlm_tune.recipe_writer.fit import Fit, fit
+from vlm_tune.recipe_writer.find_data import PART_WORDS, Sources, find_data
+from vlm_tune.recipe_writer.fit import Drafted, Fit, fit
 from vlm_tune.recipe_writer.look import ROWS, Facts, look
 from vlm_tune.recipe_writer.machine import Machine, this_machine
 from vlm_tune.recipe_writer.models import ModelChoice, candidates, shape_tower
@@ -74,14 +79,12 @@ def _for_data(
     sources = find_data(named)
     facts = look(sources["train"])
     machine = this_machine()
-    choices = candidates(machine, facts, model, tower)
     name = _name_of(named[0])
 
-    def draft_of(choice: ModelChoice, batch: int) -> Draft:
-        return _draft(name, sources, facts, machine, choice, batch)
+    def drafted_for(choice: ModelChoice) -> Drafted:
+        return _checked(_draft(name, sources, facts, machine, choice), facts, show)
 
-    chosen = fit(choices, facts, machine, draft_of, show)
-    report, unchecked = _checked(chosen.draft, facts, show)
+    chosen = fit(candidates(machine, facts, model, tower), facts, machine, drafted_for, show)
     with writing(target, "the recipe"):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(chosen.draft.text(_title(named, machine, chosen)), encoding="utf-8")
@@ -92,8 +95,8 @@ def _for_data(
         facts,
         chosen.plan,
         chosen.fits,
-        report,
-        unchecked,
+        chosen.report,
+        chosen.unchecked,
     )
 
 
@@ -130,7 +133,10 @@ def _check_arguments(
 
 def _name_of(path: str) -> str:
     """The run's name: that of the file or folder, as far as a run's name can be that."""
-    stem = Path(path).absolute().name.split(".")[0]
+    place = Path(path).absolute()
+    stem = place.name.split(".")[0]
+    if stem.lower() in PART_WORDS:
+        stem = place.parent.name
     return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-") or "run"
 
 
@@ -140,24 +146,21 @@ def _draft(
     facts: Facts,
     machine: Machine,
     choice: ModelChoice,
-    batch: int,
 ) -> Draft:
-    """The recipe's draft for a model and a batch."""
+    """The recipe's draft for a model, with its largest batch."""
     draft = choice.draft.copy()
     draft.set("name", name)
     draft.set("output", f"runs/{name}")
     draft.set("seed", 0)
     shape_tower(draft, facts, choice.size)
     set_data(draft, facts, sources, choice)
-    set_training(draft, facts, machine, choice, batch)
+    set_training(draft, facts, machine, choice, batches(facts, choice)[0])
     set_evaluation(draft, facts, choice)
     return draft
 
 
-def _checked(
-    draft: Draft, facts: Facts, show: Report | None
-) -> tuple[CheckReport | None, str | None]:
-    """The check's report, or the reason why there is none.
+def _checked(draft: Draft, facts: Facts, show: Report | None) -> Drafted:
+    """The draft with the check's report, or with the reason why there is none.
 
     Where the images can't be divided as the draft says, the draft holds out less.
     """
@@ -167,8 +170,8 @@ def _checked(
         while report.error_counts["split"] and hold_out_less(draft):
             report = check(draft.recipe("recipe"), sample=sample, show=show)
     except ModelError as error:
-        return None, reason_of(error)
-    return report, None
+        return Drafted(draft, None, reason_of(error))
+    return Drafted(draft, report, None)
 
 
 def _title(paths: list[str], machine: Machine, chosen: Fit) -> str:

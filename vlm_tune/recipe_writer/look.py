@@ -72,8 +72,8 @@ class _Seen:
             if identity not in self.images and len(self.samples) < SIZED:
                 self.samples.append(each)
             self.images.add(identity)
-        length = sum(len(message.text) for message in row.messages)
-        self.longest = max(self.longest, length)
+        texts = [message.text.encode("utf-8", "replace") for message in row.messages]
+        self.longest = max(self.longest, sum(map(len, texts)))
         if len(self.texts) < LANGUAGE_TEXTS:
             self.texts.append(" ".join(message.text for message in row.messages))
 
@@ -88,9 +88,10 @@ class Facts:
     """Properties of the train rows.
 
     `rows` counts all of them; the rest is of the first `read` rows that can be used, of each source
-    `ROWS` at most. Lengths are in characters, sides in pixels. `smallest_class` is the number of
-    rows of the rarest category, 0 without categories. `language` is an ISO 639-1 code, None if
-    unknown; `latin` is the share of the texts' letters that are Latin.
+    `ROWS` at most. `longest_row` is in bytes of UTF-8, `longest_answer` in characters, and sides
+    are in pixels. `smallest_class` is the number of rows of the rarest category, 0 without
+    categories. `language` is an ISO 639-1 code, None if unknown; `latin` is the share of the texts'
+    letters that are Latin.
     """
 
     forms: tuple[str, ...]

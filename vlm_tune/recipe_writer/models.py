@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,12 @@ MANY_IMAGES = 4
 """Images of a row from which on each is pooled to fewer tokens."""
 POOLED = 6
 """Side of the grid of tokens to which they are pooled."""
+SMALL_TOKENS = 49
+LARGE_TOKENS = 576
+SCRATCH_TOKENS = 16
+MOST_TOKENS = 1024
+"""Tokens of an image: of the small towers, of CLIP ViT-L/14 at 336 pixels, of the tower from random
+weights, and at most of one that the user names."""
 SCRATCH_SIDES = (64, 128)
 """Sides of images that the tower from random weights reads; the larger for larger images."""
 
@@ -41,12 +47,16 @@ Size = Literal["scratch", "small", "large"]
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model in words, its size and kind, and a draft with what the recipe says about it."""
+    """A model in words, its size and kind, and a draft with what the recipe says about it.
+
+    `image_tokens` is the most that an image takes.
+    """
 
     name: str
     size: Size
     causal: bool
     draft: Draft
+    image_tokens: int
 
 
 def candidates(
@@ -113,7 +123,7 @@ def _whole(name: str, template: str, causal: bool, reason: str) -> ModelChoice:
         target_modules=targets,
         learning_rate=2.0e-4,
     )
-    return ModelChoice(name, "large", causal, draft)
+    return ModelChoice(name, "large", causal, draft, LARGE_TOKENS)
 
 
 def named_model(model: str, tower: str | None) -> ModelChoice:
@@ -125,7 +135,7 @@ def named_model(model: str, tower: str | None) -> ModelChoice:
         template = config.get("template", {}).get("name", "chatml")
         causal = config.get("model", {}).get("llm", {}).get("kind") == "causal"
         whole = _whole(model, template, causal, "named by --model")
-        return ModelChoice(model, "small", causal, whole.draft)
+        return replace(whole, size="small")
     vlm = find_vlm(model)
     if vlm is not None:
         _refuse_tower(model, tower)
@@ -213,7 +223,9 @@ def _under_tower(
         target_modules="all-linear" if kind == "causal" else ["q", "v"],
         learning_rate=2.0e-4 if large else 6.0e-4,
     )
-    return ModelChoice(name, "large" if large else "small", kind == "causal", draft)
+    tokens = MOST_TOKENS if tower is not None else LARGE_TOKENS if large else SMALL_TOKENS
+    size: Size = "large" if large else "small"
+    return ModelChoice(name, size, kind == "causal", draft, tokens)
 
 
 def _frozen_tower(draft: Draft) -> None:
@@ -282,7 +294,7 @@ def _scratch(facts: Facts) -> ModelChoice:
     )
     draft.set("data.template", "flan", "no roles: questions go in, answers come out")
     draft.rule("nothing is pretrained, so everything trains", match="*", how="full")
-    return ModelChoice("a small T5 from random weights", "scratch", False, draft)
+    return ModelChoice("a small T5 from random weights", "scratch", False, draft, SCRATCH_TOKENS)
 
 
 # --- changes of a choice --------------------------------------------------------------------------
@@ -294,7 +306,7 @@ def _packed(choice: ModelChoice) -> ModelChoice:
     reason = "in 16 bit it does not fit this GPU, so its frozen weights are packed in 4 bit (QLoRA)"
     llm = {**draft.values.get("model.llm", {}), "quantize": "nf4"}
     draft.set("model.llm", llm, reason)
-    return ModelChoice(f"{choice.name} in 4 bit", choice.size, choice.causal, draft)
+    return replace(choice, name=f"{choice.name} in 4 bit", draft=draft)
 
 
 def shape_tower(draft: Draft, facts: Facts, size: Size) -> None:

@@ -13,7 +13,7 @@ import vlm_tune
 from tests.helpers.tiny_recipes import write_color_rows
 from vlm_tune.cli import app
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.errors import RecipeError
+from vlm_tune.errors import RecipeError, VlmTuneError
 from vlm_tune.recipe_writer.written import Written
 
 LLAMA_FACTORY = """
@@ -356,6 +356,36 @@ def test_what_is_no_configuration_is_an_error_with_its_place(
         converted(name, text)
     assert error.value.problems[0].where.startswith(name)
     assert not Path("recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("value", [-7, "x y", "a\0b", ["a", 3], {"k": {"k": "auto"}}, True, [[]]])
+def test_odd_values_are_converted_or_refused_by_name(value: Any) -> None:
+    """Keys whose values have an inner form."""
+    odd = ("columns", "dataset", "datasets", "deepspeed", "interleave_probs", "target_modules")
+    common = {"learning_rate": 1e-4, "output_dir": "out"}
+    for frame in (
+        {"finetuning_type": "lora", "mix_strategy": "interleave_under", "dataset": "a"},
+        {"tuner_type": "lora", "split_dataset_ratio": 0.1},
+        {"use_peft": True, "dataset_name": "a"},
+        {"vision_tower": "a", "data_path": "rows.json"},
+    ):
+        for key in (*odd, *common, *frame):
+            text = json.dumps({**common, **frame, key: value})
+            try:
+                converted("odd.json", text, force=True)
+            except VlmTuneError as error:
+                assert len(str(error)) > 10
+
+
+def test_deepspeeds_own_configuration_is_read() -> None:
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+    Path("zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    engine = converted("train.sh", LLAVA.replace("./scripts/zero3.json", "zero.json")).recipe.engine
+    assert engine.model_dump() | {"stage": 3, "offload": ["optimizer"]} == engine.model_dump()
+    Path("zero.json").write_text('{"zero_optimization": {"stage": "auto"}}')
+    text = LLAVA.replace("./scripts/zero3.json", "zero.json")
+    written = converted("train.sh", text, force=True)
+    assert "says the ZeRO stage" in reasons(written)["deepspeed"]
 
 
 def test_a_missing_configuration_is_an_error() -> None:

@@ -98,6 +98,15 @@ class Arguments:
             return [name for each in value for name in each.split(",") if name]
         raise self._wrong(key, "a name or a list of names", value)
 
+    def numbers(self, key: str) -> list[float]:
+        """Numbers in a list, or in a text with commas or blanks between them."""
+        value = self.take(key)
+        texts = value.replace(",", " ").split() if isinstance(value, str) else value or []
+        try:
+            return [float(each) for each in texts]
+        except (TypeError, ValueError):
+            raise self._wrong(key, "a list of numbers", value) from None
+
     def refuse(self, key: str, value: Any, reason: str) -> None:
         """Notes that a key has no counterpart."""
         self._left.pop(key, None)

@@ -114,7 +114,7 @@ def _set_data(conversion: Conversion) -> None:
     media = arguments.text("media_dir")
     info = _dataset_info(folder)
     most = arguments.count("max_samples")
-    weights = arguments.names("interleave_probs")
+    weights = arguments.numbers("interleave_probs")
     strategy = arguments.text("mix_strategy") or "concat"
     for part, key in (("train", "dataset"), ("validation", "eval_dataset")):
         names = arguments.names(key)
@@ -123,7 +123,7 @@ def _set_data(conversion: Conversion) -> None:
             if most:
                 source["limit"] = most
             if part == "train" and strategy != "concat" and len(weights) == len(names):
-                source["weight"] = float(weights[place])
+                source["weight"] = weights[place]
         set_sources(conversion, part, sources, key)
     share = arguments.number("val_size")
     if share is not None and 0 < share < 1:

@@ -181,7 +181,7 @@ def _columns(conversion: Conversion) -> dict[str, Any]:
     columns = conversion.arguments.take("columns")
     if not isinstance(columns, dict):
         return {}
-    ours = {OURS.get(name, name): theirs for theirs, name in columns.items()}
+    ours = {OURS.get(str(name), str(name)): theirs for theirs, name in columns.items()}
     return {"columns": ours}
 
 

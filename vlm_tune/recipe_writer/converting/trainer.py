@@ -205,7 +205,7 @@ def _set_engine(conversion: Conversion) -> None:
         return
     settings = _zero_settings(config, conversion.folder)
     if settings is None:
-        reason = "its file is not here, and its name does not say the ZeRO stage: set engine.stage"
+        reason = "neither its file, if it is here, nor its name says the ZeRO stage: set engine"
         arguments.refuse("deepspeed", config, reason)
         return
     quantized = conversion.draft.values.get("model.llm", {}).get("quantize")
@@ -230,12 +230,15 @@ def _zero_settings(config: Any, folder: Path) -> dict[str, Any] | None:
                 break
     if isinstance(config, dict):
         zero = config.get("zero_optimization", {})
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+        if stage not in (0, 1, 2, 3):
+            return None
         offload = [
             part
             for part, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param"))
-            if str(zero.get(key, {}).get("device", "none")) != "none"
+            if isinstance(zero.get(key), dict) and zero[key].get("device", "none") != "none"
         ]
-        return {"stage": int(zero.get("stage", 0)), "offload": offload}
+        return {"stage": stage, "offload": offload}
     name = Path(str(config)).name.lower()
     stage = re.search(r"z(?:ero)?_?([0-3])", name)
     if stage is None:
