@@ -54,7 +54,8 @@ def _show_check(console: Console, written: Written) -> None:
     errors = report.error_counts.total()
     warnings = report.warning_counts.total()
     style = "bold red" if errors else ""
-    console.print(Text(f"check: {errors:,} errors, {warnings:,} warnings", style=style))
+    rows = f" in the first {report.sample:,} rows of each source" if report.sample else ""
+    console.print(Text(f"check: {errors:,} errors, {warnings:,} warnings{rows}", style=style))
     for finding in (*report.errors, *report.warnings)[:NAMED]:
         place = finding.source + (f", row {finding.row}" if finding.row else "")
         print_line(console, f"  {escaped(place)}: {escaped(finding.message)}")
