@@ -27,6 +27,7 @@ from tests.helpers.tiny_models import (
     rows_of,
     save_llm,
     with_llm,
+    with_tower,
     with_tune,
 )
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
@@ -79,9 +80,12 @@ HALF = {
     "decoder-bf16": ("ddp", "zero2", "zero3", "fsdp"),
     "decoder-qlora": ("ddp", "zero0", "zero1", "zero2"),
     "full-bf16": ("ddp", "fsdp"),
+    "norms-bf16": ("ddp", "fsdp"),
 }
-"""In bf16, in bf16 over a base of 4 bit, which is not for those that share weights out, and in bf16
-with all weights in fp32 and a connector that reads text."""
+"""In bf16, in bf16 over a base of 4 bit, which is not for those that share weights out, in bf16
+with all weights in fp32 and a connector that reads text, and in bf16 with a tower of batch norms,
+which is validated as well."""
+NORMS = "{kind: timm, name: resnet10t, image_size: 32}"
 COMBINED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "windows-fsdp": ("frozen", "fsdp", {"train__batch_size": 2, "train__gradient_accumulation": 2}),
     "compiled-fsdp": ("decoder-lora", "fsdp", {"train__compile": True}),
@@ -130,6 +134,10 @@ def half(folder: Path, base: Path, name: str, model: str, **changes: Any) -> Rec
         changes = {"train__cache_features": False, **changes}
     else:
         text = with_tune(text, LORA_TUNE)
+    if model == "norms-bf16":
+        rows = {"kind": "file", "path": str(folder / "messages.jsonl")}
+        text = with_tower(text, NORMS)
+        changes = {"train__cache_features": False, "data__validation": [rows], **changes}
     return parsed(
         with_llm(text, base, "causal", ", quantize: nf4" if model == "decoder-qlora" else ""),
         **{**ONE_STEP, **changes},

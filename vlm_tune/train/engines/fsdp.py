@@ -31,7 +31,8 @@ class Fsdp(Engine):
     """FSDP2: weights, gradients and optimizer states are sharded block by block.
 
     In bf16 each rank keeps its shards of trained weights in fp32. They are gathered as bf16, and
-    gradients are summed in fp32.
+    gradients are summed in fp32. A tower with running statistics is gathered in its own types:
+    batch norms take no bf16 weights beside fp32 statistics.
     """
 
     collects = sharded = True
@@ -68,18 +69,19 @@ class Fsdp(Engine):
         )
         fill_buffers(model, device)
         model.llm.whole_head = True
-        for block in [*_blocks(model), model]:
+        for block, castable in [*_blocks(model), (model, True)]:
             for parameter in block.parameters():
                 if not hasattr(parameter, "device_mesh"):
                     fill(parameter, device)
-            if train.precision == "bf16":
-                options["mp_policy"] = MixedPrecisionPolicy(
+            policy = MixedPrecisionPolicy()
+            if train.precision == "bf16" and castable:
+                policy = MixedPrecisionPolicy(
                     param_dtype=torch.bfloat16,
                     reduce_dtype=torch.float32,
                     # The model's own input is a batch, whose tensors have their types.
                     cast_forward_inputs=block is not model,
                 )
-            fully_shard(block, **options)
+            fully_shard(block, mp_policy=policy, **options)
         parameters = dict(named_parameters(model))
         for group, names in zip(tuned.groups, tuned.names, strict=True):
             # Replaced in the groups: references to the parameters from before would keep them
@@ -129,13 +131,20 @@ class Fsdp(Engine):
         self.accelerator.free_memory()
 
 
-def _blocks(model: VisionLanguageNetwork) -> list[nn.Module]:
-    """The blocks of the language model and the tower."""
-    blocks: list[nn.Module] = []
+def _blocks(model: VisionLanguageNetwork) -> list[tuple[nn.Module, bool]]:
+    """The blocks of the tower and the language model, and whether their weights may be cast.
+
+    A tower with running statistics, whose weights may not be, is one more block after its own: the
+    weights outside of its blocks would be cast with the whole model's.
+    """
+    blocks: list[tuple[nn.Module, bool]] = []
     for part in ("tower", "llm"):
         module = parts(model)[part]
-        try:
-            blocks += [module.get_submodule(name) for name in block_names(module)]
-        except ModelError:  # a small part without blocks is sharded with the whole model
-            continue
+        castable = all(getattr(layer, "running_mean", None) is None for layer in module.modules())
+        # A small part without blocks is sharded with the whole model.
+        with contextlib.suppress(ModelError):
+            names = block_names(module)
+            blocks += [(module.get_submodule(name), castable) for name in names]
+        if not castable:
+            blocks.append((module, castable))
     return blocks
