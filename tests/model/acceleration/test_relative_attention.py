@@ -5,6 +5,7 @@ FlexAttention has no backward pass on a CPU: its gradients are a test for GPUs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -158,8 +159,30 @@ def test_a_prefix_goes_by_masks(as_on_cuda: None) -> None:
     assert report.attention == "sdpa by masks (flex: it has a prefix)"
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Torch as `train.deterministic` sets it."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@torch.no_grad()
+def test_it_goes_by_masks_where_bits_are_repeated(as_on_cuda: None, deterministic: None) -> None:
+    """On a GPU FlexAttention adds up the gradient of the table of biases in any order."""
+    llm = tiny_t5("sdpa").eval()
+    batch = batch_of(9, packed=True)
+    expected = states(llm, batch, llm.embed(batch.input_ids))
+    install(llm, "flex")
+    assert torch.equal(states(llm, batch, llm.embed(batch.input_ids)), expected)
+    report = running(llm, torch.bfloat16, torch.device("cuda"))
+    reason = "its gradient of the biases is not deterministic"
+    assert report.attention == f"sdpa by masks (flex: {reason})"
+
+
 def test_what_it_does_not_compute_is_refused() -> None:
     refused: list[tuple[Any, str]] = [
+        (tiny_t5("sdpa", d_kv=8), "heads are 8 wide, and not 16 to 256"),
         (tiny_t5("sdpa", dropout_rate=0.1), r"drops weights \(dropout_rate: 0.1 in its config\)"),
         (
             Seq2SeqLLM(

@@ -28,7 +28,6 @@ from vlm_tune.model.acceleration.flex_attention import (
     LONG,
     CudaAttention,
     config_reason,
-    device_reason,
     head_width,
 )
 from vlm_tune.model.acceleration.gated_modules import GatedModule, gated_class
@@ -45,6 +44,7 @@ from vlm_tune.model.acceleration.lora_layers import LoraLinear
 from vlm_tune.model.acceleration.relative_attention import (
     RelativeAttention,
     leave_relative,
+    passing_reason,
     relative_reason,
     use_relative,
 )
@@ -264,7 +264,7 @@ def _cuda_attention(llm: LanguageModel, device: torch.device) -> str:
     name = attention_name(llm.model)
     if isinstance(llm, Seq2SeqLLM) and isinstance(llm.attention, RelativeAttention):
         prefixed = isinstance(llm.prompt, KeyValuePrefix)
-        reason = "it has a prefix" if prefixed else device_reason(device)
+        reason = "it has a prefix" if prefixed else passing_reason(device)
         return "flex" if reason is None else f"{name.rsplit('_', 1)[-1]} by masks (flex: {reason})"
     if not isinstance(llm, CausalLLM):
         return f"{name} by masks"

@@ -24,7 +24,7 @@ from vlm_tune.compat import (
     supports_flex,
 )
 from vlm_tune.model.acceleration import flex_attention
-from vlm_tune.model.acceleration.flex_attention import BLOCK, ScoreMod, attend_by_flex
+from vlm_tune.model.acceleration.flex_attention import BLOCK, WIDTHS, ScoreMod, attend_by_flex
 from vlm_tune.model.language.seq2seq_attention import Seq2SeqAttention
 
 NAMES = {"eager": "vlm_tune_relative_eager", "sdpa": "vlm_tune_relative_sdpa"}
@@ -43,12 +43,26 @@ def relative_reason(model: Any) -> str | None:
         return "transformers has none for it"
     if attention_name(model) not in (*NAMES, *NAMES.values()):
         return f"it attends by {attention_name(model)}"
+    width = model.config.d_kv
+    if not WIDTHS[0] <= width <= WIDTHS[1]:
+        return f"heads are {width} wide, and not {WIDTHS[0]} to {WIDTHS[1]}"
     rate = getattr(model.config, "dropout_rate", 0.0)
     return f"its attention drops weights (dropout_rate: {rate:g} in its config)" if rate else None
 
 
+def passing_reason(device: torch.device) -> str | None:
+    """The reason why FlexAttention does not compute this attention now on a device, or None."""
+    if torch.are_deterministic_algorithms_enabled():
+        # Many pairs of tokens add to each bias's gradient, in any order.
+        return "its gradient of the biases is not deterministic"
+    return flex_attention.device_reason(device)
+
+
 class RelativeAttention(Seq2SeqAttention):
-    """Attention by FlexAttention on CUDA; on other devices it is by masks."""
+    """Attention by FlexAttention on CUDA; on other devices it is by masks.
+
+    So it is where torch has to be deterministic.
+    """
 
     def masks(
         self,
@@ -58,7 +72,7 @@ class RelativeAttention(Seq2SeqAttention):
         targets: int,
         dtype: torch.dtype,
     ) -> tuple[Any, Any, Any]:
-        if flex_attention.device_reason(row_mask.device) is not None:
+        if passing_reason(row_mask.device) is not None:
             return super().masks(row_mask, samples, label_samples, targets, dtype)
         one = row_mask.new_zeros((len(row_mask), targets), dtype=torch.int32)
         answers = one if label_samples is None else label_samples
