@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 
 from vlm_tune.data.images.decode import encoded_bytes
 from vlm_tune.data.types import Media
+from vlm_tune.errors import TrainingError
 from vlm_tune.files import file_checksum
 from vlm_tune.model.tower_pass import decoding_threads, stored_dtype, tower_batches
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -57,7 +58,22 @@ class FeatureStore:
         self._paths = paths
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leaves the open files out: each loader process maps them again."""
+        """Leaves the open files out: each loader process maps them again.
+
+        Their files count as used now, so that others are trimmed before them. Raises
+        `TrainingError` if one is gone.
+        """
+        for path in self._paths:
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                raise TrainingError(
+                    f"{path}: this file of cached features was removed, as other runs do when the "
+                    "cache is full; --resume computes it again, and $VLM_TUNE_CACHE_GB is the "
+                    "cache's size"
+                ) from None
+            except OSError:  # the cache may be read-only
+                continue
         dtype = self._parts[0].dtype if self._parts else torch.float32
         return _mapped_store, (self._paths, dtype, self._rows)
 

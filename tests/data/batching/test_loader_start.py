@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import pickle
+import select
 import signal
 from collections.abc import Callable
 from dataclasses import fields
@@ -13,22 +16,26 @@ import pytest
 import torch
 
 from tests.helpers.tiny_models import built, parsed
+from vlm_tune.data.batching import loader
 from vlm_tune.data.batching.loader import Position, PreparedFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import Batch, Media
+from vlm_tune.errors import TrainingError
 from vlm_tune.model.feature_cache import tower_features
+from vlm_tune.resources import cache_folder
+
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class Worker:
     """Fetches nothing but the process that fetches: its id, and how it takes SIGINT and SIGTERM."""
 
     def __call__(self, media: Media) -> torch.Tensor:
-        ignored = [
-            int(signal.getsignal(number) == signal.SIG_IGN)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        ]
+        ignored = [int(signal.getsignal(number) == signal.SIG_IGN) for number in SIGNALS]
+        # Those of the server too, which this process was forked from.
+        ignored.append(int(signal.pthread_sigmask(signal.SIG_BLOCK, ()) >= SIGNALS))
         return torch.tensor([[os.getpid(), os.getppid(), *ignored]], dtype=torch.float64)
 
 
@@ -76,7 +83,59 @@ def test_a_clean_process_loads_the_same_batches(tiny_recipe: Callable[..., str])
     assert batch.features is not None
     pid, parent, *ignored = batch.features[0, 0].int().tolist()
     assert os.getpid() not in (pid, parent)  # a child of the server, not of this process
-    assert ignored == [1, 1]
+    assert ignored == [1, 1, 1]
+    assert not SIGNALS & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def _begun(pids: Any) -> None:
+    """A worker that waits for a batch to make, once it has noted its id."""
+    loader._begin_worker(0)
+    pids.send(os.getpid())
+    signal.pause()
+
+
+def _training(pids: Any) -> None:
+    """A training process, which waits for its worker."""
+    multiprocessing.get_context("fork").Process(target=_begun, args=(pids,)).start()
+    signal.pause()
+
+
+def test_a_worker_ends_with_the_training_process() -> None:
+    """Even where that is killed, and the worker is another process's child."""
+    fork = multiprocessing.get_context("fork")
+    there, here = fork.Pipe(duplex=False)
+    training = fork.Process(target=_training, args=(here,))
+    training.start()
+    worker = there.recv()
+    ended = select.poll()
+    ended.register(os.pidfd_open(worker), select.POLLIN)
+    training.kill()
+    training.join()
+    try:
+        assert ended.poll(30_000)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_features_that_were_removed_are_named_before_workers_start(
+    tiny_recipe: Callable[..., str],
+) -> None:
+    """Those that are there count as used by each epoch's workers, and are trimmed last."""
+    recipe = parsed(tiny_recipe("causal"))
+    model = built(recipe)
+    prepared = prepare(recipe.data, recipe.data.train, model.processor, seed=0)
+    features = tower_features(model, prepared.media)
+    (path,) = cache_folder("features").glob("*.npy")
+    os.utime(path, (1, 1))
+    pickle.dumps(features)
+    assert path.stat().st_mtime > 1
+    path.unlink()
+    plan = Plan(prepared, recipe.data, Sizes.of(recipe.train), recipe.seed)
+    how: dict[str, Any] = {"cached": True, "workers": 1, "start": "forkserver"}
+    feed = PreparedFeed(prepared, plan, model.processor.spec, features, **how)
+    with pytest.raises(TrainingError, match=rf"{path}: .* was removed.*--resume"):
+        next(feed.windows(Position()))
 
 
 def test_what_a_worker_gets_holds_no_data(tiny_recipe: Callable[..., str]) -> None:

@@ -5,13 +5,17 @@ The feed of streamed rows is in `streaming`.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import re
 import signal
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -327,12 +331,38 @@ class _Numbered:
 
 
 def _begin_worker(number: int) -> None:
-    """Leaves signals to the training process, which Ctrl-C sends to its workers as well.
+    """Leaves signals to the training process, and ends this one when that has ended.
 
-    A forked worker has that process's handlers, which only note them.
+    Ctrl-C is sent to the workers as well. torch's own watch compares the id of the parent, which is
+    the server's here: workers would outlive a training process that was killed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Waits until the process that asked for this one has ended, then ends this one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Context in which SIGINT and SIGTERM wait, also in the processes that start meanwhile.
+
+    Sent to the group of processes they would end the server as it starts, or a worker before it
+    ignores them, and not stop the run in order.
+    """
+    # Starting it unblocks the signals again, and starting the server starts it.
+    resource_tracker.ensure_running()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iterator[Batch]:
@@ -343,7 +373,8 @@ def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iter
     # Forked workers share the rows that are mapped into memory, and may be forked after CUDA has
     # been initialised, since they make no tensor on a GPU. Others open the files again.
     context = multiprocessing.get_context(feed.start)
-    if feed.start == "forkserver":
+    clean = feed.start == "forkserver"
+    if clean:
         context.set_forkserver_preload([*PRELOADED, type(feed.fetch).__module__])
     # A batch is a function of its place, so the workers need no sampler and no state, and draw
     # nothing from the random generators of the training.
@@ -355,12 +386,14 @@ def _ahead(feed: PreparedFeed, position: Position, numbers: list[Place]) -> Iter
         prefetch_factor=2,
         generator=torch.Generator(),
         pin_memory=feed.pinned,
-        worker_init_fn=_begin_worker if feed.start == "forkserver" else None,
+        worker_init_fn=_begin_worker if clean else None,
         multiprocessing_context=context,
     )
     # A worker may be killed before all of them have started.
     feed.loading = Loading(position, numbers, 0, [])
-    batches = iter(loader)
+    # A forked worker has the handlers of the training process, which only note signals.
+    with _signals_wait() if clean else contextlib.nullcontext():
+        batches = iter(loader)
     for place in range(len(numbers)):
         feed.loading = Loading(position, numbers, place, worker_processes(batches))
         yield next(batches)
