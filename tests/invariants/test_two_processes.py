@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.forked_runs import ended, start
 from tests.helpers.tiny_models import largest, parsed, tensors_of, with_tune
 from vlm_tune.api import sft
+from vlm_tune.resources import cache_folder
 
 LORA_BOTH = """
 tune:
@@ -112,12 +113,13 @@ def test_two_ranks_train_as_one(
 def test_the_test_part_is_shared_among_ranks_and_scored_as_by_one(
     tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path
 ) -> None:
-    """Nine rows, in their order."""
+    """Nine rows, in their order, and by one file of features."""
     from vlm_tune.train import final_scores
 
     part = tmp_path / "test.jsonl"
     lines = color_rows.read_text().splitlines(keepends=True)
-    part.write_text("".join([*lines, lines[0]]))
+    interleaved = [line for pair in zip(lines[:4], lines[4:], strict=True) for line in pair]
+    part.write_text("".join([*interleaved, lines[0]]))
 
     def recipe(output: str) -> Any:
         changes: dict[str, Any] = {
@@ -148,6 +150,8 @@ def test_the_test_part_is_shared_among_ranks_and_scored_as_by_one(
     answers = [(tmp_path / run / "answers.jsonl").read_text() for run in ("one", "two")]
     assert answers[0] == answers[1]
     assert len(answers[0].splitlines()) == 9
+    # Each rank answers about two of the four images; the training rows show the same four.
+    assert len(list(cache_folder("features").glob("*.npy"))) == 1
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     names = ("accuracy", "n", "by_category", "by_source")
     assert {name: two[name] for name in names} == {name: one.result[name] for name in names}

@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,21 +173,18 @@ class CheckpointWriter:
         self.stage = stage
         self.keep = keep
         self.background = background
-        self._thread = (
-            ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
-        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, step: int, write: Callable[[Path], None], best_step: int | None) -> None:
         """Starts to write the checkpoint of a step, after the one before is complete.
 
-        Raises `TrainingError` as `wait`.
+        Raises `TrainingError` as `wait`, if that one could not be written.
         """
         self.wait()
-        if self._thread is None:
-            self._write(step, write, best_step)
-        else:
-            self._pending = self._thread.submit(self._write, step, write, best_step)
+        self._pending = self._thread.submit(self._write, step, write, best_step)
+        if not self.background:
+            self.settle()
 
     def failed(self) -> bool:
         """Whether the last checkpoint could not be written."""
@@ -196,6 +193,11 @@ class CheckpointWriter:
             and self._pending.done()
             and self._pending.exception() is not None
         )
+
+    def settle(self) -> None:
+        """Waits until all is written or has failed, as `failed` then says."""
+        if self._pending is not None:
+            wait([self._pending])
 
     def wait(self) -> None:
         """Waits until all is written. Raises `TrainingError` if that failed."""
@@ -206,8 +208,7 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Waits for the write under way without reporting its error."""
-        if self._thread is not None:
-            self._thread.shutdown()
+        self._thread.shutdown()
 
     def _write(self, step: int, write: Callable[[Path], None], best_step: int | None) -> None:
         folder = step_folder(self.stage, step)

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.prepare.dataset import Prepared
-from vlm_tune.data.types import Conversation, distinct_media
+from vlm_tune.data.types import Conversation, Media, distinct_media
 from vlm_tune.errors import Interrupted
 from vlm_tune.evaluation import metrics
 from vlm_tune.evaluation.assessment import assess
@@ -155,15 +155,16 @@ def _together(
     """
     accelerator = context.accelerator
     main = accelerator.is_main_process
+    media = distinct_media(rows)
     if accelerator.num_processes == 1 or shards(context.section):
         # Of a sharded model rank 0 alone has all weights.
-        return _score_rows(context, model, rows, recipe) if main else None
+        return _score_rows(context, model, rows, recipe, media) if main else None
     ranks = accelerator.num_processes
     share = rows[accelerator.process_index :: ranks]
     answers: list[Answer] = []
     stopped: Interrupted | None = None
     try:
-        answers = _score_rows(context, model, share, recipe).answers if share else []
+        answers = _score_rows(context, model, share, recipe, media).answers if share else []
     except Interrupted as error:
         stopped = error
     shares: list[Any] = gather_object([None if stopped else answers])
@@ -174,14 +175,18 @@ def _together(
 
 
 def _score_rows(
-    context: Context, model: VisionLanguageNetwork, rows: Sequence[Conversation], recipe: Recipe
+    context: Context,
+    model: VisionLanguageNetwork,
+    rows: Sequence[Conversation],
+    recipe: Recipe,
+    media: Sequence[Media],
 ) -> Scores:
     """Scores rows with the recipe's evaluation settings. Raises `Interrupted` if asked to stop.
 
-    Features are cached where those of the last stage are.
+    Features are cached where those of the last stage are. `media` are those of all ranks' rows: the
+    ranks share the work, and the files are those that one process looks for, as `eval` does.
     """
     settings = recipe.evaluate
-    media = distinct_media(rows)
     cached = bool(media) and _caches(context)
     with context.accelerator.autocast():
         autocast = DTYPES[recipe.train.precision]

@@ -77,6 +77,11 @@ class Meetings:
         """
         return self._stops(self._gathered([]))
 
+    def written(self) -> None:
+        """Meets once the last checkpoint is written. Raises `TrainingError` as `stopping` does."""
+        self.writer.settle()
+        self.stopping()
+
     def _gathered(self, figures: Sequence[int]) -> torch.Tensor:
         """int64[ranks, n + 2]: the figures of every process and its flags, on the CPU."""
         flags = [self.stop(), self.writer.failed()]

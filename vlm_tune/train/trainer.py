@@ -169,6 +169,8 @@ class StageLoop:
         if self.progress.unscored:
             self._evaluate(self.progress.step)
             self._save(self.progress.step)
+            if self.progress.unscored:
+                self._stop(saved=True)
         saved = True
         for batches, waited in self._windows():
             step = self.progress.step + 1
@@ -191,15 +193,13 @@ class StageLoop:
                 with rates.paused():
                     self._evaluate(step)
                 self.progress.seconds = before + time.perf_counter() - started
-            if last:
-                self.meetings.stopping()  # raises if a checkpoint failed; no step follows
             saved = self.policy.saves_at(step) or self.progress.unscored
             if saved:
                 with rates.paused():
                     self._save(step)
             if self.progress.unscored:
                 self._stop(saved=True)
-        self.writer.wait()
+        self.meetings.written()
 
     def _stop(self, *, saved: bool) -> NoReturn:
         """Ends the run after the last step, once its checkpoint is written.
@@ -209,7 +209,7 @@ class StageLoop:
         step = self.progress.step
         if not saved:
             self._save(step)
-        self.writer.wait()
+        self.meetings.written()
         place = f"at step {step} of {self.total}" if step else "before the first step"
         raise Interrupted(f"stopped {place}; go on with --resume")
 
@@ -336,8 +336,8 @@ class StageLoop:
         while self.progress.step < self.total:
             epoch = self.position.in_data.epoch
             # A process forked while a thread writes could wait for ever for a lock that the thread
-            # holds.
-            self.writer.wait()
+            # holds. If the write fails, the step's meeting raises.
+            self.writer.settle()
             windows = on_device(
                 islice(
                     self.data.feed.windows(self.position.in_data), self.total - self.progress.step
@@ -415,10 +415,14 @@ class StageLoop:
             self.policy.record(evaluation)
 
     def _save(self, step: int) -> None:
-        """Starts to write a checkpoint, if the model may be saved."""
+        """Starts to write a checkpoint, if the model may be saved.
+
+        Raises `TrainingError` on all processes if the last one could not be written.
+        """
+        self.watch.at(f"the checkpoint of step {step}", (step, 4))
+        self.meetings.written()
         if not self.policy.may_save:
             return
-        self.watch.at(f"the checkpoint of step {step}", (step, 4))
         states = gather_object([random_state(self.accelerator.device)])
         if self.accelerator.is_main_process:
             self.writer.save(step, self._captured(states), self.progress.best_step)
