@@ -19,6 +19,7 @@ from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.generation.continuing import Continuation
 from vlm_tune.generation.picking import Picker
+from vlm_tune.model.language import attention, kv_cache, seq2seq
 from vlm_tune.model.language.attention import MaskedPrefill, StaticPrefill
 from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.decoding import Decoding
@@ -54,8 +55,14 @@ def answers(
 
 @both_llms
 @pytest.mark.parametrize("how", DECODINGS)
-def test_answers_are_those_of_a_cpu(llm: str, how: str, tiny_recipe: Recipes) -> None:
+def test_answers_are_those_of_a_cpu(
+    llm: str, how: str, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with caches that grow, and with more decoder layers than encoder layers."""
     text = tiny_recipe(llm)
+    if how == "drawn":
+        monkeypatch.setattr(kv_cache, "ROOM", 3)
+        text = text.replace("num_layers: 2, num_decoder_layers: 1", "num_decoder_layers: 3")
     model = sharp(text)
     prompts = prompts_of(model, text)
     expected = answers(model, prompts, DECODINGS[how])
@@ -67,11 +74,13 @@ def test_answers_are_those_of_a_cpu(llm: str, how: str, tiny_recipe: Recipes) ->
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize("room", [64, 1, 2])
 @pytest.mark.parametrize("share", [0.0, 2.0], ids=["none-dropped", "dropped-at-once"])
 def test_a_static_cache_gives_what_a_growing_one_gives(
-    share: float, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+    share: float, room: int, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where branches that have ended are dropped, one after the other."""
+    """Also where branches that have ended are dropped, one after the other, and the cache grows."""
+    monkeypatch.setattr(kv_cache, "ROOM", room)
     llm = sharp(tiny_recipe("causal")).llm
     assert isinstance(llm, CausalLLM)
     monkeypatch.setattr(continuing, "SPARED", share)
@@ -97,6 +106,30 @@ def test_a_static_cache_gives_what_a_growing_one_gives(
     torch.testing.assert_close(of_fixed, of_grown, rtol=1e-4, atol=1e-5)
     prefill: Any = branches.prefill
     assert is_static_cache(prefill.cache)
+    assert prefill.cache.layers[1].keys.shape[-2] == len(prefill.columns) <= 11 + 3 * 7
+
+
+@both_llms
+def test_a_static_cache_has_no_room_for_tokens_that_never_come(
+    llm: str, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer of 5 tokens costs the same whatever `max_new_tokens` allows."""
+    text = tiny_recipe(llm)
+    model = sharp(text)
+    rooms = []
+
+    def noted(config: Any, length: int, device: torch.device) -> Any:
+        rooms.append(length)
+        return kv_cache.static_cache(config, length, device)
+
+    monkeypatch.setattr(attention, "static_cache", noted)
+    monkeypatch.setattr(seq2seq, "static_cache", noted)
+    monkeypatch.setattr(continuing.Continuation, "_unfinished", lambda self, count: 0)
+    (prompt,) = model.processor.prompts(rows_of(parsed(text))[:1])
+    with pretended(model, CUDA):
+        for allowed in (200, 10_000):
+            answers(model, [prompt], Decoding(allowed))
+    assert rooms[0] == rooms[1] <= len(prompt.input_ids) + 64
 
 
 class _Chosen:

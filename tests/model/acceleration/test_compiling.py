@@ -36,6 +36,7 @@ from vlm_tune.generation.picking import Picker
 from vlm_tune.kernels import devices
 from vlm_tune.model.acceleration.compiling import blocks, compiled, eager, reading, why_not
 from vlm_tune.model.acceleration.lora_layers import merge_projections
+from vlm_tune.model.language import kv_cache
 from vlm_tune.model.language.attention import MaskedAttention, StaticPrefill
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.causal import CausalLLM
@@ -140,6 +141,8 @@ def test_decode_steps_of_a_static_cache_are_compiled_to_one_graph_for_all_layers
 ) -> None:
     llm = CausalLLM(tiny(LlamaConfig, LlamaForCausalLM, "causal").eval())
     llm.attention = _Static()
+    # The caches grow in answers of more than five tokens.
+    monkeypatch.setattr(kv_cache, "ROOM", 5)
 
     def answers(rows: int, length: int, branches: int, new_tokens: int) -> list[Any]:
         ids = torch.arange(rows * length).view(rows, length) * 7 % 90 + 3

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from vlm_tune.compat import cache_name, supports_static_cache
-from vlm_tune.model.language.kv_cache import static_cache
+from vlm_tune.model.language.kv_cache import enlarge_cache, static_cache, steps_of_room
 from vlm_tune.model.language.masks import layer_masks, tree_mask
 
 
@@ -164,10 +164,11 @@ class MaskedPrefill:
 
 
 class StaticPrefill:
-    """A prefill by masks, with a KV cache of transformers that has room for all decode steps.
+    """A prefill by masks, with a KV cache of transformers that has room for many decode steps.
 
-    Between two calls of `select`, decode steps read and write tensors of the same shapes, and which
-    columns of the cache are filled is a tensor too: the host takes no part in a step.
+    Until the cache is full and moves to a larger one, and between two calls of `select`, decode
+    steps read and write tensors of the same shapes, and which columns of the cache are filled is a
+    tensor too: the host takes no part in a step.
     """
 
     def __init__(
@@ -181,7 +182,9 @@ class StaticPrefill:
         steps: int,
     ) -> None:
         _, branches, length = visible.shape
-        room = branches * steps
+        self.steps_taken = 0
+        self.steps_left = steps
+        room = branches * steps_of_room(0, steps)
         device = embeds.device
         self.config = model.config
         self.body = body
@@ -215,14 +218,27 @@ class StaticPrefill:
 
     def step(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """A decode step, see `Prefill`."""
+        branches = positions.shape[1]
+        if self.filled + branches > len(self.columns):
+            self._enlarge(branches)
         self.cached_positions.index_copy_(1, self.next_columns, positions)
         visible = self.visible & (self.columns <= self.next_columns[-1])
         mask = layer_masks(
             self.config, visible[:, None], positions, self.cached_positions, embeds.dtype
         )
-        self.next_columns += positions.shape[1]
-        self.filled += positions.shape[1]
+        self.next_columns += branches
+        self.filled += branches
+        self.steps_taken += 1
+        self.steps_left -= 1
         return _run(self.body, self.cache, embeds, mask, positions)
+
+    def _enlarge(self, branches: int) -> None:
+        """Moves the cache to one with room for as many steps again."""
+        length = self.filled + branches * steps_of_room(self.steps_taken, self.steps_left)
+        enlarge_cache(self.cache, length)
+        self.cached_positions = pad(self.cached_positions, (0, length - len(self.columns)))
+        self.columns = torch.arange(length, device=self.columns.device)
+        self._open(self.visible[..., : self.filled])
 
     def select(self, places: torch.Tensor) -> None:
         """Drops all branches but those at `places` int64[B, K']."""

@@ -14,7 +14,7 @@ from vlm_tune.data.types import Batch
 from vlm_tune.model.language.attention import MaskedAttention, MaskedPrefill, whole_rows
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.language.masks import joining_reason, tree_mask
+from vlm_tune.model.language.masks import joining_reason
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
 
 
@@ -177,7 +177,10 @@ class CausalBranches:
         if visible_until is None or positions is None:
             visible_until, positions = whole_rows(batch.attention_mask)
         rows = torch.arange(len(leaves), device=embeds.device)[:, None]
-        visible = tree_mask(visible_until)[:, 0][rows, leaves]
+        # The leaves' rows of `tree_mask`, [B, K, L], without those of all other tokens.
+        place = torch.arange(visible_until.shape[1], device=embeds.device)
+        at = leaves[..., None]
+        visible = (place <= at) & (at < visible_until[:, None])
         self.positions = positions[rows, leaves]
         if cache is None:
             self.prefill = llm.attention_of_rows.prefill(

@@ -1,4 +1,4 @@
-"""KV caches of transformers: of fixed size, one layer of them, and cut to a length."""
+"""KV caches of transformers: of fixed or doubled size, one layer of them, and cut to a length."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from vlm_tune.compat import share_compiled_code
+
+
+ROOM = 64
+"""Decode steps for which a static KV cache has room at first."""
 
 
 def static_cache(config: Any, length: int, device: torch.device) -> Any:
@@ -24,6 +29,24 @@ def static_cache(config: Any, length: int, device: torch.device) -> Any:
         layer.cumulative_length = torch.zeros((), dtype=torch.int64, device=device)
         layers.append(layer)
     return Cache(layers=layers)
+
+
+def enlarge_cache(cache: Any, length: int) -> None:
+    """Gives a filled `static_cache` room for `length` tokens, which it copies; no host waits."""
+    for layer in cache.layers:
+        more = length - layer.keys.shape[-2]
+        layer.keys = pad(layer.keys, (0, 0, 0, more))
+        layer.values = pad(layer.values, (0, 0, 0, more))
+        layer.max_cache_len = length
+
+
+def steps_of_room(taken: int, left: int) -> int:
+    """For how many further decode steps a static KV cache gets room.
+
+    Room for all `left` steps would be read in every step, and most answers end long before; so it
+    doubles with the steps `taken`.
+    """
+    return min(max(taken, ROOM), left)
 
 
 def crop_cache(cache: Any, length: int) -> None:

@@ -14,7 +14,7 @@ from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.language.kv_cache import static_cache
+from vlm_tune.model.language.kv_cache import enlarge_cache, static_cache, steps_of_room
 from vlm_tune.model.language.masks import additive, packing_reason
 from vlm_tune.model.language.seq2seq_attention import Seq2SeqAttention
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix, SoftPrompt
@@ -171,9 +171,14 @@ class Seq2SeqBranches:
         self.columns: torch.Tensor | None = None
         self.filled = torch.zeros((), dtype=torch.int64, device=device)
         # On a GPU a cache that grows costs a copy a step, and shapes that no graph is for.
+        # The start token takes the first of as many steps as there are new tokens.
+        self.steps_taken = 0
+        self.steps_left = new_tokens
         if on_gpu and supports_static_cache(llm.model):
-            growing = static_cache(llm.model.config, new_tokens, device)
-            self.columns = torch.arange(new_tokens, device=device)
+            room = steps_of_room(0, new_tokens)
+            # The decoder may have more layers than the encoder, whose number the model's has.
+            growing = static_cache(self.decoder.config, room, device)
+            self.columns = torch.arange(room, device=device)
         self.cache = EncoderDecoderCache(growing, DynamicCache())
         start = llm.shifted(torch.zeros_like(row_mask[:, :1], dtype=torch.int64))
         self.hidden = self.step(start)
@@ -182,9 +187,13 @@ class Seq2SeqBranches:
         """A decode step, see `Branches`."""
         mask = None
         if self.columns is not None:
+            if self.steps_taken == len(self.columns):
+                self._enlarge(self.columns.device)
             filled = (self.columns <= self.filled).expand(len(tokens), 1, 1, -1)
             mask = additive(filled, self.encoded.dtype)
             self.filled += 1
+        self.steps_taken += 1
+        self.steps_left -= 1
         return self.decoder(
             input_ids=tokens,
             attention_mask=mask,
@@ -193,6 +202,12 @@ class Seq2SeqBranches:
             use_cache=True,
             **{cache_name(): self.cache},
         ).last_hidden_state
+
+    def _enlarge(self, device: torch.device) -> None:
+        """Moves the cache of fixed size to one with room for as many steps again."""
+        length = self.steps_taken + steps_of_room(self.steps_taken, self.steps_left)
+        enlarge_cache(self.cache.self_attention_cache, length)
+        self.columns = torch.arange(length, device=device)
 
     def select(self, places: torch.Tensor) -> None:
         """Drops no branch: there is one a row."""
