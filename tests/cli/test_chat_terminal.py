@@ -113,6 +113,7 @@ def test_commands_change_the_chat(
         ("/image nope.png", "no image file 'nope.png'"),
         ("/temperature hot", "a temperature is a number, got 'hot'"),
         ("/temperature -3", "temperature is a number from 0 to 100"),
+        ("/system \udcff", "the system text is a text of whole characters"),
         ("<image>?", "0 images and 1 <image> marks"),
     ],
 )
@@ -124,6 +125,40 @@ def test_a_fault_ends_a_pipe_and_not_a_conversation(
     assert message in capsys.readouterr().err and len(session.chat.turns) == 2
     with pytest.raises((ArgumentError, DataError)):
         terminal(model, interactive=False).run(typed(line), as_json=False)
+
+
+def test_images_stay_until_a_question_takes_them(
+    model: VisionLanguageModel, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A refused question prints nothing where answers are read."""
+    session = terminal(model, [image])
+    session.run(typed("<image> and <image>?"), as_json=False)
+    session.run(typed("<image> and <image>?"), as_json=True)
+    assert capsys.readouterr().out == "" and session.images == [image]
+    session.run(typed(QUESTION), as_json=False)
+    assert session.images == [] and len(session.chat.turns[0].parts) == 2
+
+
+def test_no_temperature_leaves_out_the_settings_of_draws(model: VisionLanguageModel) -> None:
+    chat = model.start_chat(max_new_tokens=6, temperature=0.8, seed=1, top_p=0.9)
+    session = ChatTerminal(chat, [], None, interactive=False)
+    session.run(typed("/temperature 0", QUESTION), as_json=False)
+    assert chat.turns[-1].text == model.chat(QUESTION, max_new_tokens=6)
+    session = ChatTerminal(chat, [], ["a", "b"], interactive=False)
+    with pytest.raises(ArgumentError, match="temperature has no effect on choices"):
+        session.run(typed("/temperature 0.5"), as_json=False)
+
+
+def test_texts_beside_images_are_saved_as_they_are(
+    model: VisionLanguageModel, image: Path, tmp_path: Path
+) -> None:
+    session = terminal(model, interactive=False)
+    images = [image, image]
+    session.chat.ask("a \\\\<image>\n\nb \\<image> <image>c", images)
+    session.run(typed(f"/save {tmp_path / 'saved.jsonl'}"), as_json=False)
+    rows, _ = read_path(str(tmp_path / "saved.jsonl"), seed=0)
+    parts = [part if isinstance(part, str) else None for part in rows[0].messages[0].parts]
+    assert parts == ["a \\", None, "\nb <image> ", None, "c"]
 
 
 def test_what_is_there_is_not_written_over(model: VisionLanguageModel, image: Path) -> None:
@@ -199,19 +234,22 @@ def test_the_command_samples_and_chooses(
     monkeypatch.setattr("vlm_tune.cli.chat.quiet_libraries", lambda: None)
     model.save_pretrained(tmp_path / "saved")
     command = ["chat", str(tmp_path / "saved"), "--image", str(image), "--prompt", QUESTION]
-    command += ["--json", "--max-new-tokens", "6"]
+    command.append("--json")
 
     def printed(*options: str) -> Any:
         done = CliRunner().invoke(app, [*command, *options])
         assert done.exit_code == 0, done.output
         return json.loads(done.stdout)
 
-    drawn = printed("--temperature", "1.5", "--seed", "3", "--top-p", "0.9", "--top-k", "40")
+    drawing = ["--temperature", "1.5", "--seed", "3", "--top-p", "0.9", "--top-k", "40"]
+    drawn = printed("--max-new-tokens", "6", *drawing)
     settings: dict[str, Any] = {"temperature": 1.5, "seed": 3, "top_p": 0.9, "top_k": 40}
     assert drawn == {"answer": model.chat(QUESTION, image, max_new_tokens=6, **settings)}
     chosen = printed("--choices", "red, dark blue")
     assert list(chosen["probabilities"]) == ["red", "dark blue"]
-    for options in (["--top-p", "0.5"], ["--choices", "red"]):
+    unused = ["--choices", "red,blue", "--temperature", "0.7"]
+    broken = [["--choices", "\udcff,b"], ["--system", "\udcff"]]
+    for options in (["--top-p", "0.5"], ["--choices", "red"], unused, *broken):
         failed = CliRunner().invoke(app, [*command, *options])
         assert isinstance(failed.exception, ArgumentError)
 

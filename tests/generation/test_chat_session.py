@@ -105,6 +105,22 @@ def test_a_chat_goes_on_after_an_answer_that_was_broken_off(tiny_recipe: Recipes
     assert model.answer(messages=messages, max_new_tokens=5).ids == after.ids
 
 
+def test_marks_in_answers_are_text(tiny_recipe: Recipes) -> None:
+    chat = talkative(tiny_recipe("causal")).start_chat()
+    chat.ask("which, \\<image>?", choices=["<image>", "\\<image>"])
+    question, answer = chat.messages
+    assert question["content"][0]["text"] == "which, \\<image>?"
+    # Where an answer is read, its marks are text as they are.
+    assert answer["content"][0]["text"] == chat.turns[-1].text
+    assert _conversation_of(chat.messages).messages[1].text == chat.turns[-1].text
+
+
+def _conversation_of(messages: Any) -> Any:
+    from vlm_tune.generation.requests import request_conversation
+
+    return request_conversation(1, {"messages": [*messages, {"role": "user", "content": "so?"}]})
+
+
 def test_a_question_that_fails_leaves_the_chat_as_it_was(tiny_recipe: Recipes) -> None:
     model = talkative(tiny_recipe("causal"))
     chat = model.start_chat(max_new_tokens=3)
@@ -118,6 +134,16 @@ def test_a_question_that_fails_leaves_the_chat_as_it_was(tiny_recipe: Recipes) -
         assert chat.turns == turns
     with pytest.raises(ArgumentError, match="a chat's question is a text"):
         chat.ask(["hello"])  # type: ignore[arg-type]
+    for system in (3, "\ud800"):
+        with pytest.raises(ArgumentError, match="the system text is a text"):
+            model.start_chat(system)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="the system text is a text"):
+            chat.system = system  # type: ignore[assignment]
+    with pytest.raises(ArgumentError, match="temperature has no effect on choices"):
+        chat.ask("which?", choices=["a", "b"], temperature=1.0)
+    with pytest.raises(ArgumentError, match="half a surrogate pair"):
+        chat.ask("which?", choices=["\ud800", "b"])
+    assert chat.turns == turns and chat.system is None
     with pytest.raises(ArgumentError, match="one answer a turn"):
         model.start_chat(temperature=1.0, num_return_sequences=2)
     messages = [*chat.messages, {"role": "user", "content": "more?"}]

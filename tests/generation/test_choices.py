@@ -131,6 +131,64 @@ def test_logits_are_computed_in_chunks(
         assert one.probabilities == pytest.approx(other.probabilities, abs=1e-6)
 
 
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
+    """The lengths of input and labels of all rows of each batch that is scored from now on."""
+    seen: list[list[tuple[int, int]]] = []
+    scored = choosing._batch_logprobs
+
+    def noted(model: Any, rows: Any, collated: Any) -> Any:
+        seen.append([(len(row.input_ids), len(row.labels)) for row in rows])
+        return scored(model, rows, collated)
+
+    monkeypatch.setattr(choosing, "_batch_logprobs", noted)
+    return seen
+
+
+@both_llms
+def test_batches_are_of_tokens_and_questions(
+    llm: str, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many choices one question has."""
+    model = talkative(tiny_recipe(llm))
+    many = [f"no {number}" for number in range(40)]
+    questions = [f"which {number}?" for number in range(9)]
+    lists = [many, *[["a", "b"]] * 8]
+    whole = model.answer_batch(questions, choices=lists, batch_size=100)
+    monkeypatch.setattr(choosing, "ROW", 60)
+    seen = passes(monkeypatch)
+    by_three = model.answer_batch(questions, choices=lists, batch_size=3)
+    # Of three questions each, one of which has several rows.
+    assert len(seen) == 3 and max(map(len, seen)) > 3
+    if llm == "seq2seq":
+        assert max(labels for rows in seen for _, labels in rows) <= 60
+    seen.clear()
+    monkeypatch.setattr(choosing, "BATCH", 300)
+    by_tokens = model.answer_batch(questions, choices=lists, batch_size=100)
+    assert all(
+        len(rows) == 1 or len(rows) * sum(map(max, zip(*rows, strict=True))) <= 300 for rows in seen
+    )
+    assert max(map(len, seen)) > 1
+    for answer, one, other in zip(whole, by_three, by_tokens, strict=True):
+        assert one.probabilities == pytest.approx(answer.probabilities, abs=1e-5)
+        assert other.probabilities == pytest.approx(answer.probabilities, abs=1e-5)
+
+
+def test_no_questions_have_no_answers(tiny_recipe: Recipes) -> None:
+    assert talkative(tiny_recipe("causal")).answer_batch([], choices=["a", "b"]) == []
+
+
+def test_a_trained_embedding_table_is_scored_too(tiny_recipe: Recipes) -> None:
+    """LoRA on the table stands before the head's number of rows."""
+    model = talkative(tiny_recipe("causal"))
+    rules: Any = [
+        TuneRule(match="llm.*", how="lora", r=2, target_modules=["embed_tokens"]),
+        TuneRule(match="*", how="frozen"),
+    ]
+    expected = model.answer("which?", choices=["a", "b"]).probabilities
+    apply_rules(model, rules, learning_rate=1e-3, precision=torch.float32)
+    assert model.answer("which?", choices=["a", "b"]).probabilities == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
@@ -142,6 +200,7 @@ def test_logits_are_computed_in_chunks(
         (["a", " "], "none empty"),
         ([["a", "b"]], "1 lists of choices for 2 requests"),
         ([["a", "b"], "ab"], "choices is a list of texts"),
+        (["\ud800", "b"], "a choice is a text of whole characters, got half a surrogate pair"),
     ],
 )
 def test_choices_that_are_none_are_refused(

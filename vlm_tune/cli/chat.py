@@ -79,13 +79,17 @@ def chat(
     quiet_libraries()
     from vlm_tune.cli.chat_terminal import ChatTerminal
     from vlm_tune.generation.chat import VisionLanguageModel
-    from vlm_tune.generation.choices import choices_of_each
+    from vlm_tune.generation.choices import check_not_generated, choices_of_each
+    from vlm_tune.generation.requests import check_text
     from vlm_tune.model.language.decoding import Decoding
 
     # Wrong options are an error before the model is loaded.
-    Decoding(**settings)
+    decoding = Decoding(**settings)
     if texts is not None:
         choices_of_each(texts, 1)
+        check_not_generated(decoding.given)
+    if system is not None:
+        check_text("the system text", system)
     vlm = VisionLanguageModel.from_pretrained(
         model, dtype=dtype, base=bases_by_part(base), accept_other_base=accept_other_base
     )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from vlm_tune.cli.options import print_json
+from vlm_tune.data.chat.image_marks import joined_marks
 from vlm_tune.errors import ArgumentError, VlmTuneError
 from vlm_tune.generation.chat_session import Chat
-from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.generation.choices import check_not_generated
+from vlm_tune.model.language.decoding import DRAWING, Decoding
 from vlm_tune.paths import exists, home, is_file, is_folder, shown_path, writing
 from vlm_tune.quoting import escaped, escaped_lines, quoted
 
@@ -96,8 +98,8 @@ class ChatTerminal:
 
     def answer(self, prompt: str) -> dict[str, Any]:
         """Answers a question: `answer`, and where there are choices their `probabilities`."""
-        images, self.images = self.images, []
-        answer = self.chat.ask(prompt, images, choices=self.choices)
+        with self._images_of_question() as images:
+            answer = self.chat.ask(prompt, images, choices=self.choices)
         described: dict[str, Any] = {"answer": answer.text}
         if answer.probabilities is not None:
             described["probabilities"] = answer.probabilities
@@ -112,13 +114,25 @@ class ChatTerminal:
             for text, probability in ranked:
                 typer.echo(f"  {probability:7.2%}  {escaped(text)}")
             return
-        images, self.images = self.images, []
-        try:
-            with closing(self.chat.stream(prompt, images)) as stream:
+        with (
+            self._images_of_question() as images,
+            closing(self.chat.stream(prompt, images)) as stream,
+        ):
+            try:
                 for piece in stream:
                     typer.echo(escaped_lines(piece), nl=False)
+            finally:
+                typer.echo()
+
+    @contextmanager
+    def _images_of_question(self) -> Iterator[list[Path]]:
+        """The images of the next question, which stay for another one if the chat takes none."""
+        turns = len(self.chat.turns)
+        try:
+            yield self.images
         finally:
-            typer.echo()
+            if len(self.chat.turns) > turns:
+                self.images = []
 
     def _obeys(self, line: str) -> bool:
         """Whether a line was a command, or the path of an image."""
@@ -159,10 +173,16 @@ class ChatTerminal:
         typer.echo(f"added {shown_path(path)} to the next question", err=True)
 
     def _set_temperature(self, text: str) -> None:
+        if self.choices is not None:
+            check_not_generated(["temperature"])
         try:
             settings: Any = {**self.chat.settings, "temperature": float(text)}
         except ValueError:
             raise ArgumentError(f"a temperature is a number, got {quoted(text)}") from None
+        if settings["temperature"] == 0:
+            # They have no effect where no token is drawn.
+            for name in DRAWING:
+                settings.pop(name, None)
         Decoding(**settings)
         self.chat.settings = settings
 
@@ -172,12 +192,10 @@ class ChatTerminal:
         images: list[str] = []
         messages = []
         for message in self.chat.messages:
-            texts = []
-            for part in message["content"]:
-                if part["type"] == "image":
-                    images.append(str(part["image"]))
-                texts.append(part.get("text", "<image>"))
-            messages.append({"role": message["role"], "content": "".join(texts)})
+            parts = message["content"]
+            images += [str(part["image"]) for part in parts if part["type"] == "image"]
+            content = joined_marks([part.get("text") for part in parts])
+            messages.append({"role": message["role"], "content": content})
         row = {"messages": messages, "images": images}
         with writing(path, "the conversation"):
             path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from vlm_tune.errors import ArgumentError, ModelError
 from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat_session import Chat
-from vlm_tune.generation.choices import choices_of_each, choose
+from vlm_tune.generation.choices import check_not_generated, choices_of_each, choose
 from vlm_tune.generation.requests import request_conversation
 from vlm_tune.generation.streaming import streamed
 from vlm_tune.model.base_places import BaseArgument, base_choice
@@ -150,10 +150,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         ]
         images = PixelCache(self.processor.images)
         if choices is not None:
-            if settings:
-                raise ArgumentError(
-                    f"{next(iter(settings))} has no effect on choices: they are not generated"
-                )
+            check_not_generated(settings)
             of_each = choices_of_each(choices, len(conversations))
             with self.evaluating():
                 return choose(self, conversations, of_each, fetch=images, batch_size=batch_size)

@@ -16,8 +16,8 @@ from vlm_tune.data.types import Conversation, Example, Media, Message
 from vlm_tune.errors import ArgumentError
 from vlm_tune.generation.answering import continuation_of, continues
 from vlm_tune.generation.answers import Answer, AnswerReader
-from vlm_tune.generation.choices import choices_of_each, choose
-from vlm_tune.generation.requests import request_conversation
+from vlm_tune.generation.choices import check_not_generated, choices_of_each, choose
+from vlm_tune.generation.requests import check_text, request_conversation
 from vlm_tune.generation.streaming import Pieces, picker_of, pieces, streamed
 from vlm_tune.model.language.decoding import Decoding, Settings
 from vlm_tune.model.language.kv_cache import crop_cache
@@ -29,14 +29,15 @@ class Chat:
     """A conversation with a model, begun by `VisionLanguageModel.start_chat`.
 
     A decoder's KV cache of the conversation so far is kept, so that only the new turn is prefilled;
-    the answers are those of `VisionLanguageModel.chat` with all turns. An encoder-decoder, a model
-    with virtual tokens, and one whose connector reads the question read the whole each time.
+    the answers are those of `VisionLanguageModel.chat` with all turns. The whole is read each time
+    by an encoder-decoder, a model with virtual tokens or one whose samples can't be joined in rows,
+    and one whose connector reads the question or attends from the LLM's layers; and so it is in a
+    beam search and for `choices`.
 
     One thread at a time may use a chat. After a change of the model's weights, begin a new one.
 
     Attributes:
         turns: The turns so far.
-        system: The system text of this chat; None for the model's.
         settings: How answers are generated where a call does not say it.
     """
 
@@ -52,6 +53,9 @@ class Chat:
             model: The model.
             system: The system text; the model's where not given.
             **settings: How answers are generated, see `Decoding`.
+
+        Raises:
+            ArgumentError: A setting is invalid, or the system text is no text.
         """
         _decoding(settings)
         self.model = model
@@ -59,6 +63,21 @@ class Chat:
         self.system = system
         self.turns: list[Message] = []
         self._prefix = _Prefix()
+
+    @property
+    def system(self) -> str | None:
+        """The system text of this chat; None for the model's.
+
+        Raises:
+            ArgumentError: What it is set to is no text.
+        """
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        if text is not None:
+            check_text("the system text", text)
+        self._system = text
 
     def ask(
         self,
@@ -79,9 +98,10 @@ class Chat:
         Raises:
             DataError: An image is invalid, places and images differ in number, or the chat has
                 become longer than the model takes; the chat is as before.
-            ArgumentError: A setting is invalid.
+            ArgumentError: A setting is invalid, or has no effect on `choices`.
         """
         if choices is not None:
+            check_not_generated(settings)
             of_each = choices_of_each(choices, 1)
             conversation = self._with_question(prompt, images)
             with self.model.evaluating():
@@ -115,7 +135,10 @@ class Chat:
     def messages(self) -> list[dict[str, Any]]:
         """The system text and the turns so far, as `VisionLanguageModel.chat` takes them."""
         return [
-            {"role": message.role, "content": [_content(part) for part in message.parts]}
+            {
+                "role": message.role,
+                "content": [_content(message.role, part) for part in message.parts],
+            }
             for message in self._opened()
         ]
 
@@ -167,11 +190,12 @@ def _decoding(settings: Settings) -> Decoding:
     return decoding
 
 
-def _content(part: str | Media) -> dict[str, Any]:
+def _content(role: str, part: str | Media) -> dict[str, Any]:
     """A part of a turn, as `VisionLanguageModel.chat` takes it."""
     if isinstance(part, Media):
         return {"type": "image", "image": part.source}
-    return {"type": "text", "text": escaped_marks(part)}
+    # An answer's text has no marks.
+    return {"type": "text", "text": part if role == "assistant" else escaped_marks(part)}
 
 
 class _Prefix:

@@ -8,7 +8,7 @@ Shapes: S supervised positions, E width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +20,19 @@ from vlm_tune.data.packing import Tree, trees
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Message
 from vlm_tune.errors import ArgumentError
 from vlm_tune.generation.answers import Answer, up_to_stop
+from vlm_tune.generation.requests import check_text
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.quoting import quoted
 
 ROW = 1024
-"""Most tokens of a row that joins choices, of one or several questions about one image."""
+"""Most tokens of a row that joins choices, of one or several questions about one image.
+
+Of an encoder-decoder these are the choices' tokens.
+"""
+
+BATCH = 1 << 14
+"""Most tokens of a batch, inputs and labels, its padding included."""
 
 CHUNK_BYTES = 1 << 25
 """Most bytes of the fp32 logits that exist at a time."""
@@ -51,11 +58,19 @@ def choices_of_each(choices: Any, requests: int) -> list[list[str]]:
             or not all(isinstance(text, str) and text.strip() for text in texts)
         ):
             raise ArgumentError(f"choices is a list of texts, none empty, got {quoted(texts)}")
+        for text in texts:
+            check_text("a choice", text)
         if len(texts) < 2 or len(set(texts)) < len(texts):
             raise ArgumentError(
                 f"choices is a list of two or more different texts, got {quoted(texts)}"
             )
     return [list(texts) for texts in lists]
+
+
+def check_not_generated(settings: Iterable[str]) -> None:
+    """Raises `ArgumentError` if settings of generation, by name, are given beside choices."""
+    for name in settings:
+        raise ArgumentError(f"{name} has no effect on choices: they are not generated")
 
 
 @torch.inference_mode()
@@ -79,7 +94,7 @@ def choose(
         choices: the texts to choose from, for each question.
         fetch: returns the pixels of a media item, or if `cached` the tower's features.
         cached: whether `fetch` returns features.
-        batch_size: the approximate number of questions in a batch.
+        batch_size: the most questions in a batch.
 
     Raises:
         DataError: a question with a choice is too long.
@@ -145,21 +160,44 @@ def _logprobs(
     `counts` are the numbers of consecutive examples that are choices of one question, `collated`
     further arguments of `collate`.
     """
-    rows = choice_rows(model, examples, counts)
-    most = batch_size * max(counts)
     logprobs: list[list[float]] = [[] for _ in examples]
-    batch: list[Tree] = []
-    for place, tree in enumerate(rows):
-        batch.append(tree)
-        if place + 1 < len(rows) and sum(len(each.members) for each in batch) < most:
-            continue
+    for batch in _batches(choice_rows(model, examples, counts), counts, batch_size):
         of_batch = _batch_logprobs(model, [each.row for each in batch], collated)
         for member in (member for each in batch for member in each.members):
             count = examples[member].supervised
             logprobs[member] = of_batch[:count]
             of_batch = of_batch[count:]
-        batch = []
     return logprobs
+
+
+def _batches(rows: Sequence[Tree], counts: Sequence[int], most: int) -> Iterator[list[Tree]]:
+    """Yields batches of consecutive rows, of up to `most` questions and `BATCH` tokens.
+
+    A row may have more by itself.
+    """
+    question_of = _question_of(counts)
+    batch: list[Tree] = []
+    questions: set[int] = set()
+    longest = 0
+    for tree in rows:
+        of_row = {question_of[member] for member in tree.members}
+        length = max(longest, len(tree.row.input_ids) + len(tree.row.labels))
+        tokens = length * (len(batch) + 1)
+        if batch and (len(questions | of_row) > most or tokens > BATCH):
+            yield batch
+            batch = []
+            questions = set()
+            length = len(tree.row.input_ids) + len(tree.row.labels)
+        batch.append(tree)
+        questions |= of_row
+        longest = length
+    if batch:
+        yield batch
+
+
+def _question_of(counts: Sequence[int]) -> list[int]:
+    """The number of each example's question, where questions have `counts` examples."""
+    return [question for question, count in enumerate(counts) for _ in range(count)]
 
 
 def choice_rows(
@@ -171,15 +209,14 @@ def choice_rows(
     """
     llm = model.llm
     causal = llm.layout == "causal"
-    # A connector that reads a decoder's text reads the answer too.
+    # A connector that reads a decoder's text reads an image once a question, and takes no branches.
     shares = (
         llm.unjoined is None
         and model.connector.fills_slots
         and not (model.connector.needs_text if causal else llm.virtual)
     )
-    question_of = np.repeat(np.arange(len(counts)), counts).tolist()
     groups: dict[Any, list[int]] = {}
-    for place, (example, question) in enumerate(zip(examples, question_of, strict=True)):
+    for place, (example, question) in enumerate(zip(examples, _question_of(counts), strict=True)):
         key = example.media if causal and example.media else question
         groups.setdefault(key if shares else (place,), []).append(place)
     rows: list[Tree] = []
@@ -187,23 +224,34 @@ def choice_rows(
         members = [examples[place] for place in group]
         rows += [
             replace(tree, members=tuple(group[member] for member in tree.members))
-            for tree in (trees(members, ROW) if causal else [_answers_to_one(members)])
+            for tree in (trees(members, ROW) if causal else _answers_to_one(members))
         ]
     return sorted(rows, key=lambda tree: len(tree.row.input_ids))
 
 
-def _answers_to_one(examples: Sequence[Example]) -> Tree:
-    """An encoder-decoder's examples of one question as one row with several answers."""
-    labels = [example.labels for example in examples]
-    row = examples[0]
-    if len(examples) > 1:
-        numbers = np.arange(len(examples), dtype=np.int32)
-        row = replace(
-            row,
-            labels=np.concatenate(labels),
-            label_samples=np.repeat(numbers, [len(each) for each in labels]),
-        )
-    return Tree(row, tuple(range(len(examples))), ())
+def _answers_to_one(examples: Sequence[Example]) -> list[Tree]:
+    """An encoder-decoder's examples of one question as rows with several answers."""
+    groups: list[list[int]] = []
+    length = 0
+    for place, example in enumerate(examples):
+        length += len(example.labels)
+        if not groups or length > ROW:
+            groups.append([])
+            length = len(example.labels)
+        groups[-1].append(place)
+    rows: list[Tree] = []
+    for group in groups:
+        labels = [examples[place].labels for place in group]
+        row = examples[group[0]]
+        if len(group) > 1:
+            numbers = np.arange(len(group), dtype=np.int32)
+            row = replace(
+                row,
+                labels=np.concatenate(labels),
+                label_samples=np.repeat(numbers, [len(each) for each in labels]),
+            )
+        rows.append(Tree(row, tuple(group), ()))
+    return rows
 
 
 def _batch_logprobs(
@@ -217,8 +265,7 @@ def _batch_logprobs(
 
 def token_logprobs(llm: LanguageModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The log-probabilities fp32[S] of `targets` int64[S] after hidden states [S, E]."""
-    rows = llm.model.get_input_embeddings().num_embeddings
-    chunk = max(CHUNK_BYTES // (4 * rows), 1)
+    chunk = max(CHUNK_BYTES // (4 * llm.vocabulary), 1)
     parts = [
         llm.logits(states).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
         for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True)

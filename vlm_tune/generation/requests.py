@@ -15,7 +15,7 @@ from vlm_tune.data.images.decode import upright
 from vlm_tune.data.sources.legible import SURROGATE
 from vlm_tune.data.sources.media import data_url
 from vlm_tune.data.types import ROLES, Conversation, Media, Message
-from vlm_tune.errors import DataError
+from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.quoting import quoted, reason_of
 
 KEYS = ("prompt", "messages", "image", "images")
@@ -54,6 +54,17 @@ def request_conversation(number: int, request: Any) -> Conversation:
         )
         messages[place] = replace(message, parts=tuple(parts))
     return Conversation(f"request {number}", tuple(messages), row=number)
+
+
+def check_text(name: str, text: Any) -> None:
+    """Raises `ArgumentError` unless an argument, called `name`, is a text of whole characters."""
+    if not isinstance(text, str):
+        raise ArgumentError(f"{name} is a text, got {quoted(text)}")
+    if SURROGATE.search(text):
+        raise ArgumentError(
+            f"{name} is a text of whole characters, got half a surrogate pair (or a byte that "
+            f"is no UTF-8) in {quoted(text)}"
+        )
 
 
 def _messages(request: Any) -> list[Message]:

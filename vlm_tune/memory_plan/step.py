@@ -60,7 +60,7 @@ def traced(
         )
     half = DTYPES[stage.train.precision]
     model_batch = _with_images(batch, model.tower, features, half, fake)
-    vocabulary = model.llm.model.get_input_embeddings().num_embeddings
+    vocabulary = model.llm.vocabulary
     align = stage.objective.kind == "contrastive"
     accumulating = stage.train.gradient_accumulation > 1
     idle = [0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _MARK = re.compile(r"(?P<slashes>\\*)<(?P<kind>image|video)>(?P<newline>\n?)")
 
@@ -27,6 +28,21 @@ def split_marks(text: str, *, video: bool = False) -> list[str]:
             pieces += [mark["kind"], ""]
     pieces[-1] += text[end:]
     return pieces
+
+
+def joined_marks(parts: Sequence[str | None]) -> str:
+    """The text that `split_marks` splits into escaped texts and, for None, images."""
+    text = ""
+    after_mark = False
+    for part in parts:
+        if part is None:
+            slashes = len(text) - len(text.rstrip("\\"))
+            text += "\\" * slashes + "<image>"
+        else:
+            # A newline directly after a mark would be removed with it.
+            text += "\n" * (after_mark and part.startswith("\n")) + part
+        after_mark = part is None
+    return text
 
 
 def escaped_marks(text: str) -> str:

@@ -146,7 +146,7 @@ class Files:
 def write_files(files: Files, model: VisionLanguageNetwork, dtype: str) -> None:
     """Writes the language model in `dtype`, and tower and connector in the model's precision."""
     language: Any = model.llm.model
-    rows = language.get_input_embeddings().num_embeddings
+    rows = model.llm.vocabulary
     name = FAMILIES[language.config.model_type]
     describe = partial(describe_decoder, text=language.config, processor=model.processor, rows=rows)
     write_gguf(files.language, name, describe, decoder_tensors(language), dtype)

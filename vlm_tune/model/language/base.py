@@ -112,6 +112,13 @@ class LanguageModel(nn.Module):
         """The number of virtual tokens before every row."""
         return 0 if self.prompt is None else self.prompt.tokens
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of rows of the embedding table, with those that no token has."""
+        table = self.model.get_input_embeddings()
+        # LoRA's layer around a table has none of its attributes.
+        return getattr(table, "base_layer", table).num_embeddings
+
     @cached_property
     def longest(self) -> int | None:
         """The longest row, in tokens, that the model has learned positions for.
@@ -251,7 +258,7 @@ class LanguageModel(nn.Module):
                 name,
                 settings,
             )
-        rows = self.model.get_input_embeddings().num_embeddings
+        rows = self.vocabulary
         ids = (torch.arange(PROBED)[None] + rows // 3).repeat(2, 1).to(self.model.device) % rows
         ids[1, -1] = rows // 5
         mask = torch.ones_like(ids, dtype=torch.bool)

@@ -16,6 +16,8 @@ MOST = 1_000_000
 """The largest number of tokens or beams that is accepted; more is taken for a mistake."""
 COLDEST = 0.0001
 """The least temperature above 0; logits that are divided by less may overflow."""
+DRAWING = ("top_p", "top_k", "min_p", "seed")
+"""Settings that have an effect only where tokens are drawn."""
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SAMPLED = (
     "do_sample",
@@ -124,13 +126,7 @@ class Decoding:
             raise ArgumentError(
                 "num_beams above 1 is a search and temperature above 0 draws tokens: give one"
             )
-        drawing = {
-            "top_p": self.top_p < 1,
-            "top_k": self.top_k > 0,
-            "min_p": self.min_p > 0,
-            "seed": self.seed is not None,
-        }
-        idle = [name for name, given in drawing.items() if given]
+        idle = [name for name in DRAWING if name in self.given]
         if idle and not self.samples:
             raise ArgumentError(
                 f"{idle[0]} has no effect where no token is drawn: set temperature, such as 1.0"
@@ -159,6 +155,11 @@ class Decoding:
                 advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
                 raise ArgumentError(f"there is no setting {quoted(name)}; {advice}")
         return cls(**settings)
+
+    @property
+    def given(self) -> list[str]:
+        """The names of the settings that differ from their defaults."""
+        return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
 
     @property
     def samples(self) -> bool:

@@ -10,7 +10,6 @@ from torch.nn.functional import pad
 
 from vlm_tune.compat import share_compiled_code
 
-
 ROOM = 64
 """Decode steps for which a static KV cache has room at first."""
 
