@@ -221,7 +221,7 @@ def test_a_chat_is_the_same_in_a_batch_a_copy_and_with_parts(
     assert copy.deepcopy(model).chat("what color is it?", images=image, max_new_tokens=5) == single
     with pytest.raises(ModelError, match=r"save_pretrained"):
         pickle.dumps(model)
-    with pytest.raises(ArgumentError, match=r"a list of requests"):
+    with pytest.raises(ArgumentError, match=r"requests: expected a list"):
         model.chat_batch("hello")
     with pytest.raises(ArgumentError, match=r"num_beams"):
         model.chat("hello", num_beams=0)
@@ -297,6 +297,12 @@ def test_learned_positions_are_not_passed(scratch: str, tiny_recipe: Callable[..
         for question in ("what color is it?", "is it red?")
     ]
     assert all(isinstance(answer, str) for answer in model.chat_batch(requests, max_new_tokens=100))
+    options: list[Any] = [{"max_new_tokens": 100}, {"max_new_tokens": 100, "num_beams": 2}]
+    for settings in options:
+        single = [model.answer_batch([each], **settings)[0].ids for each in requests]
+        assert [each.ids for each in model.answer_batch(requests, **settings)] == single
+        # The shorter question leaves more positions.
+        assert len(single[0]) != len(single[1])
     assert isinstance(model.chat("what color is it?", max_new_tokens=100), str)
     with pytest.raises(
         ModelError, match=r"has positions for 40: set data.max_length to at most 40"

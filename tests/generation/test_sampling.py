@@ -194,6 +194,18 @@ def test_a_penalty_leaves_repeated_tokens_out(llm: str, tiny_recipe: Recipes) ->
     assert any(each.text != each.alternatives[0].text for each in beams)
 
 
+def test_a_prompt_without_text_has_nothing_to_penalise(tiny_recipe: Recipes) -> None:
+    llm = talkative(tiny_recipe("causal")).llm
+    decoding = Decoding(4, repetition_penalty=2.0)
+    logits = torch.linspace(-1, 1, 12).view(2, 1, 6)
+    none = torch.zeros(2, 1, 0, dtype=torch.int64)
+    picker = Picker(llm, decoding, [[[]], [[3, 5]]], None, torch.device("cpu"))
+    scores = picker.penalised(logits[:, 0], none[:, 0])
+    expected = logits[:, 0].clone()
+    expected[1, [3, 5]] /= 2
+    torch.testing.assert_close(scores, expected)
+
+
 @both_llms
 def test_why_an_answer_ended_is_said(
     llm: str, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import built, parsed, png
+from vlm_tune.data.chat.tokenize import TextEncoder
 from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.generation import answering, streaming
 from vlm_tune.generation.answers import AnswerReader
@@ -87,6 +91,8 @@ class _Letters:
 
     stop_ids = (0,)
 
+    encoder = SimpleNamespace(trailing_bytes=lambda ids: b"")
+
     def raw_text(self, ids: Any) -> str:
         return "".join("\ufffd" if token == 9 else chr(token) for token in ids)
 
@@ -108,3 +114,42 @@ def test_what_later_tokens_may_change_is_held_back() -> None:
     answer = reader.answer([ord(each) for each in "ab END more"], None)
     assert (answer.text, answer.finish_reason, len(answer.ids)) == ("ab", "stop", 6)
     assert reader.answer([97, 0, 98], [-1.0, -2.0, -3.0]).logprobs == (-1.0,)
+
+
+class _Bytes:
+    """A processor whose tokenizer has a token for each byte, and one for `a`."""
+
+    stop_ids = (257,)
+
+    def __init__(self) -> None:
+        tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), "a", "</s>"]
+        ids = {token: number for number, token in enumerate(tokens)}
+        backend = Tokenizer(models.BPE(ids, [], byte_fallback=True))
+        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+        self.encoder = TextEncoder(self.tokenizer)
+
+    def raw_text(self, ids: Any) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+@pytest.mark.parametrize(
+    ("run", "texts"),
+    [
+        ("é你".encode(), ["a", "a", "aé", "aé", "aé", "aé你"]),
+        (b"\xc3\xa9\xff", ["a", "a", "aé", "a\ufffd\ufffd\ufffd"]),
+    ],
+    ids=["text", "no-text"],
+)
+def test_pieces_of_byte_tokens_add_up_wherever_an_answer_ends(run: bytes, texts: list[str]) -> None:
+    processor: Any = _Bytes()
+    reader = AnswerReader(processor, ())
+    ids = [256, *run]
+    for count, text in enumerate(texts, 1):
+        answer = reader.answer(ids[:count], None)
+        assert (answer.text, answer.ids) == (text, tuple(ids[:count]))
+        written = iter([ids[:end] for end in range(1, count + 1)])
+        assert "".join(streaming._pieces(written, reader)) == text
+    # A run that a text token ends does not change any more.
+    assert reader.shown([*ids, 256]) == reader.answer([*ids, 256], None).text
+    assert reader.answer([256, 0xC3, 257], None).text == "a\ufffd"

@@ -83,7 +83,9 @@ def prompt_answers(
     job = _Job(model, repeated, decoding, reader, samples, fetch, cached)
     groups: list[list[Answer]] = [[] for _ in repeated]
     done = 0
-    for batch in _batches(prompt_rows(model, repeated, decoding), batch_size):
+    rows = prompt_rows(model, repeated, decoding)
+    alone = [_is_crowded(model, repeated[tree.members[0]], decoding) for tree in rows]
+    for batch in _batches(rows, alone, batch_size):
         places = [place for tree in batch for place in tree.members]
         answers = job.continued(batch) if continues(model, decoding) else job.generated(batch)
         for place, group in zip(places, answers, strict=True):
@@ -112,7 +114,7 @@ def prompt_rows(
     """Groups prompts into rows, sorted by length.
 
     Prompts that share an image, and equal prompts, are joined to one row if the model can continue
-    its branches.
+    its branches. A prompt that leaves too few positions for all new tokens gets a row of its own.
     """
     joins = (
         model.llm.layout == "causal"
@@ -122,7 +124,8 @@ def prompt_rows(
     groups: dict[Any, list[int]] = {}
     for place, prompt in enumerate(prompts):
         shared = prompt.media or prompt.input_ids.tobytes()
-        groups.setdefault(shared if joins else place, []).append(place)
+        joined = joins and not _is_crowded(model, prompt, decoding)
+        groups.setdefault(shared if joined else place, []).append(place)
     rows = [
         replace(tree, members=tuple(group[member] for member in tree.members))
         for group in groups.values()
@@ -133,6 +136,20 @@ def prompt_rows(
         rows,
         key=lambda tree: (tree.row.visible_until is None, len(tree.row.input_ids), tree.row.id),
     )
+
+
+def _is_crowded(model: VisionLanguageNetwork, prompt: Example, decoding: Decoding) -> bool:
+    """Whether a decoder has too few positions for all new tokens after a prompt.
+
+    The answer may be as long as they allow. Beside longer rows it would end sooner, and beside
+    shorter ones end theirs.
+    """
+    llm = model.llm
+    if llm.layout != "causal" or llm.longest is None:
+        return False
+    # The last new token needs no position: it is not fed back.
+    length = llm.virtual + len(prompt.input_ids) + decoding.max_new_tokens - 1
+    return length > llm.longest
 
 
 @dataclass(frozen=True)
@@ -243,16 +260,22 @@ def _filled(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[*row, *[row[-1]] * (most - len(row))] for row in rows]
 
 
-def _batches(rows: Sequence[Tree], size: int) -> Iterator[list[Tree]]:
-    """Yields batches of consecutive rows, all joined or all plain, with about `size` prompts."""
+def _batches(rows: Sequence[Tree], alone: Sequence[bool], size: int) -> Iterator[list[Tree]]:
+    """Yields batches of consecutive rows, all joined or all plain, with about `size` prompts.
+
+    Rows that are to be `alone` are batches by themselves.
+    """
     batch: list[Tree] = []
-    for tree in rows:
+    closed = False
+    for tree, by_itself in zip(rows, alone, strict=True):
         full = sum(len(other.members) for other in batch) >= size
+        joined = tree.row.visible_until is not None
         if batch and (
-            full or (batch[0].row.visible_until is None) != (tree.row.visible_until is None)
+            full or closed or by_itself or joined != (batch[0].row.visible_until is not None)
         ):
             yield batch
             batch = []
         batch.append(tree)
+        closed = by_itself
     if batch:
         yield batch

@@ -38,6 +38,15 @@ def up_to_stop(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
     return list(ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))])
 
 
+def _unfinished(run: bytes) -> int:
+    """The number of last bytes that begin a character of UTF-8 and do not end it."""
+    try:
+        run.decode()
+    except UnicodeDecodeError as error:
+        return len(run) - error.start if error.reason == "unexpected end of data" else 0
+    return 0
+
+
 class AnswerReader:
     """Reads answers from generated ids: stop ids end them, and stop strings cut them."""
 
@@ -60,8 +69,11 @@ class AnswerReader:
             answer_ids = next(
                 answer_ids[:count] for count in counts if self.holds_stop(answer_ids[:count])
             )
+        # Of an answer that was broken off inside a character, the bytes before it are text.
+        broken = 0 if ended else _unfinished(self.processor.encoder.trailing_bytes(answer_ids))
+        text = self.processor.raw_text(answer_ids[: len(answer_ids) - broken])
         return Answer(
-            self._cut(self.processor.raw_text(answer_ids)).strip(),
+            self._cut(text).strip(),
             "stop" if ended else "length",
             tuple(answer_ids),
             None if logprobs is None else tuple(logprobs[: len(answer_ids)]),
@@ -81,9 +93,12 @@ class AnswerReader:
     def shown(self, ids: Sequence[int]) -> str:
         """The beginning of an answer's text that later ids do not change.
 
-        Held back are a character whose bytes have not all come, and what may begin a stop string.
+        Held back are a character whose bytes have not all come, a run of byte tokens, and what may
+        begin a stop string.
         """
-        text = self.processor.raw_text(up_to_stop(ids, self.stop_ids)).rstrip("\ufffd")
+        ids = up_to_stop(ids, self.stop_ids)
+        run = len(self.processor.encoder.trailing_bytes(ids))
+        text = self.processor.raw_text(ids[: len(ids) - run]).rstrip("\ufffd")
         whole = self._cut(text)
         if whole != text:
             return whole.strip()

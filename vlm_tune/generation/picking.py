@@ -13,10 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from vlm_tune.data.types import Example
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding, largest
+
+NOTHING = -1
+"""What fills up the ids of a prompt that has none."""
 
 
 def draws(decoding: Decoding, sample: int) -> np.ndarray | None:
@@ -127,7 +131,12 @@ class Picker:
         prompts = self.prompts.flatten(0, 1)
         prompts = prompts.repeat_interleave(len(scores) // len(prompts), 0)
         ids: Any = torch.cat([prompts, written], -1)
-        return self.penalty(ids, scores) if ids.shape[-1] else scores
+        if not ids.shape[-1]:
+            return scores
+        size = scores.shape[-1]
+        # The ids that fill up a prompt without any are those of a column that is dropped again.
+        ids = ids.where(ids != NOTHING, size)
+        return self.penalty(ids, pad(scores, (0, 1)))[..., :size]
 
     def select(self, places: torch.Tensor) -> None:
         """Drops all branches but those at `places` int64[B, K']."""
@@ -141,10 +150,14 @@ class Picker:
 def _padded(prompts: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
     """The ids as a tensor [B, K, P].
 
-    A shorter prompt's last id is repeated, which changes nothing: an id is penalised once.
+    A shorter prompt's last id is repeated, which changes nothing: an id is penalised once. A prompt
+    without text has `NOTHING`.
     """
     length = max(len(ids) for row in prompts for ids in row)
-    filled = [[[*ids, *[*ids[-1:]] * (length - len(ids))] for ids in row] for row in prompts]
+    filled = [
+        [[*ids, *[ids[-1] if ids else NOTHING] * (length - len(ids))] for ids in row]
+        for row in prompts
+    ]
     return torch.tensor(filled, dtype=torch.int64)
 
 

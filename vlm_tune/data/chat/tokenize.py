@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 MEMO = 100_000
 MEDIA_MARKS = ("<image>", "<video>")
 """Placeholders for media in some row formats; one that remains in a text is plain text."""
+
+
+def _byte_tokens(described: dict[str, Any], tokenizer: Any) -> dict[int, int]:
+    """The byte of each token that stands for one, in a tokenizer that falls back to bytes."""
+    decoder = described.get("decoder") or {}
+    kinds = [part["type"] for part in (decoder, *decoder.get("decoders", ())) if "type" in part]
+    if "ByteFallback" not in kinds:
+        return {}
+    ids = {tokenizer.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+    return {token: byte for token, byte in ids.items() if token is not None}
 
 
 class TextEncoder:
@@ -70,6 +80,7 @@ class TextEncoder:
         special: set[Any] = {token["id"] for token in described["added_tokens"] if token["special"]}
         ordinary = [tokenizer.unk_token_id, *map(tokenizer.convert_tokens_to_ids, words)]
         self._controls = special.union(tokenizer.all_special_ids).difference(ordinary)
+        self._bytes = _byte_tokens(described, self._opening)
         self._unknown: Any = tokenizer.unk_token_id
         self._own = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
         self._memo: dict[tuple[bool, str], list[int]] = {}
@@ -136,6 +147,16 @@ class TextEncoder:
     def is_control(self, token: int) -> bool:
         """Whether an id is that of a control token, which no text contains."""
         return token in self._controls
+
+    def trailing_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes that the last ids stand for, where a tokenizer has a token for each byte.
+
+        Such a tokenizer decodes a run of them as a whole: if it is not UTF-8, then each of its
+        bytes becomes U+FFFD.
+        """
+        backwards = (self._bytes.get(token) for token in reversed(ids))
+        run = list(takewhile(lambda byte: byte is not None, backwards))
+        return bytes(byte for byte in reversed(run) if byte is not None)
 
     def described(self) -> str:
         """Everything that the ids depend on, as text: the tokenizer and its BOS and EOS tokens."""
