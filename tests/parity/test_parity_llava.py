@@ -22,8 +22,8 @@ from tests.helpers.tiny_models import (
     with_tower,
 )
 from vlm_tune.data.types import IGNORE_INDEX
+from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.chat import VisionLanguageModel
-from vlm_tune.generation.generating import generate
 from vlm_tune.model.language.decoding import Decoding
 
 
@@ -150,7 +150,7 @@ def test_greedy_text_equals_llava(pair: tuple[VisionLanguageModel, Any, list[Any
     for example in examples:
         batch = batch_of(ours, [example])
         assert batch.pixels is not None
-        ids = generate(ours, batch, Decoding(6))[0]
+        (answer,) = prompt_answers(ours, [example], Decoding(6), fetch=ours.processor.images)
         expected = theirs.generate(
             input_ids=batch.input_ids.masked_fill(batch.image_mask, theirs.config.image_token_id),
             pixel_values=batch.pixels.float() * ours.tower.scale - ours.tower.offset,
@@ -164,6 +164,6 @@ def test_greedy_text_equals_llava(pair: tuple[VisionLanguageModel, Any, list[Any
             (place for place, token in enumerate(expected) if token in ours.processor.stop_ids),
             len(expected),
         )
-        assert ids == expected[:end]
-        answers.add(tuple(ids))
+        assert list(answer.ids) == expected[:end]
+        answers.add(answer.ids)
     assert len(answers) > 1

@@ -10,22 +10,10 @@ from typing import Any
 import torch
 
 from vlm_tune.data.types import Batch
-from vlm_tune.generation.answers import AnswerReader, up_to_stop
+from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.generation.picking import Picker
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
-
-
-@torch.inference_mode()
-def generate(model: VisionLanguageNetwork, batch: Batch, decoding: Decoding) -> list[list[int]]:
-    """Generates the new ids of each row, greedily or by beam search, up to the first stop id.
-
-    A decoder's rows must be padded on the left.
-    """
-    stops = model.processor.stop_ids
-    pad = model.processor.spec.pad_id
-    ids = model.llm.generate(model.embed(batch), batch.attention_mask, decoding, pad, stops)
-    return [up_to_stop(row, stops) for row in ids.tolist()]
 
 
 @torch.inference_mode()

@@ -34,8 +34,8 @@ from vlm_tune.config.model import CrossAttentionConnector, LinearConnector
 from vlm_tune.data.packing import branch_layout
 from vlm_tune.data.types import Batch, Conversation, Example, Message
 from vlm_tune.errors import ModelError
+from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.chat import VisionLanguageModel
-from vlm_tune.generation.generating import generate
 from vlm_tune.model.connectors.cross_attention import Seen
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.language.decoding import Decoding
@@ -153,10 +153,10 @@ def test_a_token_sees_the_last_images_before_it_in_its_own_sample(
 def test_generation_with_a_cache_says_what_the_whole_pass_says(tiny_recipe: Tiny) -> None:
     model, recipe = model_of("causal", tiny_recipe)
     prompts = model.processor.prompts(rows_of(recipe)[:2])
-    for prompt in prompts:
-        ids = list(generate(model, batch_of(model, [prompt]), Decoding(6))[0])
+    answers = prompt_answers(model, prompts, Decoding(6), fetch=model.processor.images)
+    for prompt, answer in zip(prompts, answers, strict=True):
         generated: list[int] = []
-        for token in ids:
+        for token in answer.ids:
             so_far = replace(
                 prompt,
                 input_ids=np.append(prompt.input_ids, generated).astype(np.int32),
