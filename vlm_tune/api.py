@@ -22,7 +22,8 @@ from vlm_tune.errors import (
     check_count,
     check_counts,
 )
-from vlm_tune.evaluation.compare import Comparison, read_answers
+from vlm_tune.evaluation.answer_files import read_answers
+from vlm_tune.evaluation.compare import Comparison
 from vlm_tune.evaluation.compare import compare as compare_answers
 from vlm_tune.evaluation.evaluate_rows import chosen_settings, evaluate_rows, read_files
 from vlm_tune.evaluation.metrics import Scores
@@ -247,7 +248,7 @@ def compare(
         second: the one that is compared with it.
         data: files of rows that both answer now; the answers to their test parts where not given.
         limit: compare the first rows only.
-        metrics: as in `evaluate`.
+        metrics: names of metrics or `module:function`; those of the rows' form where not given.
         show: called with every event.
 
     Raises:
@@ -265,13 +266,13 @@ def compare(
             raise ModelError(f"no such folder: {shown_path(folder)}")
     recipes = [recipe_above(folder) for folder in folders]
     if data is None:
-        answers = [read_answers(folder)[:limit] for folder in folders]
+        answers = [read_answers(folder) for folder in folders]
     else:
         options: dict[str, Any] = {"limit": limit, "metrics": chosen, "baselines": (), "show": show}
         answers = [evaluate(folder, data=data, **options).answers for folder in folders]
     names = str(first), str(second)
     changes = recipe_differences(*recipes)
-    return compare_answers(*answers, names=names, metrics=chosen, recipe=changes)
+    return compare_answers(*answers, names=names, metrics=chosen, limit=limit, recipe=changes)
 
 
 def predict(

@@ -30,18 +30,18 @@ def find_recipe(model: Path) -> Path:
     return recipe
 
 
-def recipe_differences(first: Path | None, second: Path | None) -> list[str]:
+def recipe_differences(first: Path | None, second: Path | None) -> list[str] | None:
     """The values that the second recipe changes in the first, one a line.
 
-    The name and output folder are left out, and there are none where a recipe is missing or can't
-    be read.
+    The name and output folder are left out. Returns None where a recipe is missing or can't be
+    read.
     """
     if first is None or second is None:
-        return []
+        return None
     try:
         changes = recipe_changes(load_recipe(first), load_recipe(second))
     except RecipeError:
-        return []
+        return None
     return [str(change) for change in changes if change.name not in ("name", "output")]
 
 

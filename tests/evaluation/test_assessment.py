@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from tests.helpers.tiny_models import built, parsed, rows_of
 from vlm_tune.config.train import METRICS as NAMES
 from vlm_tune.config.train import Baseline
 from vlm_tune.data.types import References
-from vlm_tune.errors import DataError, RecipeError
+from vlm_tune.errors import RecipeError
 from vlm_tune.evaluation.assessment import assess, better, clusters_of, compare_answers, measure
 from vlm_tune.evaluation.baselines import TITLES
 from vlm_tune.evaluation.evaluate import score
@@ -34,7 +36,9 @@ def answer(
 
 
 def assessed(answers: list[Answer], names: list[str] | None = None) -> Scores:
-    return assess(scores(answers, {}), names)
+    scored = scores(answers, {})
+    assess(scored, names)
+    return scored
 
 
 def test_recipes_name_the_metrics_and_baselines_that_there_are() -> None:
@@ -46,7 +50,8 @@ def test_recipes_name_the_metrics_and_baselines_that_there_are() -> None:
     ("row", "names"),
     [
         (answer(0, "yes"), ()),
-        (answer(0, "yes", answers=("yes", "no")), ("vqa_accuracy",)),
+        (answer(0, "yes", answers=("yes", "no")), ("anls",)),
+        (answer(0, "yes", answers=("yes",) * 10), ("vqa_accuracy",)),
         (answer(0, "a", "a", "caption"), ("bleu", "chrf", "rouge_l", "cider")),
         (answer(0, "a", "a", "classify"), ("balanced_accuracy", "f1_macro")),
         (answer(0, "a", "a", "ocr"), ("anls",)),
@@ -66,7 +71,7 @@ def test_a_rows_form_chooses_its_metrics(row: Answer, names: tuple[str, ...]) ->
 def test_each_metric_scores_the_rows_that_it_fits() -> None:
     answers = [
         answer(0, "yes"),
-        answer(1, "no", answers=("yes", "no", "no", "no")),
+        answer(1, "no", answers=("yes",) * 7 + ("no",) * 3),
         answer(2, "a cat", "a dog", "caption"),
         answer(3, "a dog", "a dog", "caption"),
     ]
@@ -78,7 +83,7 @@ def test_each_metric_scores_the_rows_that_it_fits() -> None:
         **dict.fromkeys(("bleu", "chrf", "rouge_l", "cider"), (2, 1)),
     }
     assert metrics["exact_match"]["value"] == 0.5
-    assert metrics["vqa_accuracy"]["value"] == pytest.approx((1 + 2 / 3 * 3) / 4)
+    assert metrics["vqa_accuracy"]["value"] == pytest.approx((7 + 2 / 3 * 3) / 10)
     assert metrics["vqa_accuracy"]["low"] is None
 
 
@@ -111,11 +116,36 @@ def test_answers_of_another_model_are_compared_row_by_row() -> None:
     right = [answer(number, "yes") for number in range(8)]
     wrong = [replace(row, generated="no", correct=False) for row in right]
     measured, _ = measure(right, None)
-    entry = compare_answers(measured, clusters_of(right), wrong)["exact_match"]
+    entries, skipped = compare_answers(measured, clusters_of(right), wrong)
+    entry = entries["exact_match"]
+    assert not skipped
     assert (entry["value"], entry["difference"], entry["images"]) == (0.0, 1.0, 4)
     assert entry["p"] == 2 / 16 and better("exact_match", entry) is None
     assert better("exact_match", {**entry, "p": 0.01}) is True
     assert better("perplexity", {**entry, "p": 0.01}) is False
+
+
+def test_a_metric_that_is_named_twice_counts_once() -> None:
+    entry = assessed([answer(0, "yes"), answer(1, "no")], ["anls", "anls"]).metrics["anls"]
+    assert (entry["n"], entry["value"]) == (2, 0.5)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e6])
+def test_a_score_that_is_not_finite_is_none(loss: float) -> None:
+    rows = [replace(answer(number, "yes"), loss=loss, tokens=2) for number in range(6)]
+    usual = [replace(row, loss=1.0 + number) for number, row in enumerate(rows)]
+    entry = assessed(rows, ["perplexity"]).metrics["perplexity"]
+    assert (entry["value"], entry["low"], entry["high"]) == (None, None, None)
+    measured, _ = measure(rows, ["perplexity"])
+    compared = compare_answers(measured, clusters_of(rows), usual)[0]["perplexity"]
+    assert compared["value"] is not None and compared["p"] is None
+    assert compared["difference"] is None and better("perplexity", compared) is None
+    json.dumps(compared, allow_nan=False)
+
+
+def test_the_answer_that_is_trained_on_is_a_reference() -> None:
+    assert answer(0, "yes", answers=("no", "maybe")).expectations == ("yes", "no", "maybe")
+    assert answer(0, "yes", answers=("no", " yes ")).expectations == ("no", " yes ")
 
 
 # --- a user's own ---------------------------------------------------------------------------------
@@ -127,6 +157,14 @@ def score(prediction, references, row):
 
 def broken(prediction, references, row):
     return 1 / 0
+
+
+def leaving(prediction, references, row):
+    raise SystemExit(3)
+
+
+def picky(prediction, references, row):
+    return prediction[0] == "y"
 
 
 def endless(prediction, references, row):
@@ -143,6 +181,7 @@ def own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"metric_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(SCORE)
     (tmp_path / f"{name}_raises.py").write_text("1 / 0")
+    (tmp_path / f"{name}_leaves.py").write_text("import sys; sys.path.pop(0); sys.exit(3)")
     monkeypatch.chdir(tmp_path)
     return name
 
@@ -153,15 +192,30 @@ def test_a_users_function_scores_each_row(own_metric: str) -> None:
     assert (entry["value"], entry["low"], entry["high"]) == (5.0, 5.0, 5.0)
 
 
-def test_faults_of_a_users_function_name_it_and_the_row(own_metric: str) -> None:
-    for function, message in (
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
         ("broken", "failed: ZeroDivisionError: division by zero"),
+        ("leaving", "failed: SystemExit: 3"),
         ("endless", "gave inf, expected a finite number"),
-    ):
-        with pytest.raises(
-            DataError, match=f"a, row 7: the metric {own_metric}:{function} {message}"
-        ):
-            assessed([answer(7, "yes")], [f"{own_metric}:{function}"])
+    ],
+)
+def test_a_users_function_that_fails_leaves_the_other_scores(
+    function: str, message: str, own_metric: str
+) -> None:
+    name = f"{own_metric}:{function}"
+    scored = assessed([answer(7, "yes")], [name, "exact_match"])
+    assert scored.metrics.keys() == {"exact_match"}
+    assert scored.skipped == {name: f"a, row 7: the metric {name} {message}"}
+
+
+def test_a_users_function_that_fails_on_other_answers_is_skipped_there(own_metric: str) -> None:
+    name = f"{own_metric}:picky"
+    right = [answer(number, "yes") for number in range(4)]
+    measured, _ = measure(right, [name, "exact_match"])
+    empty = [replace(row, generated="") for row in right]
+    entries, skipped = compare_answers(measured, clusters_of(right), empty)
+    assert entries.keys() == {"exact_match"} and "IndexError" in skipped[name]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +225,7 @@ def test_faults_of_a_users_function_name_it_and_the_row(own_metric: str) -> None
         ("zzz", "and no my_module:function: exact_match, vqa_exact_match"),
         ("no_such_module_here:score", "can't be imported .*: No module named"),
         ("{own}_raises:score", "can't be imported .*: division by zero"),
+        ("{own}_leaves:score", "can't be imported .*: 3"),
         ("{own}:nothing", "has no function 'nothing'"),
         ("{own}:number", "has no function 'number'"),
         (":score", "can't be imported"),
@@ -190,14 +245,13 @@ def test_every_bad_name_is_reported() -> None:
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
 def test_perplexity_is_that_of_the_loss(kind: str, tiny_recipe: Callable[..., str]) -> None:
-    import math
-
     recipe = parsed(tiny_recipe(kind))
     model = built(recipe)
     rows = rows_of(recipe)
     plain = score(model, rows, decoding=Decoding(2), batch_size=3)
     scored = score(model, rows, decoding=Decoding(2), batch_size=3, loss=False, perplexity=True)
-    entry = assess(scored, ["perplexity"]).metrics["perplexity"]
+    assess(scored, ["perplexity"])
+    entry = scored.metrics["perplexity"]
     assert plain.loss is not None
     assert entry["value"] == pytest.approx(math.exp(plain.loss), rel=1e-5)
     assert entry["low"] < entry["value"] < entry["high"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ import pytest
 from tests.helpers.tiny_models import built, parsed, rows_of
 from vlm_tune.config.train import EvaluateSection
 from vlm_tune.data.types import Conversation, Message, References, distinct_media
-from vlm_tune.evaluation import baseline_run
-from vlm_tune.evaluation.baseline_run import BaselineRun, Training
+from vlm_tune.errors import DataError, Interrupted
+from vlm_tune.evaluation import baseline_run, baselines
+from vlm_tune.evaluation.assessment import measure
+from vlm_tune.evaluation.baseline_run import BaselineRun, Training, training_rows
 from vlm_tune.evaluation.baselines import (
     Known,
     majority,
@@ -79,7 +84,27 @@ def test_a_probe_of_one_answer_gives_it() -> None:
 def test_answers_that_repeat_are_fit_for_a_probe() -> None:
     assert repeats(separable()[0])
     assert not repeats(known(*[(COLOR, str(number)) for number in range(20)]))
-    assert probe_work(separable()[0], 10) == 2 * 2.0 * 300 * 10 * 30 * 2
+    training = separable()[0]
+    both = known((COLOR, ""), (SHAPE, ""))
+    assert probe_work(training, both, 10) == 2 * 2.0 * 300 * 10 * 30 * 2
+    assert probe_work(training, both[:1], 10) == 2.0 * 300 * 10 * 30 * 2
+    # A question that training has not takes a fit to all rows, with all four answers.
+    assert probe_work(training, known((NEW, "")), 10) == 2.0 * 300 * 10 * 60 * 4
+
+
+def test_similarities_are_computed_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    training, features = separable()
+    rows = [replace(row, answer="") for row in training]
+    expected = nearest(training, features, rows, features)
+    monkeypatch.setattr(baselines, "SIMILARITIES", 100)
+    assert nearest(training, features, rows, features) == expected
+
+
+def test_an_empty_question_is_one_of_its_own() -> None:
+    training = known(("", "red"), (COLOR, "blue"))
+    features = np.array([[1.0, 0.0], [0.0, 1.0]])
+    rows = known(("", ""), (NEW, ""))
+    assert nearest(training, features, rows, features[[1, 1]]) == ["red", "blue"]
 
 
 def test_phrasings_of_one_classification_are_one_question() -> None:
@@ -108,8 +133,10 @@ def run_of(
 ) -> Scores:
     scores = score(model, rows, decoding=Decoding(2), loss=False)
     section = EvaluateSection(max_new_tokens=2, **settings)  # type: ignore[arg-type]
-    media = distinct_media(training)
-    BaselineRun(model, rows, Training(training, media), section, seconds, caches).add(scores)
+    read = Training(training, distinct_media(training))
+    measured, _ = measure(scores.answers, section.metrics)
+    run = BaselineRun(model, rows, lambda: read, section, seconds, caches="auto")
+    run.add(scores, measured)
     return scores
 
 
@@ -146,7 +173,13 @@ def test_the_blind_model_sees_no_image(
 
     monkeypatch.setattr(baseline_run, "answer_prompts", fake)
     settings = EvaluateSection(baselines=["blind"])
-    BaselineRun(model, rows, Training(), settings, 1e6, caches=False).add(scores)
+    measured, _ = measure(scores.answers, None)
+
+    def read() -> Training:
+        pytest.fail("training rows are read")
+
+    run = BaselineRun(model, rows, read, settings, 1e6, caches=False)
+    run.add(scores, measured)
     assert len(prompts) == len(rows)
     assert not any(prompt.media or prompt.image_mask.any() for prompt in prompts)
     assert scores.baselines["blind"]["exact_match"]["value"] == 1.0
@@ -202,3 +235,88 @@ def test_named_baselines_that_can_not_be_computed_are_noted(
     assert scores.notes == ["baseline probe left out: training answers hardly repeat"]
     scores = run_of(model, rows, [], baselines=["majority"])
     assert scores.notes == ["baselines but blind need training rows, of which there are none"]
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def few_shot(row: Conversation, shot: Conversation) -> Conversation:
+    return replace(row, messages=(*shot.messages, *row.messages), shots=len(shot.messages))
+
+
+def test_a_row_whose_only_image_is_an_examples_has_none(tiny_recipe: Callable[..., str]) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    model = built(recipe)
+    rows = rows_of(recipe)
+    text = Conversation("t", (Message("user", ("q",)), Message("assistant", ("no",))))
+    shown = [*rows, few_shot(text, rows[0])]
+    scores = run_of(model, rows, shown, baselines=["nearest"])
+    assert scores.notes == ["baselines nearest and probe need an image in every row"]
+    assert not scores.baselines
+    rest = run_of(model, [few_shot(text, rows[0])], rows, baselines=["blind"])
+    assert not rest.baselines
+
+
+def fails(error: BaseException) -> Callable[..., Any]:
+    def failing(*arguments: Any, **named: Any) -> Any:
+        raise error
+
+    return failing
+
+
+def test_baselines_that_fail_leave_the_scores_and_the_others(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    model = built(recipe)
+    rows = rows_of(recipe)
+    monkeypatch.setattr(baseline_run, "nearest", fails(ValueError("Input contains NaN")))
+    monkeypatch.setattr(baseline_run, "answer_prompts", fails(Interrupted("asked to stop")))
+    scores = run_of(model, rows, rows, baselines=["majority", "nearest", "blind"])
+    assert list(scores.baselines) == ["majority"]
+    assert scores.notes == [
+        "baseline nearest is left out: Input contains NaN",
+        "baseline blind is left out: asked to stop",
+    ]
+
+
+def test_features_that_are_not_finite_give_no_baseline(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    rows = rows_of(recipe)
+    monkeypatch.setattr(
+        BaselineRun, "_means", lambda self, rows, cached: np.full((len(rows), 2), np.nan)
+    )
+    scores = run_of(built(recipe), rows, rows, baselines=["nearest"])
+    assert scores.notes == ["baseline nearest is left out: the tower's features are not finite"]
+
+
+def test_features_that_are_only_averaged_are_not_stored(tiny_recipe: Callable[..., str]) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    model = built(recipe)
+    rows = rows_of(recipe)
+    assert "nearest" in run_of(model, rows[:4], rows, baselines=["nearest"]).baselines
+    assert not has_features(model, distinct_media(rows))
+
+
+def prepared_of(sizes: list[int]) -> Any:
+    """A stand-in for prepared rows: the number of each is its place."""
+    places = np.arange(sum(sizes))
+    return SimpleNamespace(
+        places=lambda part: places, conversations=lambda chosen: chosen.tolist(), media=[]
+    )
+
+
+def test_training_rows_are_drawn_from_all_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseline_run, "MOST_ROWS", 100)
+    monkeypatch.setattr(baseline_run, "MOST_READ", 1000)
+    rows: Any = training_rows(prepared_of([800, 200]), few=True).rows
+    assert len(rows) == 100 and rows == sorted(rows)
+    assert 5 < sum(row >= 800 for row in rows) < 40
+    # Rows may alternate between two questions.
+    assert 30 < sum(row % 2 for row in rows) < 70
+    assert training_rows(prepared_of([7]), few=True).rows == list(range(7))
+    with pytest.raises(DataError, match="1,001 training rows takes long"):
+        training_rows(prepared_of([1001]), few=True)
+    assert len(training_rows(prepared_of([1001]), few=False).rows) == 100

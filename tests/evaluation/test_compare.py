@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import vlm_tune
 from tests.helpers.tiny_models import cli
 from vlm_tune.data.types import References
 from vlm_tune.errors import DataError, ModelError, RecipeError
-from vlm_tune.evaluation.compare import answer_from, compare, read_answers
+from vlm_tune.evaluation.answer_files import answer_from, read_answers, save_answers
+from vlm_tune.evaluation.compare import compare
 from vlm_tune.evaluation.metrics import Answer
 
 
@@ -36,8 +38,7 @@ def answers(right: set[int], count: int = 12) -> list[Answer]:
 
 def write_run(folder: Path, rows: list[Answer], rate: float) -> Path:
     folder.mkdir()
-    lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
-    (folder / "answers.jsonl").write_text(lines)
+    save_answers(folder / "answers.jsonl", rows)
     recipe = (Path(__file__).parents[2] / "recipes" / "demo.yaml").read_text()
     from vlm_tune.config.load import dump_recipe, parse_recipe
     from vlm_tune.config.recipe import Recipe
@@ -59,6 +60,17 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
         if key not in ("images", "references", "loss", "tokens")
     }
     assert answer_from(earlier) == replace(rows[0], references=References())
+
+
+def test_answers_may_hold_line_breaks_of_other_kinds_and_losses_that_are_not_finite(
+    tmp_path: Path,
+) -> None:
+    (row,) = answers({0}, 1)
+    odd = replace(row, generated="a\u2028b\x85c", loss=math.nan, tokens=2)
+    save_answers(tmp_path / "answers.jsonl", [odd])
+    assert "NaN" not in (tmp_path / "answers.jsonl").read_text()
+    (read,) = read_answers(tmp_path)
+    assert read.generated == odd.generated and math.isnan(read.loss)
 
 
 def test_a_comparison_is_of_the_second_less_the_first(tmp_path: Path) -> None:
@@ -99,6 +111,38 @@ def test_other_rows_are_refused_with_what_differs() -> None:
         "the rows differ: 1 only in a (row 11); 1 only in b (another); 1 with another question or "
         "reference (row 0); compare both on one file with --data"
     )
+
+
+def test_other_references_are_refused() -> None:
+    rows = answers({1})
+    changed = [replace(rows[0], references=References("multiple_choice")), *rows[1:]]
+    with pytest.raises(DataError, match="1 with another question or reference"):
+        compare(rows, changed, names=("a", "b"))
+    earlier = [replace(rows[0], references=References()), *rows[1:]]
+    assert compare(rows, earlier, names=("a", "b")).n == 12
+
+
+def test_a_limit_counts_rows_of_the_first_wherever_the_second_has_them(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", answers({0, 1}), 1e-3)
+    second = write_run(tmp_path / "b", answers({0})[::-1], 1e-3)
+    comparison = vlm_tune.compare(first, second, limit=3)
+    assert comparison.n == 3 and [flip.id for flip in comparison.broken] == ["row 1"]
+
+
+def test_what_is_not_compared_is_named(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", answers({0}), 1e-3)
+    rows = [replace(row, loss=1.0, tokens=2) for row in answers({0})]
+    second = write_run(tmp_path / "b", rows, 1e-3)
+    (second / "recipe.yaml").write_text("no recipe")
+    comparison = vlm_tune.compare(first, second, metrics=["exact_match", "perplexity", "box_iou"])
+    assert comparison.skipped == {
+        "box_iou": "no row has a box in the reference answer",
+        "perplexity": f"{first}: not every row has the loss of its reference answer",
+    }
+    assert comparison.recipe is None
+    printed = cli("compare", str(first), str(second), "--metrics", "perplexity")
+    assert "perplexity is not computed: " in printed
+    assert "not known: a recipe is missing or can't be read" in printed
 
 
 def test_rows_of_one_id_are_paired_in_order() -> None:

@@ -17,7 +17,7 @@ from vlm_tune.evaluation.evaluate_rows import chosen_settings, read_files
 from vlm_tune.model.checkpoint import save_model
 
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "vqa": [{"question": "color?", "answers": ["red", "red", "dark red", "blue"]}],
+    "vqa": [{"question": "color?", "answers": ["red"] * 8 + ["dark red", "blue"]}],
     "multiple_choice": [{"question": "which?", "choices": ["red", "blue"], "answer": 0}],
     "caption": [{"caption": ["a red image", "it is red"]}],
     "classify": [{"label": "red", "choices": ["red", "blue"]}],
@@ -89,17 +89,23 @@ def test_files_of_one_name_are_told_apart(files: list[Path], tmp_path: Path) -> 
     rows = read_files([files[0], copy, files[1]])
     names = list(dict.fromkeys(row.source_name for row in rows))
     assert names == [str(files[0]), str(copy), files[1].stem]
+    assert len(read_files(files[1])) == 2
     with pytest.raises(RecipeError, match="no file is named"):
         read_files([])
+    with pytest.raises(RecipeError, match="data: expected a path or a list of paths, got 5"):
+        read_files(5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("metrics", "baselines", "message"),
     [
         ("exact_match", None, "--metrics: expected a list of names"),
+        ([5], None, "--metrics: expected a list of names"),
+        (5, None, "--metrics: expected a list of names"),
         (None, "all", "--baselines: expected a list of names"),
         ([None], None, "--metrics: expected a list of names"),
         (-7, None, "--metrics: expected a list of names"),
+        (None, True, "--baselines: expected a list of names"),
         (None, ["deaf"], "'deaf' is none of majority, same_question, nearest, probe, blind"),
         (["exact"], None, "'exact' is no metric"),
         ([], None, "--metrics: no metric is named"),

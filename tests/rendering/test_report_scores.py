@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from tests.helpers.html_page import HOSTILE, Page, assert_harmless
-from vlm_tune.evaluation.assessment import assess, clusters_of, compare_answers, measure
+from vlm_tune.evaluation.assessment import assess, clusters_of, compare_answers
 from vlm_tune.evaluation.metrics import Answer, scores
 from vlm_tune.evaluation.texts import levenshtein
+from vlm_tune.rendering import report_scores
 from vlm_tune.rendering.report import write_report
 from vlm_tune.rendering.report_scores import media_named, worst_answers
 
@@ -44,12 +45,12 @@ def answers(run: Path) -> list[Answer]:
 
 
 def summary_of(rows: list[Answer]) -> dict[str, Any]:
-    result = assess(scores(rows, {}), ["exact_match", "f1_macro", "bleu"])
+    result = scores(rows, {})
+    measured = assess(result, ["exact_match", "f1_macro", "bleu"])
     worse = [replace(row, generated="red", correct=row.expected == "red") for row in rows]
-    measured, _ = measure(rows, ["exact_match", "f1_macro", "bleu"])
     result.baselines = {
-        "majority": compare_answers(measured, clusters_of(rows), worse),
-        "probe": compare_answers(measured, clusters_of(rows), rows),
+        "majority": compare_answers(measured, clusters_of(rows), worse)[0],
+        "probe": compare_answers(measured, clusters_of(rows), rows)[0],
     }
     return result.summary()
 
@@ -98,9 +99,16 @@ def test_classes_have_a_matrix_and_a_table(run: Path) -> None:
     assert "class precision recall F1 questions blue" in words
 
 
-def test_the_worst_answers_come_first_with_their_images(run: Path) -> None:
+def test_the_worst_answers_come_first_with_their_images(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen, note = worst_answers(run)
     assert note == "6 wrong answers of the test part, the furthest first"
+    monkeypatch.setattr(report_scores, "READ", 11)
+    assert worst_answers(run)[1] == (
+        "3 wrong answers of the first 11 of the test part, the furthest first"
+    )
+    monkeypatch.undo()
     distances = [
         levenshtein(row["answer"], row["expected"]) / max(len(row["answer"]), len(row["expected"]))
         for row in chosen

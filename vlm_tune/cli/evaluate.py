@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -33,9 +30,6 @@ from vlm_tune.cli.options import (
 from vlm_tune.events import LoadedModel
 from vlm_tune.paths import ANSWERS, check_writable, writing
 
-if TYPE_CHECKING:
-    from vlm_tune.evaluation.metrics import Answer
-
 DataOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -50,6 +44,13 @@ MetricsOption = Annotated[
     typer.Option(
         help="names with commas between, as exact_match,anls or my_module:score; the recipe's, or "
         "what fits the rows, where not given"
+    ),
+]
+PairedMetricsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="names with commas between, as exact_match,anls or my_module:score; what fits the "
+        "rows where not given"
     ),
 ]
 BaselinesOption = Annotated[
@@ -91,6 +92,7 @@ def evaluate(
     use_device(device)
     quiet_libraries()
     from vlm_tune.api import evaluate as run
+    from vlm_tune.evaluation.answer_files import save_answers
     from vlm_tune.rendering.terminal import Display, print_scores
     from vlm_tune.saved_models import which_model
 
@@ -113,20 +115,12 @@ def evaluate(
             show=display,
         )
     if answers:
-        _write_answers(answers, scores.answers)
+        with writing(answers, "the file of answers"):
+            save_answers(answers, scores.answers)
     if as_json:
         print_json({"model": which, **scores.summary()})
     else:
         print_scores(console, scores.summary())
-
-
-def _write_answers(file: Path, answers: Sequence[Answer]) -> None:
-    """Writes scored answers as JSONL. Raises `RecipeError` if the file can't be written."""
-    with writing(file, "the file of answers"):
-        file.write_text(
-            "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers),
-            encoding="utf-8",
-        )
 
 
 def compare(
@@ -134,7 +128,7 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="RUN_B", help="the one compared with it")],
     data: DataOption = None,
     limit: LimitOption = None,
-    metrics: MetricsOption = None,
+    metrics: PairedMetricsOption = None,
     flips: Annotated[
         int, typer.Option(min=0, help="how many rows to print whose answer became right or wrong")
     ] = 10,

@@ -5,6 +5,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_tune.errors import DataError
 from vlm_tune.evaluation.classes import class_table
 from vlm_tune.evaluation.intervals import (
     cluster_numbers,
@@ -38,16 +40,20 @@ class Measured:
     statistics: Any
 
 
-def assess(scores: Scores, names: Sequence[str] | None = None) -> Scores:
-    """Adds metrics, their intervals and the confusion matrix to scores, and returns them.
+def assess(scores: Scores, names: Sequence[str] | None = None) -> list[Measured]:
+    """Adds metrics, their intervals and the confusion matrix to scores.
+
+    A metric of a user's own that fails on a row is skipped with the reason.
 
     Args:
         scores: with their answers.
         names: the metrics; those of each row's form where not given.
 
+    Returns:
+        The statistics of the answers, with which baselines are compared.
+
     Raises:
         RecipeError: a name is no metric.
-        DataError: a user's own metric failed on a row.
     """
     answers = scores.answers
     measured, scores.skipped = measure(answers, names)
@@ -62,18 +68,22 @@ def assess(scores: Scores, names: Sequence[str] | None = None) -> Scores:
             if name in groups:
                 groups[name]["metrics"] = _entries(measured, members, clusters)
     scores.classes = class_table([(answer.generated, answer.expected) for answer in answers])
-    return scores
+    return measured
 
 
 def measure(
     answers: Sequence[Answer], names: Sequence[str] | None
 ) -> tuple[list[Measured], dict[str, str]]:
-    """The statistics of answers by each metric, and the reasons why others have none."""
+    """The statistics of answers by each metric, and the reasons why others have none.
+
+    Raises `RecipeError` for a name that is no metric.
+    """
+    names = None if names is None else list(dict.fromkeys(names))
     wanted: dict[str, list[int]] = defaultdict(list)
     for row, answer in enumerate(answers):
         for name in names if names is not None else default_metrics(answer):
             wanted[name].append(row)
-    order = list(names) if names is not None else [name for name in METRICS if name in wanted]
+    order = names if names is not None else [name for name in METRICS if name in wanted]
     measured = []
     skipped = {}
     for name in order:
@@ -82,7 +92,11 @@ def measure(
         if not rows:
             skipped[name] = f"no row has {metric.needs}"
             continue
-        statistics = metric.statistics([answers[row] for row in rows])
+        try:
+            statistics = metric.statistics([answers[row] for row in rows])
+        except DataError as error:
+            skipped[name] = str(error)
+            continue
         measured.append(Measured(metric, np.array(rows), statistics))
     return measured, skipped
 
@@ -121,11 +135,17 @@ def _sums(statistics: Any, clusters: np.ndarray) -> Any:
 
 
 def score_entry(metric: Metric, sums: Any) -> dict[str, float | None]:
-    """A metric's value and the ends of its interval, of the statistics of each cluster."""
+    """A metric's value and the ends of its interval, of the statistics of each cluster.
+
+    The value is None where it is not finite, as of a model that diverged.
+    """
     totals = np.asarray(sums.sum(axis=0)).ravel()
+    value = float(metric.value(totals))
+    if not math.isfinite(value):
+        return {"value": None, "low": None, "high": None}
     ends = interval(sums, metric.value, top=metric.top, log=metric.log)
     low, high = (None, None) if ends is None else ends
-    return {"value": float(metric.value(totals)), "low": low, "high": high}
+    return {"value": value, "low": low, "high": high}
 
 
 def measured_score(measured: Measured, clusters: np.ndarray) -> dict[str, float | None]:
@@ -135,7 +155,7 @@ def measured_score(measured: Measured, clusters: np.ndarray) -> dict[str, float 
 
 def compare_answers(
     measured: Sequence[Measured], clusters: np.ndarray, others: Sequence[Answer]
-) -> dict[str, dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The scores of other answers to the same questions, and how far the model's are above them.
 
     Args:
@@ -145,18 +165,26 @@ def compare_answers(
 
     Returns:
         {metric: {value, low, high, n, images, difference, difference_low, difference_high, p}} with
-        the scores of `others`, and the differences of the model's answers less `others`.
+        the scores of `others`, and the differences of the model's answers less `others`; and the
+        reasons why others are not compared by some of the metrics.
     """
     entries = {}
+    skipped = {}
     for each in measured:
         metric = each.metric
         rows = each.rows
         other_rows = [others[row] for row in rows]
         if not all(map(metric.applies, other_rows)):
+            skipped[metric.name] = f"not every row has {metric.needs}"
+            continue
+        try:
+            other_statistics = metric.statistics(other_rows)
+        except DataError as error:
+            skipped[metric.name] = str(error)
             continue
         inside = clusters[rows]
         sums = _sums(each.statistics, inside)
-        other_sums = _sums(metric.statistics(other_rows), inside)
+        other_sums = _sums(other_statistics, inside)
         gap = difference(sums, other_sums, metric.value, top=metric.top, log=metric.log)
         entries[metric.name] = {
             **score_entry(metric, other_sums),
@@ -167,15 +195,16 @@ def compare_answers(
             "difference_high": gap.high,
             "p": gap.p,
         }
-    return entries
+    return entries, skipped
 
 
 def better(metric: str, entry: Mapping[str, Any]) -> bool | None:
     """Whether the model is better than a baseline by a metric; None where it is not known.
 
-    It is known where the paired test's p-value is under 0.05.
+    It is known where the paired test's p-value is under 0.05; there is none where a score is not
+    finite.
     """
-    if entry["p"] >= 0.05:
+    if entry["p"] is None or entry["p"] >= 0.05:
         return None
     lower = metric in METRICS and METRICS[metric].lower_is_better
     return (entry["difference"] < 0) if lower else (entry["difference"] > 0)

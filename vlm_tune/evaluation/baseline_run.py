@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from vlm_tune.config.train import Baseline, EvaluateSection
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.types import Conversation, Media, distinct_media
-from vlm_tune.errors import VlmTuneError
-from vlm_tune.evaluation.assessment import clusters_of, compare_answers, measure
+from vlm_tune.errors import DataError, ModelError
+from vlm_tune.evaluation.assessment import Measured, clusters_of, compare_answers
 from vlm_tune.evaluation.baselines import (
     Known,
     majority,
@@ -30,21 +30,26 @@ from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.evaluation.texts import normalise
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.model.feature_cache import has_features, tower_features
-from vlm_tune.model.feature_choice import caches_images, trains_tower
+from vlm_tune.model.feature_choice import trains_tower
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.tower_pass import tower_batches
 from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.quoting import reason_of
 
 CHEAP = 60.0
 """Seconds up to which `auto` computes a baseline."""
 MOST_ROWS = 20_000
-"""Training rows that baselines read."""
+"""Training rows that baselines use."""
+MOST_READ = 200_000
+"""Training rows up to which `auto` reads those that baselines use."""
 MOST_IMAGES = 50_000
 """Training images up to which the features that a run has cached are looked for."""
 RATE = 2e9
 """Multiplications a second of a probe's fit."""
 TIMED = 16
 """Images that are timed for an estimate."""
+
+Given = TypeVar("Given")
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,25 @@ class Training:
     media: list[Media] = field(default_factory=list)
 
 
-def training_rows(prepared: Prepared) -> Training:
-    """The first rows of a prepared training part, at most `MOST_ROWS`, spread over ten times as
-    many.
+def training_rows(prepared: Prepared, *, few: bool) -> Training:
+    """At most `MOST_ROWS` rows of a prepared training part, drawn from all of its sources.
+
+    Args:
+        prepared: the training part.
+        few: whether more than `MOST_READ` rows, which all are read to draw some, are refused.
+
+    Raises:
+        DataError: there are too many rows, or a source has changed.
     """
-    places = prepared.places("train")[: 10 * MOST_ROWS]
-    chosen = np.unique(np.linspace(0, len(places) - 1, min(len(places), MOST_ROWS)).astype(int))
-    return Training(list(prepared.conversations(places[chosen])), prepared.media)
+    places = prepared.places("train")
+    if few and len(places) > MOST_READ:
+        raise DataError(
+            f"to draw from {len(places):,} training rows takes long; evaluate.baselines: "
+            "[majority, ...] does that"
+        )
+    # Drawn, as rows at equal distances may all ask the same question.
+    drawn = np.random.default_rng(0).permutation(len(places))[:MOST_ROWS]
+    return Training(list(prepared.conversations(places[np.sort(drawn)])), prepared.media)
 
 
 @dataclass
@@ -71,9 +88,9 @@ class BaselineRun:
     Attributes:
         model: the model that answered the rows.
         rows: the scored rows.
-        training: the training rows.
+        training: reads the training rows; called where a baseline uses them.
         settings: the recipe's evaluation settings.
-        seconds: how long the model took to answer the rows.
+        seconds: how long the model would take to answer the rows in this process.
         caches: whether the tower's features are cached; auto: where there is room.
         autocast: as in `tower_features`.
         progress: called with the number of rows that the blind model has answered, and their total.
@@ -81,36 +98,34 @@ class BaselineRun:
 
     model: VisionLanguageNetwork
     rows: Sequence[Conversation]
-    training: Training
+    training: Callable[[], Training]
     settings: EvaluateSection
     seconds: float
     caches: bool | Literal["auto"]
     autocast: torch.dtype | None = None
     progress: Callable[[int, int], None] | None = None
 
-    def add(self, scores: Scores) -> None:
-        """Adds baselines, and notes on those that are left out, to the scores of `rows`."""
+    def add(self, scores: Scores, measured: Sequence[Measured]) -> None:
+        """Adds baselines, and notes on those that are left out, to the scores of `rows`.
+
+        A baseline that fails is one of them: the scores count without it.
+
+        Args:
+            scores: the scores of `rows`.
+            measured: their metrics, as `assess` returns them.
+        """
         chosen = self.settings.baselines
         names: Sequence[str] = get_args(Baseline) if chosen == "auto" else chosen
-        known = [Known.of(row) for row in self.rows]
-        training = [Known.of(row) for row in self.training.rows]
-        answers: dict[str, list[str]] = {}
-        if training:
-            if "majority" in names:
-                answers["majority"] = majority(training, known)
-            if "same_question" in names:
-                answers["same_question"] = same_question(training, known)
-            wanted = [name for name in ("nearest", "probe") if name in names]
-            answers |= self._from_features(wanted, training, known, scores.notes)
-        elif {*names} - {"blind"} and not self._auto:
-            scores.notes.append("baselines but blind need training rows, of which there are none")
-        shown = any(row.media for row in self.rows)
-        if "blind" in names and shown and self._affordable("blind", self.seconds, scores.notes):
-            answers["blind"] = self._blind()
-        if self._auto and answers.get("same_question") == answers.get("majority"):
-            answers.pop("same_question", None)
-        measured = measure(scores.answers, self.settings.metrics)[0] if answers else []
+        notes = scores.notes
+        wanted = [name for name in names if name != "blind"]
+        answers = self._from_training(wanted, notes) if wanted else {}
+        shown = any(row.without_shots().media for row in self.rows)
+        if "blind" in names and shown and self._affordable("blind", self.seconds, notes):
+            blind = self._attempt("baseline blind is", self._blind, notes)
+            if blind is not None:
+                answers["blind"] = blind
         clusters = clusters_of(scores.answers)
+        missing: dict[str, str] = {}
         for name, texts in answers.items():
             others = [
                 replace(
@@ -121,7 +136,54 @@ class BaselineRun:
                 )
                 for answer, text in zip(scores.answers, texts, strict=True)
             ]
-            scores.baselines[name] = compare_answers(measured, clusters, others)
+            entries, skipped = compare_answers(measured, clusters, others)
+            scores.baselines[name] = entries
+            missing |= {metric: f"{name}: {reason}" for metric, reason in skipped.items()}
+        notes += [
+            f"baselines are not compared by {metric} ({reason})"
+            for metric, reason in missing.items()
+        ]
+
+    @staticmethod
+    def _attempt(what: str, act: Callable[[], Given], notes: list[str]) -> Given | None:
+        """The value of a function; None, with a note, where it fails."""
+        try:
+            return act()
+        # Whatever goes wrong, also a stop of the run: the scores beside it have been computed.
+        except Exception as error:
+            notes.append(f"{what} left out: {reason_of(error)}")
+            return None
+
+    # --- from training rows ---
+
+    def _from_training(self, names: Sequence[str], notes: list[str]) -> dict[str, list[str]]:
+        """The answers of the baselines that need training rows."""
+        training = self._attempt("baselines from training rows are", self.training, notes)
+        if training is None:
+            return {}
+        if not training.rows:
+            if not self._auto:
+                notes.append("baselines but blind need training rows, of which there are none")
+            return {}
+        known = [Known.of(row) for row in self.rows]
+        examples = [Known.of(row) for row in training.rows]
+        answers: dict[str, list[str]] = {}
+        if "majority" in names:
+            answers["majority"] = majority(examples, known)
+        if "same_question" in names:
+            answers["same_question"] = same_question(examples, known)
+        if self._auto and answers["same_question"] == answers["majority"]:
+            answers.pop("same_question")
+        visual = [name for name in ("nearest", "probe") if name in names]
+        if visual:
+            alone = len(visual) == 1
+            from_features = self._attempt(
+                f"baseline {visual[0]} is" if alone else "baselines nearest and probe are",
+                lambda: self._from_features(visual, training, examples, known, notes),
+                notes,
+            )
+            answers |= from_features or {}
+        return answers
 
     @property
     def _auto(self) -> bool:
@@ -163,80 +225,89 @@ class BaselineRun:
     def _from_features(
         self,
         names: Sequence[str],
-        training: Sequence[Known],
+        training: Training,
+        examples: Sequence[Known],
         known: Sequence[Known],
         notes: list[str],
     ) -> dict[str, list[str]]:
-        """The answers of nearest neighbours and of a probe, where rows have images."""
-        shown = all(row.media for row in (*self.rows, *self.training.rows))
+        """The answers of nearest neighbours and of a probe, where rows have images.
+
+        Raises `VlmTuneError` for an image that can't be read, and for features that are not finite.
+        """
+        rows = [row.without_shots() for row in training.rows]
+        scored = [row.without_shots() for row in self.rows]
+        shown = all(row.media for row in (*rows, *scored))
         if self._auto and (not shown or trains_tower(self.model)):
-            return {}
-        if not names:
             return {}
         if not shown:
             notes.append("baselines nearest and probe need an image in every row")
             return {}
-        if not repeats(training):
+        if not repeats(examples):
             if not self._auto and "probe" in names:
                 notes.append("baseline probe left out: training answers hardly repeat")
             names = [name for name in names if name != "probe"]
-        try:
-            features = self._features(names, notes)
-        except VlmTuneError as error:
-            notes.append(f"baselines nearest and probe left out: {error}")
-            return {}
+        features = self._features(names, training, rows, scored, notes) if names else None
         if features is None:
             return {}
         train, test = features
+        if not np.isfinite(train).all() or not np.isfinite(test).all():
+            raise ModelError("the tower's features are not finite")
         answers = {}
         if "nearest" in names:
-            answers["nearest"] = nearest(training, train, known, test)
-        work = probe_work(training, train.shape[1]) / RATE
-        if "probe" in names and self._affordable("probe", work, notes):
-            answers["probe"] = probe(training, train, known, test)
+            answers["nearest"] = nearest(examples, train, known, test)
+        if "probe" in names:
+            work = probe_work(examples, known, train.shape[1]) / RATE
+            if self._affordable("probe", work, notes):
+                answers["probe"] = probe(examples, train, known, test)
         return answers
 
     def _features(
-        self, names: Sequence[str], notes: list[str]
+        self,
+        names: Sequence[str],
+        training: Training,
+        rows: Sequence[Conversation],
+        scored: Sequence[Conversation],
+        notes: list[str],
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Mean features of the training and of the scored rows' images; None if too expensive."""
-        model = self.model
-        training = distinct_media(self.training.rows)
-        caches = caches_images(model, training, self.caches)
-        # Features are cached by the whole set of images, whose bytes have to be read.
-        few = len(self.training.media) <= MOST_IMAGES
-        sets = [*([self.training.media] if few else []), training]
-        lookup = (each for each in sets if has_features(model, each, autocast=self.autocast))
-        cached = next(lookup, None) if caches else None
-        training = training if cached is None else cached
-        if cached is None:
-            seconds = self._tower_seconds(training)
-            if not self._affordable(" and ".join(names), seconds, notes):
-                return None
-        scored = distinct_media(self.rows)
-        return (
-            self._means(self.training.rows, training, cached=caches),
-            self._means(self.rows, scored, cached=caches_images(model, scored, self.caches)),
-        )
+        """Mean features of the training and of the scored rows' images; None if too expensive.
 
-    def _means(
-        self, rows: Sequence[Conversation], media: Sequence[Media], *, cached: bool
-    ) -> np.ndarray:
+        They are of rows without few-shot examples.
+        """
+        # Features are cached by the whole set of images, whose bytes have to be read.
+        few = len(training.media) <= MOST_IMAGES
+        sets = [*([training.media] if few else []), distinct_media(training.rows)]
+        cached = self._cached(*sets)
+        scored_cached = self._cached(distinct_media(self.rows))
+        new = [
+            *(distinct_media(rows) if cached is None else ()),
+            *(distinct_media(scored) if scored_cached is None else ()),
+        ]
+        if new and not self._affordable(" and ".join(names), self._tower_seconds(new), notes):
+            return None
+        return self._means(rows, cached), self._means(scored, scored_cached)
+
+    def _cached(self, *sets: Sequence[Media]) -> Sequence[Media] | None:
+        """The first set of images whose features the cache has."""
+        if not self.caches:
+            return None
+        lookup = (each for each in sets if has_features(self.model, each, autocast=self.autocast))
+        return next(lookup, None)
+
+    def _means(self, rows: Sequence[Conversation], cached: Sequence[Media] | None) -> np.ndarray:
         """The mean of each row's features over places and images, float32[N, D].
 
-        They come from the cache of the features of `media`, which holds all images of the rows, or
-        are computed for the rows' own images.
+        They come from the cache of the features of a set of images, or are computed and not stored:
+        those of all places may be a thousand times as large.
         """
-        alone = [row.without_shots() for row in rows]
-        shown = distinct_media(alone)
-        if cached:
-            features = map(tower_features(self.model, media, autocast=self.autocast), shown)
-        else:
+        shown = distinct_media(rows)
+        if cached is None:
             features = chain.from_iterable(self._tower(shown))
+        else:
+            features = map(tower_features(self.model, cached, autocast=self.autocast), shown)
         means = {
             item: each.float().mean(0).numpy() for item, each in zip(shown, features, strict=True)
         }
-        return np.stack([np.mean([means[item] for item in row.media], axis=0) for row in alone])
+        return np.stack([np.mean([means[item] for item in row.media], axis=0) for row in rows])
 
     def _tower(self, media: Sequence[Media]) -> Iterator[torch.Tensor]:
         """The features [B, N, D] of consecutive images."""
@@ -247,10 +318,14 @@ class BaselineRun:
     def _tower_seconds(self, media: Sequence[Media]) -> float:
         """An estimate of the time that the tower takes for images, from the first few."""
         few = media[:TIMED]
-        started = time.perf_counter()
-        for _ in self._tower(few):
-            pass
-        return (time.perf_counter() - started) * len(media) / max(len(few), 1)
+        seconds = 0.0
+        # The first pass may load, compile or tune: the second one is timed.
+        for _ in range(2):
+            started = time.perf_counter()
+            for _ in self._tower(few):
+                pass
+            seconds = time.perf_counter() - started
+        return seconds * len(media) / len(few)
 
 
 def _without_images(row: Conversation) -> Conversation:

@@ -8,10 +8,12 @@ Shapes: N rows, D width of the features.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -26,6 +28,8 @@ TITLES = {
     "blind": "model without image",
 }
 """The names of the baselines in tables."""
+SIMILARITIES = 50_000_000
+"""Similarities of images that are in memory at a time."""
 GROUP_ROWS = 2000
 """Training rows of one question that a probe is fitted to."""
 LEAST_REPEATS = 2.0
@@ -52,10 +56,20 @@ class Known:
 
         A classification's phrasings and orders of choices are one question.
         """
-        last = next((m.text for m in reversed(row.messages) if m.role == "user"), "")
         references = row.references
-        question = "\n".join(sorted(references.choices)) if references.form == "classify" else last
-        return cls(normalise(question), row.messages[-1].text.strip())
+        if references.form == "classify":
+            question = _choices_key(references.choices)
+        else:
+            last = next((m.text for m in reversed(row.messages) if m.role == "user"), "")
+            question = normalise(last)
+        return cls(question, row.messages[-1].text.strip())
+
+
+@lru_cache(maxsize=64)
+def _choices_key(choices: tuple[str, ...]) -> str:
+    """A digest of choices in any order: there may be thousands, of thousands of rows."""
+    listed = "\n".join(sorted(map(normalise, choices)))
+    return f"choices {hashlib.sha256(listed.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
 def _most_common(answers: Sequence[str]) -> str:
@@ -100,12 +114,12 @@ def _for_each_question(
     A question that training has not is answered from all training rows.
     """
     known = _by_question(training)
-    wanted: dict[str, list[int]] = defaultdict(list)
+    wanted: dict[str | None, list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
-        wanted[row.question if row.question in known else ""].append(place)
+        wanted[row.question if row.question in known else None].append(place)
     answers = [""] * len(rows)
     for question, places in wanted.items():
-        source = known.get(question) or list(range(len(training)))
+        source = list(range(len(training))) if question is None else known[question]
         texts = [training[place].answer for place in source]
         given = answered(texts, features[source], row_features[places])
         for place, text in zip(places, given, strict=True):
@@ -128,8 +142,10 @@ def nearest(
 
 
 def _nearest(answers: list[str], features: np.ndarray, others: np.ndarray) -> list[str]:
-    similar = _unit(others) @ _unit(features).T
-    return [answers[place] for place in similar.argmax(1).tolist()]
+    known = _unit(features).T
+    step = max(SIMILARITIES // len(answers), 1)
+    chunks = (_unit(others[start : start + step]) for start in range(0, len(others), step))
+    return [answers[place] for chunk in chunks for place in (chunk @ known).argmax(1).tolist()]
 
 
 def _unit(features: np.ndarray) -> np.ndarray:
@@ -159,24 +175,31 @@ def _probe(answers: list[str], features: np.ndarray, others: np.ndarray) -> list
     from sklearn.preprocessing import StandardScaler
 
     chosen = np.linspace(0, len(answers) - 1, min(len(answers), GROUP_ROWS)).astype(int)
-    classes = np.array(answers)[chosen]
-    if len(set(classes.tolist())) < 2:
-        return [answers[0]] * len(others)
+    fitted = [answers[place] for place in chosen.tolist()]
+    names = sorted(set(fitted))
+    if len(names) < 2:
+        return names * len(others)
+    number = {name: place for place, name in enumerate(names)}
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=PASSES))
     with warnings.catch_warnings():
         # A fit that is cut short is a probe all the same.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(features[chosen], classes)
-    return model.predict(others).tolist()
+        model.fit(features[chosen], [number[name] for name in fitted])
+    return [names[place] for place in model.predict(others).tolist()]
 
 
-def probe_work(training: Sequence[Known], width: int) -> float:
+def probe_work(training: Sequence[Known], rows: Sequence[Known], width: int) -> float:
     """The multiplications of the fits of `probe`, about."""
+    by_question = _by_question(training)
+    asked = {row.question for row in rows}
+    groups = [places for question, places in by_question.items() if question in asked]
+    if not asked <= by_question.keys():
+        groups.append(list(range(len(training))))
     return sum(
         2.0
         * PASSES
         * width
         * min(len(places), GROUP_ROWS)
-        * len({training[place].answer for place in places})
-        for places in _by_question(training).values()
+        * min(len({training[place].answer for place in places}), GROUP_ROWS)
+        for places in groups
     )

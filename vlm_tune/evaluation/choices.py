@@ -12,8 +12,15 @@ ALONE = re.compile(r"\(?([A-Za-z])[).:]?")
 """The whole answer is a letter: `B`, `b`, `(B)`, `B.`."""
 LEADING = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:])\s")
 """The answer begins with a letter that is marked as one: `B. red`, `(B) red`."""
-NAMED = re.compile(r"(?:answer|choice|option)(?: is)?:?\s*\(?([A-Z])\b\)?", re.IGNORECASE)
-"""`The answer is B`, `Answer: (B)`."""
+NAMED = re.compile(
+    r"(?i:answer|choice|option)(?i: is)?:?\s*"
+    r"(?:\(([A-Za-z])\)|([B-HJ-Z])\b|([AI])(?=\s*(?:$|[).:,;]|(?:because|since)\b))"
+    r"|([a-z])(?=[).]?\s*$))"
+)
+"""`The answer is B`, `Answer: (b)`, `option b.`: a lower-case letter in brackets or at the end.
+
+`A` and `I` are words too: nothing but a mark or a reason may follow them.
+"""
 
 
 def letter_place(text: str, count: int) -> int | None:
@@ -32,12 +39,11 @@ def letter_place(text: str, count: int) -> int | None:
     return place if place < count else None
 
 
-def text_place(text: str, choices: Sequence[str]) -> int | None:
-    """The place of the choice whose words an answer is, compared as in exact match.
+def names_choice(text: str, choices: Sequence[str], place: int) -> bool:
+    """Whether an answer is the words of the choice at a place, compared as in exact match.
 
-    A letter before the words (`B. red`) does not count. None where the answer is no choice.
+    A letter before the words (`B. red`) does not count.
     """
-    texts = [normalise(choice) for choice in choices]
     marked = LEADING.match(text.strip())
-    answers = [normalise(text), *([normalise(text.strip()[marked.end() :])] if marked else [])]
-    return next((texts.index(answer) for answer in answers if answer in texts), None)
+    answers = [text, *([text.strip()[marked.end() :]] if marked else [])]
+    return normalise(choices[place]) in map(normalise, answers)

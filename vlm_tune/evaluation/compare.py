@@ -5,19 +5,14 @@ This module does not import torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from vlm_tune.data.types import References
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.assessment import clusters_of, compare_answers, measure, measured_score
 from vlm_tune.evaluation.metrics import Answer
 
-ANSWERS_FILE = "answers.jsonl"
-"""The test answers in a run's folder."""
 NAMED = 3
 """Rows that a message names."""
 
@@ -42,60 +37,25 @@ class Comparison:
         first, second: the models' folders.
         n: the number of rows.
         metrics: {name: {first, second, difference, difference_low, difference_high, p, n, images}}.
+        skipped: the reason for each metric that the two are not compared by.
         fixed: rows that the first answers wrong and the second right, by exact match.
         broken: rows that the first answers right and the second wrong.
-        recipe: the recipes' differences, one a line; empty where a model lies in no run.
+        recipe: the recipes' differences, one a line; None where they are not known, as a recipe is
+            missing or can't be read.
     """
 
     first: str
     second: str
     n: int
     metrics: dict[str, dict[str, Any]]
+    skipped: dict[str, str]
     fixed: list[Flip]
     broken: list[Flip]
-    recipe: list[str]
+    recipe: list[str] | None
 
     def summary(self) -> dict[str, Any]:
         """The fields as a dictionary that JSON can hold."""
         return asdict(self)
-
-
-def read_answers(run: Path) -> list[Answer]:
-    """Reads a run's test answers. Raises `DataError` where there are none or a line is damaged."""
-    path = run / ANSWERS_FILE
-    try:
-        # Of all that ends a line elsewhere, an answer's JSON may hold some.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError):
-        raise DataError(
-            f"has no {ANSWERS_FILE}, which a run writes once its test part is scored; "
-            "to compare models on a file of rows give --data",
-            source=str(run),
-        ) from None
-    answers = []
-    for number, line in enumerate(filter(None, lines), 1):
-        try:
-            answers.append(answer_from(json.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise DataError("is no scored answer", source=str(path), row=number) from None
-    if not answers:
-        raise DataError("holds no answers", source=str(path))
-    return answers
-
-
-def answer_from(entry: dict[str, Any]) -> Answer:
-    """An answer from its JSON object. Raises `TypeError` or `KeyError` for another object."""
-    references: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in (entry.get("references") or {}).items()
-    }
-    known = {field.name for field in fields(Answer)} - {"references", "images"}
-    images = entry.get("images", [entry["image"]] if entry["image"] else [])
-    return Answer(
-        **{name: value for name, value in entry.items() if name in known},
-        images=tuple(images),
-        references=References(**references),
-    )
 
 
 def compare(
@@ -104,7 +64,8 @@ def compare(
     *,
     names: tuple[str, str],
     metrics: Sequence[str] | None = None,
-    recipe: Sequence[str] = (),
+    limit: int | None = None,
+    recipe: Sequence[str] | None = None,
 ) -> Comparison:
     """Compares two models' answers.
 
@@ -113,16 +74,19 @@ def compare(
         second: of the other, to the same rows in any order.
         names: the models' folders.
         metrics: the metrics; those of each row's form where not given.
-        recipe: the differences of their recipes.
+        limit: compare the first rows only, in the order of `first`.
+        recipe: the differences of their recipes; None where they are not known.
 
     Raises:
         DataError: the rows differ.
         RecipeError: a name is no metric.
     """
-    second = _in_order(first, second, names)
+    second = _in_order(first, second, names)[:limit]
+    first = first[:limit]
     clusters = clusters_of(second)
-    measured, _ = measure(second, metrics)
-    entries = compare_answers(measured, clusters, first)
+    measured, skipped = measure(second, metrics)
+    entries, left_out = compare_answers(measured, clusters, first)
+    skipped |= {name: f"{names[0]}: {reason}" for name, reason in left_out.items()}
     seconds = {each.metric.name: measured_score(each, clusters) for each in measured}
     score = ("value", "low", "high")
     pairs = list(zip(first, second, strict=True))
@@ -137,9 +101,10 @@ def compare(
             }
             for name, entry in entries.items()
         },
+        skipped,
         [_flip(*pair) for pair in pairs if pair[1].correct and not pair[0].correct],
         [_flip(*pair) for pair in pairs if pair[0].correct and not pair[1].correct],
-        list(recipe),
+        None if recipe is None else list(recipe),
     )
 
 
@@ -160,19 +125,28 @@ def _keys(answers: Sequence[Answer]) -> list[tuple[str, str, int]]:
     return keys
 
 
+def _differ(one: Answer, other: Answer) -> bool:
+    """Whether two answers are to another question, or have other references."""
+    if (one.question, one.expected) != (other.question, other.expected):
+        return True
+    # Runs of earlier releases have written neither references nor their form.
+    known = one.references.form and other.references.form
+    return bool(known) and one.references != other.references
+
+
 def _in_order(
     first: Sequence[Answer], second: Sequence[Answer], names: tuple[str, str]
 ) -> list[Answer]:
     """The second answers in the order of the first. Raises `DataError` if the rows differ."""
     keys = _keys(first)
+    known = set(keys)
     others = dict(zip(_keys(second), second, strict=True))
     missing = [key for key in keys if key not in others]
-    added = [key for key in others if key not in set(keys)]
+    added = [key for key in others if key not in known]
     changed = [
         key
         for key, answer in zip(keys, first, strict=True)
-        if key in others
-        and (others[key].question, others[key].expected) != (answer.question, answer.expected)
+        if key in others and _differ(others[key], answer)
     ]
     faults = [
         f"{len(rows):,} {what} ({', '.join(row_id for _, row_id, _ in rows[:NAMED])})"

@@ -11,7 +11,7 @@ import torch
 
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.images.decode import PixelCache
-from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Media
+from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Media, References
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.metrics import Answer, Losses, Scores, scores
 from vlm_tune.evaluation.texts import normalise
@@ -86,7 +86,7 @@ def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) ->
         answers.append(
             Answer(
                 id=conversation.id,
-                image=conversation.media[0].name if conversation.media else "",
+                image=media[0].name if media else "",
                 question=question_of(conversation),
                 expected=expected,
                 generated=text,
@@ -94,10 +94,17 @@ def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) ->
                 category=conversation.category,
                 source=conversation.source_name,
                 images=tuple(dict.fromkeys(map(_identity, media))),
-                references=conversation.references,
+                references=_scored(conversation.references),
             )
         )
     return answers
+
+
+def _scored(references: References) -> References:
+    """The references that metrics use: a folder's thousand classes are not part of every answer."""
+    if references.form != "classify":
+        return references
+    return replace(references, choices=(), chosen=None)
 
 
 def question_of(conversation: Conversation) -> str:

@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.train import Baseline, EvaluateSection
-from vlm_tune.data.prepare.run import prepared_parts
+from vlm_tune.data.prepare.run import find_prepared, prepared_parts
 from vlm_tune.data.sources.registry import read_path
 from vlm_tune.data.types import Conversation, distinct_media
-from vlm_tune.errors import Problem, RecipeError, VlmTuneError
+from vlm_tune.errors import DataError, Problem, RecipeError
 from vlm_tune.evaluation.assessment import assess
 from vlm_tune.evaluation.baseline_run import BaselineRun, Training, training_rows
 from vlm_tune.evaluation.evaluate import score
@@ -43,16 +43,15 @@ def chosen_settings(
     """
     changes: dict[str, Any] = {}
     for option, names in (("metrics", metrics), ("baselines", baselines)):
-        if names is None:
-            continue
-        automatic = option == "baselines" and names == "auto"
         listed = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-        if not automatic and not listed:
-            message = f"expected a list of names, not {quoted(names)}"
-            raise RecipeError([Problem(f"--{option}", message)])
-        changes[option] = names if automatic else list(names)
-    if metrics is not None and not metrics:
-        raise RecipeError([Problem("--metrics", "no metric is named")])
+        if names is not None and not listed and (option, names) != ("baselines", "auto"):
+            raise RecipeError(
+                [Problem(f"--{option}", f"expected a list of names, not {quoted(names)}")]
+            )
+        if option == "metrics" and names is not None and not names:
+            raise RecipeError([Problem("--metrics", "no metric is named")])
+        if names is not None:
+            changes[option] = names if isinstance(names, str) else list(names)
     given = changes.get("baselines", "auto")
     for name in given if given != "auto" else ():
         if name not in get_args(Baseline):
@@ -63,14 +62,17 @@ def chosen_settings(
     return chosen
 
 
-def read_files(data: str | Path | Sequence[str | Path]) -> list[Conversation]:
-    """The rows of a file or of several; those of one name are told apart by their paths in scores.
+def read_files(files: str | Path | Sequence[str | Path]) -> list[Conversation]:
+    """The rows of a file or of several; files of one name are told apart by their paths in scores.
 
     Raises `DataError` for the first row that can't be used, `RecipeError` for a file that is no
     path, and for no files.
     """
-    several = isinstance(data, Sequence) and not isinstance(data, str)
-    files: list[Any] = [*data] if several else [data]  # type: ignore[misc]
+    if isinstance(files, str | Path):
+        files = [files]
+    if not isinstance(files, Sequence):
+        message = f"expected a path or a list of paths, got {quoted(files)}"
+        raise RecipeError([Problem("data", message)])
     if not files:
         raise RecipeError([Problem("data", "no file is named")])
     for file in files:
@@ -106,7 +108,7 @@ def evaluate_rows(
         report: called with `Features` and `Scoring` events.
 
     Raises:
-        DataError: there are no rows, a prompt is too long, or a user's own metric failed.
+        DataError: there are no rows, or a prompt is too long.
     """
 
     def computing(done: int, of: int) -> None:
@@ -133,26 +135,39 @@ def evaluate_rows(
         progress=answering,
     )
     seconds = time.perf_counter() - started
-    assess(scores, settings.metrics)
+    measured = assess(scores, settings.metrics)
     if settings.baselines != []:
-        training = _training(model, stage, settings, scores)
-        BaselineRun(model, rows, training, settings, seconds, caches, progress=answering).add(
-            scores
-        )
+        BaselineRun(
+            model,
+            rows,
+            lambda: _training(model, stage, settings),
+            settings,
+            seconds,
+            caches,
+            progress=answering,
+        ).add(scores, measured)
     return scores
 
 
 def _training(
-    model: VisionLanguageNetwork, stage: Recipe | None, settings: EvaluateSection, scores: Scores
+    model: VisionLanguageNetwork, stage: Recipe | None, settings: EvaluateSection
 ) -> Training:
-    """The training rows of a recipe's stage; none, with a note, where they can't be read."""
-    if stage is None or stage.data.streaming or settings.baselines == ["blind"]:
+    """The training rows of a recipe's stage; none where there is no recipe or they are streamed.
+
+    Raises `VlmTuneError` where they can't be read, or take long and no baseline is named.
+    """
+    if stage is None or stage.data.streaming:
         return Training()
     log.info("reading the training rows for baselines")
-    try:
-        (prepared,) = prepared_parts(stage.data, "train", model.processor, stage.seed)
-        return training_rows(prepared)
-    except VlmTuneError as error:
-        reason = str(error).splitlines()[0]
-        scores.notes.append(f"no baselines from training rows, which can't be read: {reason}")
-        return Training()
+    few = settings.baselines == "auto"
+    data = stage.data
+    if few:
+        prepared = find_prepared(data, data.train, model.processor, seed=stage.seed)
+        if prepared is None:
+            raise DataError(
+                "the training part is not prepared in the cache; evaluate.baselines: [majority, "
+                "...] prepares it"
+            )
+    else:
+        (prepared,) = prepared_parts(data, "train", model.processor, stage.seed)
+    return training_rows(prepared, few=few)

@@ -23,6 +23,8 @@ FREEDOM = 3
 PERMUTATIONS = 2000
 MOST_EXACT = 10
 """Clusters up to which a paired test goes through all swaps."""
+SWAPS = 4_000_000
+"""Swaps, of all clusters in some permutations, that are in memory at a time."""
 CHUNK = 256
 """Clusters or permutations whose statistics are dense at a time."""
 
@@ -129,9 +131,11 @@ def _ends(
     )
     if math.isnan(half):
         return None
-    return (
-        (score * math.exp(-half), score * math.exp(half)) if log else (score - half, score + half)
-    )
+    if not log:
+        return score - half, score + half
+    with np.errstate(over="ignore"):
+        high = score * float(np.exp(half))
+    return (score * math.exp(-half), high) if math.isfinite(high) else None
 
 
 def _wilson(share: float, variance: float, clusters: int) -> tuple[float, float]:
@@ -166,16 +170,16 @@ class Difference:
     """A score of one model less that of another on the same rows.
 
     Attributes:
-        value: the difference.
+        value: the difference; None, as all else, where a score is not finite.
         low, high: its 95% interval; None under two clusters.
         p: the two-sided p-value of a permutation test: the share of ways to swap the two models'
             answers, image by image, that give at least this difference.
     """
 
-    value: float
+    value: float | None
     low: float | None
     high: float | None
-    p: float
+    p: float | None
 
 
 def difference(
@@ -200,6 +204,8 @@ def difference(
     """
     score = float(value(_totals(sums)))
     other = float(value(_totals(others)))
+    if not math.isfinite(score) or not math.isfinite(other):
+        return Difference(None, None, None, None)
     p = _swapped(sums, others, value, score - other, seed)
     if sums.shape[0] < 2:
         return Difference(score - other, None, None, p)
@@ -237,8 +243,9 @@ def _swapped(sums: Any, others: Any, value: Value, gap: float, seed: int) -> flo
     count = 2**clusters if exact else PERMUTATIONS
     generator = np.random.default_rng(seed)
     extreme = 0
-    for start in range(0, count, CHUNK):
-        numbers = np.arange(start, min(start + CHUNK, count))
+    chunk = max(min(CHUNK, SWAPS // clusters), 1)
+    for start in range(0, count, chunk):
+        numbers = np.arange(start, min(start + chunk, count))
         swaps = (
             (numbers[:, None] >> np.arange(clusters)) & 1
             if exact

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlm_tune.data.types import References
@@ -47,8 +48,10 @@ class Answer:
 
     @property
     def expectations(self) -> tuple[str, ...]:
-        """All reference answers."""
-        return self.references.answers or (self.expected,)
+        """All reference answers, the one that is trained on among them."""
+        answers = self.references.answers
+        known = self.expected in map(str.strip, answers)
+        return answers if known else (self.expected, *answers)
 
 
 @dataclass
@@ -62,10 +65,10 @@ class Scores:
     A whole evaluation (not those during training) also has:
 
     Attributes:
-        metrics: {name: {value, low, high, n, images}}: a score, its 95% interval (None under two
-            images), and the rows and independent groups of rows that it is of. The groups of
-            `by_category` and `by_source` have their own `metrics`.
-        skipped: the reason for each named metric that no row can be scored by.
+        metrics: {name: {value, low, high, n, images}}: a score (None where it is not finite), its
+            95% interval (None under two images), and the rows and independent groups of rows that
+            it is of. The groups of `by_category` and `by_source` have their own `metrics`.
+        skipped: the reason for each metric that no row can be scored by, or that failed.
         classes: the confusion matrix and the scores of each class, where answers repeat.
         baselines: {name: {metric: {value, low, high, difference, difference_low, difference_high,
             p}}}: what answers without training score, and how far the model is above.
@@ -89,8 +92,8 @@ class Scores:
         """The scores as a dictionary, without individual answers and what was not computed."""
         added = ("metrics", "skipped", "classes", "baselines", "notes")
         return {
-            key: value
-            for key, value in asdict(self).items()
+            key: deepcopy(value)
+            for key, value in vars(self).items()
             if key != "answers" and (value or key not in added)
         }
 

@@ -8,6 +8,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import math
@@ -23,7 +24,7 @@ from vlm_tune.data.sources.chat_schemas import CHAT_FORMS
 from vlm_tune.errors import DataError, Problem, RecipeError
 from vlm_tune.evaluation import captions, classes
 from vlm_tune.evaluation.boxes import box_overlap, boxes_in
-from vlm_tune.evaluation.choices import letter_place, text_place
+from vlm_tune.evaluation.choices import letter_place, names_choice
 from vlm_tune.evaluation.intervals import Value
 from vlm_tune.evaluation.metrics import Answer
 from vlm_tune.evaluation.texts import anls, relaxed_match, vqa_accuracy, vqa_normalise
@@ -31,6 +32,11 @@ from vlm_tune.quoting import quoted, reason_of
 
 LONG_ANSWER = 5
 """Words above which a chat's reference answer is scored by overlap too."""
+SEVERAL = 10
+"""Reference answers of a row, as VQAv2's have, from which `vqa_accuracy` is its default metric.
+
+With fewer than four even an answer that equals all of them scores under 1.
+"""
 LEAST_OVERLAP = 0.5
 """The intersection over union from which a box counts as right."""
 
@@ -120,7 +126,8 @@ def _right_letter(answer: Answer) -> float:
 
 def _right_text(answer: Answer) -> float:
     references = answer.references
-    return float(text_place(answer.generated, references.choices) == references.chosen)
+    assert references.chosen is not None  # as `_has_choices` says
+    return float(names_choice(answer.generated, references.choices, references.chosen))
 
 
 def _overlap_of_boxes(answer: Answer) -> float:
@@ -129,6 +136,11 @@ def _overlap_of_boxes(answer: Answer) -> float:
 
 def _has_boxes(answer: Answer) -> bool:
     return len(boxes_in(answer.expected)) > 0
+
+
+def _perplexity(totals: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):  # of a model that diverged
+        return np.exp(totals[..., 0] / totals[..., 1])
 
 
 def _class_metric(name: str, title: str, value: Value) -> Metric:
@@ -217,7 +229,7 @@ _LISTED = (
         lambda answers: np.array(
             [[answer.loss, answer.tokens] for answer in answers], dtype=np.float64
         ).reshape(-1, 2),
-        lambda totals: np.exp(totals[..., 0] / totals[..., 1]),
+        _perplexity,
         applies=lambda answer: answer.tokens > 0,
         needs="the loss of its reference answer",
         top=None,
@@ -242,7 +254,7 @@ def default_metrics(answer: Answer) -> tuple[str, ...]:
     references = answer.references
     names = ["exact_match", *BY_FORM.get(references.form, ())]
     if len(references.answers) > 1 and references.form == "vqa":
-        names.append("vqa_accuracy")
+        names.append("vqa_accuracy" if len(references.answers) >= SEVERAL else "anls")
     if references.form == "multiple_choice":
         by_letter = letter_place(answer.expected, len(references.choices)) == references.chosen
         names.append("choice_letter" if by_letter else "choice_text")
@@ -269,17 +281,19 @@ def find_metric(name: str) -> Metric:
         near = difflib.get_close_matches(name, METRICS, n=1)
         hint = f"; did you mean {near[0]}?" if near else f": {', '.join(METRICS)}"
         raise _problem(f"{quoted(name)} is no metric, and no my_module:function{hint}")
-    sys.path.insert(0, str(Path.cwd()))
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
-    # A module may raise anything as it is imported.
-    except Exception as error:
+    # A module may raise anything as it is imported, or end the process.
+    except (Exception, SystemExit) as error:
         raise _problem(
             f"{quoted(name)}: the module {quoted(module_name)} can't be imported from the working "
             f"folder or an installed package: {reason_of(error)}"
         ) from None
     finally:
-        sys.path.remove(str(Path.cwd()))
+        with contextlib.suppress(ValueError):  # the module may have changed the path
+            sys.path.remove(folder)
     function = getattr(module, function_name, None)
     if not callable(function):
         raise _problem(f"{quoted(name)}: {module_name} has no function {quoted(function_name)}")
@@ -296,8 +310,8 @@ def _user_score(name: str, function: Callable[..., Any]) -> Callable[[Answer], f
     def score(answer: Answer) -> float:
         try:
             number = float(function(answer.generated, list(answer.expectations), asdict(answer)))
-        # A user's function may raise anything.
-        except Exception as error:
+        # A user's function may raise anything, or end the process.
+        except (Exception, SystemExit) as error:
             raise DataError(
                 f"the metric {name} failed: {type(error).__name__}: {reason_of(error)}",
                 source=answer.source,

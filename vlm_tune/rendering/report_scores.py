@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,8 @@ def worst_answers(run: Path) -> tuple[list[dict[str, Any]], str]:
     Each is on another image, as far as there are enough. Similarity is that of the texts' edit
     distance.
     """
-    wrong = [answer for answer in _answers(run / "answers.jsonl") if answer.get("correct") is False]
+    answers, whole = _answers(run / "answers.jsonl")
+    wrong = [answer for answer in answers if answer.get("correct") is False]
     wrong.sort(key=lambda answer: _similarity(answer["generated"], answer["expected"]))
     seen: set[str] = set()
     first, repeated = [], []
@@ -235,25 +237,31 @@ def worst_answers(run: Path) -> tuple[list[dict[str, Any]], str]:
         seen.add(image)
     chosen = [*first, *repeated][:WORST]
     shown = f"{len(chosen)} of " if len(chosen) < len(wrong) else ""
-    note = f"{shown}{len(wrong):,} wrong answers of the test part, the furthest first"
+    part = "the test part" if whole else f"the first {READ:,} of the test part"
+    note = f"{shown}{len(wrong):,} wrong answers of {part}, the furthest first"
     return [_card(run, answer) for answer in chosen], note
 
 
-def _answers(path: Path) -> Iterator[dict[str, Any]]:
-    """The first answers of a run that have texts; lines that can't be read are skipped."""
+def _answers(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The first answers of a run that have texts, and whether the file holds no more.
+
+    Lines that can't be read are skipped.
+    """
+    answers: list[dict[str, Any]] = []
     try:
         file = path.open(encoding="utf-8", errors="replace")
     except OSError:
-        return
+        return answers, True
     with file:
-        for _, line in zip(range(READ), file, strict=False):
+        for line in islice(file, READ):
             try:
                 answer = json.loads(line)
             except ValueError:
                 continue
             texts = ("question", "expected", "generated")
             if isinstance(answer, dict) and all(isinstance(answer.get(key), str) for key in texts):
-                yield answer
+                answers.append(answer)
+        return answers, not file.readline()
 
 
 def _similarity(answer: str, expected: str) -> float:

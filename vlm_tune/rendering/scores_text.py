@@ -45,8 +45,10 @@ def ends(name: str, low: float | None, high: float | None, *, signed: bool = Fal
     return f"{first.removesuffix('%')} to {last}"
 
 
-def chance(p: float) -> str:
+def chance(p: float | None) -> str:
     """A p-value as text."""
+    if p is None:
+        return "-"
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -183,6 +185,10 @@ def print_comparison(console: Console, comparison: Comparison, flips: int) -> No
             f"{entry['n']:,}",
         )
     console.print(table)
+    _print_lines(
+        console,
+        [f"{name} is not computed: {reason}" for name, reason in comparison.skipped.items()],
+    )
     for title, rows in (
         ("right in B alone", comparison.fixed),
         ("right in A alone", comparison.broken),
@@ -193,7 +199,11 @@ def print_comparison(console: Console, comparison: Comparison, flips: int) -> No
         ]
         more = [f"  and {len(rows) - flips:,} more"] if len(rows) > flips else []
         _print_lines(console, [f"{title}: {len(rows):,} of {comparison.n:,} rows", *shown, *more])
-    differences = [f"  {line}" for line in comparison.recipe] or ["  none"]
+    differences = (
+        ["  not known: a recipe is missing or can't be read"]
+        if comparison.recipe is None
+        else [f"  {line}" for line in comparison.recipe] or ["  none"]
+    )
     _print_lines(console, ["differences of the recipes, A -> B:", *differences])
 
 

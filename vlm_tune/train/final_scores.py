@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,8 @@ from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.types import Conversation, Media, distinct_media
 from vlm_tune.errors import Interrupted
 from vlm_tune.evaluation import metrics
-from vlm_tune.evaluation.assessment import assess
+from vlm_tune.evaluation.answer_files import ANSWERS_FILE, save_answers
+from vlm_tune.evaluation.assessment import Measured, assess
 from vlm_tune.evaluation.baseline_run import BaselineRun, Training, training_rows
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Answer, Scores
@@ -37,6 +37,8 @@ from vlm_tune.train.stage import Context
 from vlm_tune.train.stage_data import StageRows
 
 STOPPED = "stopped: the model is trained, the test part is not scored yet; --resume does that"
+
+STOPPED_BASELINES = "the run was asked to stop"
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +65,13 @@ def save_and_score(
         scores = _together(context, model, rows, recipe)
         if scores is not None:
             seconds = time.perf_counter() - started
-            assess(scores, recipe.evaluate.metrics)
-            _add_baselines(context, model, rows, stage_rows.train, scores, seconds)
-            _write_scores(context, scores, result)
+            # What took long is on disk before anything that may fail.
+            save_answers(context.run / ANSWERS_FILE, scores.answers)
+            measured = assess(scores, recipe.evaluate.metrics)
+            write_result(context.run, result | _summary(scores))
+            _add_baselines(context, model, rows, stage_rows.train, scores, measured, seconds)
+            result |= _summary(scores)
+            context.report(FinalScores(**scores.summary()))
             result["seconds_test"] = round(time.perf_counter() - started, 2)
     result["seconds"] = round(result["seconds"], 2)
     result["peak_memory_mb"] = peak_memory_mb()
@@ -93,15 +99,15 @@ def caches_features(stage: Recipe | None, model: Path) -> bool | Literal["auto"]
     return setting if decided is None else bool(decided.get("cached"))
 
 
-def _write_scores(context: Context, scores: Scores, result: dict[str, Any]) -> None:
-    """Adds the scores to `result`, reports them and writes answers.jsonl."""
-    summary = scores.summary()
-    result |= {name: value for name, value in summary.items() if name not in ("loss", "tokens")}
-    context.report(FinalScores(**summary))
-    lines = "".join(
-        json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in scores.answers
-    )
-    (context.run / "answers.jsonl").write_text(lines, encoding="utf-8")
+def write_result(run: Path, result: dict[str, Any]) -> None:
+    """Writes result.json."""
+    (run / "result.json").write_text(json.dumps(result, indent=2))
+
+
+def _summary(scores: Scores) -> dict[str, Any]:
+    return {
+        name: value for name, value in scores.summary().items() if name not in ("loss", "tokens")
+    }
 
 
 def _add_baselines(
@@ -110,27 +116,30 @@ def _add_baselines(
     rows: Sequence[Conversation],
     train: Prepared | None,
     scores: Scores,
+    measured: Sequence[Measured],
     seconds: float,
 ) -> None:
     """Adds baselines to the scores of rows, which took `seconds`.
 
-    Raises `Interrupted` if the run is asked to stop.
+    One that fails, or that the run is asked to stop in, is left out with a note.
     """
-    recipe = context.recipe.resolved_stages()[-1][1]
-    if recipe.evaluate.baselines == []:
+    settings = context.recipe.resolved_stages()[-1][1].evaluate
+    if settings.baselines == []:
         return
     log.info("computing baselines")
+    few = settings.baselines == "auto"
     with context.accelerator.autocast():
         BaselineRun(
             model,
             rows,
-            Training() if train is None else training_rows(train),
-            recipe.evaluate,
-            seconds,
+            lambda: Training() if train is None else training_rows(train, few=few),
+            settings,
+            # Baselines are computed on rank 0 alone.
+            seconds * (context.accelerator.num_processes if _shares(context) else 1),
             _caches(context),
-            DTYPES[recipe.train.precision],
-            lambda done, of: _progress(context, done, of),
-        ).add(scores)
+            DTYPES[context.recipe.resolved_stages()[-1][1].train.precision],
+            lambda done, of: _progress(context, done, of, STOPPED_BASELINES),
+        ).add(scores, measured)
 
 
 def _caches(context: Context) -> bool:
@@ -139,11 +148,16 @@ def _caches(context: Context) -> bool:
     return context.caches if setting == "auto" else setting
 
 
-def _progress(context: Context, done: int, of: int) -> None:
+def _shares(context: Context) -> bool:
+    """Whether each rank scores a share of the rows: of a sharded model rank 0 has all weights."""
+    return context.accelerator.num_processes > 1 and not shards(context.section)
+
+
+def _progress(context: Context, done: int, of: int, stopped: str = STOPPED) -> None:
     """Reports the number of answered rows. Raises `Interrupted` if the run is asked to stop."""
     context.report(Scoring(done, of))
     if context.stop():
-        raise Interrupted(STOPPED)
+        raise Interrupted(stopped)
 
 
 def _together(
@@ -156,8 +170,7 @@ def _together(
     accelerator = context.accelerator
     main = accelerator.is_main_process
     media = distinct_media(rows)
-    if accelerator.num_processes == 1 or shards(context.section):
-        # Of a sharded model rank 0 alone has all weights.
+    if not _shares(context):
         return _score_rows(context, model, rows, recipe, media) if main else None
     ranks = accelerator.num_processes
     share = rows[accelerator.process_index :: ranks]

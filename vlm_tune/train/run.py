@@ -37,7 +37,7 @@ from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress
 from vlm_tune.train.deterministic import determinism, nondeterministic
 from vlm_tune.train.engines.registry import engine_of
 from vlm_tune.train.environment import environment
-from vlm_tune.train.final_scores import save_and_score, write_samples
+from vlm_tune.train.final_scores import save_and_score, write_result, write_samples
 from vlm_tune.train.resuming import (
     changed_data,
     damaged_only,
@@ -172,7 +172,7 @@ def _train_and_score(
             result = save_and_score(context, model, rows if test else None, {"seconds": seconds})
         result["seconds_total"] = round(time.perf_counter() - started, 2)
         if context.accelerator.is_main_process:
-            (run / "result.json").write_text(json.dumps(result, indent=2))
+            write_result(run, result)
             write_report(run)
     except RuntimeError as error:
         lost = context.watch.lost(error) or nondeterministic(error)

@@ -40,6 +40,12 @@ def folder(tmp_path: Path) -> Path:
             "crimson",
             References("vqa", tuple(TEN)),
         ),
+        (
+            {**QUESTION, "answer": "2", "answers": [2.5, 2]},
+            {},
+            "2",
+            References("vqa", ("2.5", "2")),
+        ),
         ({**QUESTION, "answer": "red", "answers": "not a list"}, {}, "red", References("vqa")),
         (
             {**QUESTION, "choices": ["cat", "dog"], "answer": 1},

@@ -73,12 +73,8 @@ def prepare(
         RecipeError: The cache cannot be written.
     """
     job = plan_job(data, sources, processor, seed=seed, part=part)
-    if any(isinstance(source, RowsSource) and source.shots for source in sources):
-        alone = [
-            source.model_copy(update={"shots": 0}) if isinstance(source, RowsSource) else source
-            for source in sources
-        ]
-        single = data.model_copy(update={"group": "none", "overlong": "drop"})
+    if _has_shots(sources):
+        single, alone = _without_shots(data, sources)
         options = {
             "seed": seed,
             "part": part,
@@ -105,6 +101,37 @@ def prepare(
                 prepared = Prepared(folder, job)
     prepared.check(lenient=lenient)
     return prepared
+
+
+def find_prepared(
+    data: DataSection, sources: Sequence[Source], processor: Processor, *, seed: int
+) -> Prepared | None:
+    """Opens the prepared rows of training sources; None where the cache does not have them intact.
+
+    Raises `DataError` if a source or template can't be opened.
+    """
+    job = plan_job(data, sources, processor, seed=seed, part="train")
+    if _has_shots(sources):
+        alone = find_prepared(*_without_shots(data, sources), processor, seed=seed)
+        if alone is None:
+            return None
+        job = _with_shots(job, alone)
+    return _opened(cache_folder("prepared") / job.key, job)
+
+
+def _has_shots(sources: Sequence[Source]) -> bool:
+    return any(isinstance(source, RowsSource) and source.shots for source in sources)
+
+
+def _without_shots(
+    data: DataSection, sources: Sequence[Source]
+) -> tuple[DataSection, list[Source]]:
+    """The data section and sources of which few-shot examples are drawn."""
+    alone = [
+        source.model_copy(update={"shots": 0}) if isinstance(source, RowsSource) else source
+        for source in sources
+    ]
+    return data.model_copy(update={"group": "none", "overlong": "drop"}), alone
 
 
 def _with_shots(job: Job, alone: Prepared) -> Job:

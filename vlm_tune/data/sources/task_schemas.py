@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import re
 from collections import Counter
@@ -271,7 +272,9 @@ def _legible(entries: Any, options: TaskOptions) -> list[str]:
     return [
         _plain(text, "answers", options)
         for text in texts
-        if isinstance(text, str | int) and (not isinstance(text, str) or is_legible(text))
+        if (isinstance(text, str) and is_legible(text))
+        or isinstance(text, int)
+        or (isinstance(text, float) and math.isfinite(text))
     ]
 
 
