@@ -170,8 +170,8 @@ def evaluate(
     return evaluate_model(vlm, loaded, caches=caches_features(stage, folder), **options)
 
 
-def _check_part(stage: Recipe, split: str) -> None:
-    """Raises `RecipeError` if a part of a stage's data is empty."""
+def _check_part(stage: Recipe, split: Literal["validation", "test"]) -> None:
+    """Raises `RecipeError` for a part that has no rows of its own and is not held out."""
     held_out = stage.data.split is not None and getattr(stage.data.split, split) > 0
     if not getattr(stage.data, split) and not held_out:
         raise RecipeError([Problem("recipe", f"data.{split} is empty: there is nothing to score")])

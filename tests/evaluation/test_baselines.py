@@ -135,7 +135,7 @@ def run_of(
     section = EvaluateSection(max_new_tokens=2, **settings)  # type: ignore[arg-type]
     read = Training(training, distinct_media(training))
     measured, _ = measure(scores.answers, section.metrics)
-    run = BaselineRun(model, rows, lambda: read, section, seconds, caches="auto")
+    run = BaselineRun(model, rows, lambda: read, section, seconds, caches)
     run.add(scores, measured)
     return scores
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.tiny_models import batch_of, built, loss_and_gradients, parsed, rows_of
-from vlm_tune.data.types import Conversation, Message
+from vlm_tune.data.types import Conversation, Message, References
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Answer, Scores, join_scores
@@ -208,3 +208,18 @@ def test_beams_and_batches_give_one_rows_answer(kind: str, tiny_recipe: Callable
         ]
         assert together == alone
         assert len(set(together)) > 1
+
+
+def test_an_answer_names_its_rows_image_and_no_long_lists(tiny_recipe: Callable[..., str]) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    first, _, second = rows_of(recipe)[:3]
+    shot = replace(second, messages=(*first.messages, *second.messages), shots=2)
+    choices = tuple(f"class {number}" for number in range(1000))
+    classes = replace(first, references=References("classify", choices=choices, chosen=0))
+    scores = score(built(recipe), [shot, classes], decoding=Decoding(1), loss=False)
+    assert [answer.image for answer in scores.answers] == [
+        second.media[0].name,
+        first.media[0].name,
+    ]
+    assert scores.answers[1].references == References("classify")
+    assert "answers" not in scores.summary()

@@ -81,7 +81,7 @@ def test_the_paired_test_finds_what_is_there() -> None:
     ones = np.ones(200)
     low, high = (generator.random(200) < share for share in (0.4, 0.7))
     gap = difference(np.column_stack([high, ones]), np.column_stack([low, ones]), mean)
-    assert gap.p < 0.01 and gap.low is not None and gap.low > 0
+    assert gap.p is not None and gap.p < 0.01 and gap.low is not None and gap.low > 0
     shuffled = np.column_stack([generator.permutation(low), ones])
     same = difference(np.column_stack([low, ones]), shuffled, mean)
-    assert same.p > 0.2
+    assert same.p is not None and same.p > 0.2

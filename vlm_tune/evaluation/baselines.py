@@ -191,9 +191,9 @@ def _probe(answers: list[str], features: np.ndarray, others: np.ndarray) -> list
 def probe_work(training: Sequence[Known], rows: Sequence[Known], width: int) -> float:
     """The multiplications of the fits of `probe`, about."""
     by_question = _by_question(training)
-    asked = {row.question for row in rows}
-    groups = [places for question, places in by_question.items() if question in asked]
-    if not asked <= by_question.keys():
+    questions = {row.question for row in rows}
+    groups = [places for question, places in by_question.items() if question in questions]
+    if not questions <= by_question.keys():
         groups.append(list(range(len(training))))
     return sum(
         2.0

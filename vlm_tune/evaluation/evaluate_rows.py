@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -137,15 +138,9 @@ def evaluate_rows(
     seconds = time.perf_counter() - started
     measured = assess(scores, settings.metrics)
     if settings.baselines != []:
-        BaselineRun(
-            model,
-            rows,
-            lambda: _training(model, stage, settings),
-            settings,
-            seconds,
-            caches,
-            progress=answering,
-        ).add(scores, measured)
+        training = partial(_training, model, stage, settings)
+        run = BaselineRun(model, rows, training, settings, seconds, caches, progress=answering)
+        run.add(scores, measured)
     return scores
 
 
