@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from tests.helpers.tiny_models import parsed
 from vlm_tune.api import evaluate, sft
 from vlm_tune.errors import DataError
+from vlm_tune.evaluation import baseline_run
 from vlm_tune.evaluation.baseline_run import Training
 from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.resources import cache_folder
@@ -51,6 +54,22 @@ def test_scores_are_on_disk_before_baselines_which_may_fail(
     assert finished.result["notes"] == [
         "baselines from training rows are left out: the source was changed meanwhile"
     ]
+
+
+def test_a_stop_during_baselines_ends_the_run_with_its_scores(
+    tiny_recipe: Callable[..., str], color_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, progress: Callable[[int, int], None], **named: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        progress(1, 8)
+
+    monkeypatch.setattr(baseline_run, "answer_prompts", interrupted)
+    recipe = scored_recipe(tiny_recipe, color_rows, evaluate__baselines=["majority", "blind"])
+    finished = sft(recipe)
+    assert finished.result["baselines"].keys() == {"majority"}
+    assert finished.result["notes"] == ["baseline blind is left out: the run was asked to stop"]
+    assert json.loads((finished.folder / "result.json").read_text()) == finished.result
+    assert (finished.folder / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
