@@ -321,7 +321,7 @@ def test_figures_are_those_of_the_rows(tiny_recipe: Callable[..., str]) -> None:
 
 
 def test_it_says_as_a_plan_does_whether_features_are_cached(
-    tiny_recipe: Callable[..., str],
+    tiny_recipe: Callable[..., str], color_rows: Path
 ) -> None:
     stages = "stages: [{name: one}, {name: two, data: {augment: {flip: 0.5}}}]\n"
     recipe = parsed(tiny_recipe("causal") + stages)
@@ -340,6 +340,9 @@ def test_it_says_as_a_plan_does_whether_features_are_cached(
     )
     # A share of the rows says nothing about the disk that all need.
     assert vlm_tune.check(recipe, sample=2).parts[0].features is None
+    texts = [json.loads(line) for line in color_rows.read_text().splitlines()]
+    color_rows.write_text("".join(json.dumps(row | {"images": []}) + "\n" for row in texts))
+    assert [part.features for part in vlm_tune.check(recipe).parts] == [None] * len(report.parts)
 
 
 def test_a_source_that_is_not_there_does_not_hide_the_others(

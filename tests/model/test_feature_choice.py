@@ -146,3 +146,12 @@ def test_a_stage_decides_once_and_not_for_augmented_images(
     assert not decide(augmented) and len(notes) == 2
     rows.validation = [object()]
     assert decide(augmented)
+    # What another recipe says is not remembered when the first one is resumed.
+    assert not decide() and len(notes) == 2
+    progress.cached = None
+    model.tower.requires_grad_(True)
+    assert not decide()
+    model.tower.requires_grad_(False)
+    assert not decide(parsed(tiny_recipe("causal"), train__cache_features=False))
+    monkeypatch.undo()
+    assert decide() and len(notes) == 3

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.connector_kinds import KINDS, Tiny, with_connector
 from tests.helpers.tiny_models import batch_of, built, largest, loss_and_gradients, parsed, rows_of
@@ -31,7 +32,9 @@ REFUSED = (
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("size", "grid"), [((4, 4), 2), ((7, 7), 3), ((3, 5), 3), ((2, 2), 1)])
+@pytest.mark.parametrize(
+    ("size", "grid"), [((4, 4), 2), ((7, 7), 3), ((3, 5), 3), ((2, 2), 1), ((3, 3), 3), ((2, 3), 4)]
+)
 def test_means_and_gradients_are_those_of_adaptive_pooling(
     size: tuple[int, int], grid: int, dtype: torch.dtype
 ) -> None:
@@ -49,6 +52,17 @@ def test_means_and_gradients_are_those_of_adaptive_pooling(
         expected.detach().abs().max()
     )
     assert largest(ours, theirs) <= tolerance * float(theirs.abs().max())
+
+
+def test_the_cells_of_a_side_are_averaged_before_those_of_the_other() -> None:
+    """A product with all cells of the grid at once would take grid² x h x w for each channel."""
+    features = torch.ones(2, 24 * 20, 8)
+    with FlopCounterMode(display=False) as counter:
+        grid_means(features, (24, 20), 12)
+    one_side_first = 2 * 2 * 8 * max(12 * 24 * 20 + 12 * 12 * 20, 12 * 24 * 20 + 12 * 12 * 24)
+    assert 0 < counter.get_total_flops() <= one_side_first
+    square = features[:, :400]
+    assert grid_means(square, (20, 20), 20) is square
 
 
 class _Noted(TorchDispatchMode):

@@ -211,12 +211,16 @@ def test_fp16_is_refused_on_a_cpu_before_anything_is_written(
     how: str, tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """accelerate would train without scaler and autocast; also in a later stage."""
+    why = "torch sees no GPU here"
     if how != "no GPU":
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        why = "ACCELERATE_USE_CPU hides the GPU"
     later = tiny_recipe("causal") + "stages: [{name: a}, {name: b, train: {precision: fp16}}]\n"
     for text in (tiny_recipe("causal", precision="fp16"), later):
-        with pytest.raises(RecipeError, match=r"train\.precision: fp16 is for GPUs"):
+        with pytest.raises(
+            RecipeError, match=rf"train\.precision: fp16 is for GPUs.* and {why}; use"
+        ):
             sft(parsed(text))
         assert not (tmp_path / "run").exists()
 

@@ -261,9 +261,14 @@ def _steps(part: Part) -> int:
 def _feature_choices(recipe: Recipe, report: CheckReport, tokenizer: Any) -> dict[str, str]:
     """The decision of each stage here to cache the tower's features or not, by the stage's name.
 
-    Stages whose model can't be built of what is on this machine are left out.
+    Stages without images, and those whose model can't be built of what is on this machine, are left
+    out.
     """
-    prepared = {part.stage: part.prepared for part in report.read if part.name == "train"}
+    prepared = {
+        part.stage: part.prepared
+        for part in report.read
+        if part.name == "train" and part.prepared.media
+    }
     gpu = torch.cuda.is_available()
     choices: dict[str, str] = {}
     for number, (name, stage) in enumerate(recipe.resolved_stages()):

@@ -1,4 +1,4 @@
-"""Adaptive average pooling of a grid of tokens, as a product with a matrix of weights.
+"""Adaptive average pooling of a grid of tokens, as a product with a matrix along each side.
 
 torch's own has no deterministic backward pass on a GPU; a product's is one more product.
 
@@ -25,18 +25,21 @@ def grid_means(features: torch.Tensor, size: tuple[int, int], grid: int) -> torc
         size: (h, w).
         grid: cells of each side.
     """
-    rows, columns = (_spans(side, grid, features.device) for side in size)
-    cells = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1).float()
+    if size == (grid, grid):
+        return features
+    rows, columns = (_weights(side, grid, features.device) for side in size)
+    maps = features.float().unflatten(1, size)
     casts = autocast_dtype(features.device) is not None
     with torch.autocast(features.device.type, enabled=False) if casts else nullcontext():
-        means = (cells / cells.sum(1, keepdim=True)) @ features.float()
-    return means.to(features.dtype)
+        means = torch.einsum("gh,bhwc,kw->bgkc", rows, maps, columns)
+    return means.flatten(1, 2).to(features.dtype)
 
 
-def _spans(side: int, grid: int, device: torch.device) -> torch.Tensor:
-    """bool[grid, side], whether a cell spans a token, along one side of the grid."""
+def _weights(side: int, grid: int, device: torch.device) -> torch.Tensor:
+    """float32[grid, side], the weights of a side's tokens in the means of its cells."""
     cells = torch.arange(grid, device=device)[:, None]
     tokens = torch.arange(side, device=device)
     first = cells * side // grid
     behind = ((cells + 1) * side + grid - 1) // grid
-    return (first <= tokens) & (tokens < behind)
+    spans = (first <= tokens) & (tokens < behind)
+    return spans / spans.sum(1, keepdim=True)

@@ -72,9 +72,11 @@ def check_precisions(recipe: Recipe) -> None:
     """
     fp16 = [name for name, stage in recipe.resolved_stages() if stage.train.precision == "fp16"]
     if fp16 and not _on_accelerator():
+        hidden = torch.accelerator.is_available()
+        why = "ACCELERATE_USE_CPU hides the GPU" if hidden else "torch sees no GPU here"
         message = (
-            "fp16 is for GPUs: its gradients need scaling, which a CPU does not do, and torch sees "
-            "no GPU here; use bf16 or fp32"
+            "fp16 is for GPUs: its gradients need scaling, which a CPU does not do, and "
+            f"{why}; use bf16 or fp32"
         )
         raise RecipeError([Problem("train.precision", message)])
 

@@ -54,7 +54,10 @@ class Progress:
     ranks: int = 0
     """Number of processes that the batches are planned for: that of the run's start."""
     cached: bool | None = None
-    """Whether the tower's features are cached, as decided when the stage began."""
+    """Whether the tower's features are cached, as decided when the stage began.
+
+    None where the recipe decides it.
+    """
 
 
 def stage_folder(run: Path, stage: int, name: str) -> Path:

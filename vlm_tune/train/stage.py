@@ -348,7 +348,8 @@ def end_stage(context: Context, name: str, progress: Progress) -> None:
         keep_freed_memory()
     if context.accelerator.is_main_process:
         path = stage_folder(context.run, progress.stage, name) / "done.json"
-        path.write_text(json.dumps(asdict(progress), indent=1))
+        done = asdict(progress) | {"cached": context.caches}
+        path.write_text(json.dumps(done, indent=1))
 
 
 def _best(context: Context, folder: Path, progress: Progress) -> Path | None:

@@ -319,16 +319,17 @@ def decide_features(
     """
     setting = recipe.train.cache_features
     if rows.train is None or not rows.train.media or trains_tower(model):
-        progress.cached = False
-    elif recipe.data.augment:  # only those of validation images can be
-        progress.cached = setting is not False and bool(rows.validation)
-    elif setting != "auto" or progress.cached is None:
+        return False
+    if recipe.data.augment:  # only those of validation images can be
+        return setting is not False and bool(rows.validation)
+    if setting != "auto":
+        return setting
+    if progress.cached is None:
         usage = stage_usage(rows.train, recipe.train, progress.ranks)
         gpu = accelerator.device.type != "cpu"
         choice = broadcast_object_list([cache_choice(recipe, model, usage, gpu=gpu)])[0]
-        if setting == "auto":
-            report(Note(f"the tower's features are {choice}"))
-        progress.cached = choice.cached
+        report(Note(f"the tower's features are {choice}"))
+        progress.cached = bool(choice.cached)
     return progress.cached
 
 

@@ -90,9 +90,9 @@ class VisionTower(nn.Module):
 
 def pool(features: torch.Tensor, grid: int | None) -> torch.Tensor:
     """Pools a feature map [B, C, h, w] to [B, C, grid, grid]; unchanged where `grid` is None."""
-    height, width = features.shape[-2:]
-    if grid is None or (height, width) == (grid, grid):
+    if grid is None:
         return features
+    height, width = features.shape[-2:]
     means = grid_means(features.flatten(2).transpose(1, 2), (height, width), grid)
     return means.transpose(1, 2).unflatten(2, (grid, grid))
 
