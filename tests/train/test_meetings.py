@@ -56,7 +56,8 @@ def test_every_rank_knows_of_a_checkpoint_that_failed(
 
     def failing() -> None:
         begun = threading.Event()
-        step, captured = StageLoop._step, StageLoop._captured
+        loops: Any = StageLoop
+        step, captured = loops._step, loops._captured
 
         def stepped(loop: StageLoop, batches: Any, number: int, *rest: Any) -> float:
             if number == 2:
@@ -67,8 +68,8 @@ def test_every_rank_knows_of_a_checkpoint_that_failed(
             begun.wait()
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        StageLoop._step = stepped
-        StageLoop._captured = lambda loop, states: captured(loop, states) and fails
+        loops._step = stepped
+        loops._captured = lambda loop, states: captured(loop, states) and fails
         # Two steps to an epoch, at whose end a write is waited for.
         sft(runs(tiny_recipe, train__steps=3, train__batch_size=2))
 

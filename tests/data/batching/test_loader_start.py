@@ -107,13 +107,15 @@ def test_a_worker_ends_with_the_training_process() -> None:
     training = fork.Process(target=_training, args=(here,))
     training.start()
     worker = there.recv()
+    descriptor = os.pidfd_open(worker)
     ended = select.poll()
-    ended.register(os.pidfd_open(worker), select.POLLIN)
+    ended.register(descriptor, select.POLLIN)
     training.kill()
     training.join()
     try:
         assert ended.poll(30_000)
     finally:
+        os.close(descriptor)
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
 
