@@ -127,6 +127,17 @@ def test_a_fault_ends_a_pipe_and_not_a_conversation(
         terminal(model, interactive=False).run(typed(line), as_json=False)
 
 
+def test_bytes_that_are_no_text_end_no_conversation(
+    model: VisionLanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = terminal(model)
+    broken = UnicodeDecodeError("utf-8", b"hi \xff", 3, 4, "invalid start byte")
+    session.run(typed(broken, "hello"), as_json=False)
+    message = "a line of the chat is not utf-8 text: invalid start byte at byte 4"
+    assert message in capsys.readouterr().err
+    assert len(session.chat.turns) == 2
+
+
 def test_images_stay_until_a_question_takes_them(
     model: VisionLanguageModel, image: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

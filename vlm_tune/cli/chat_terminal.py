@@ -76,7 +76,7 @@ class ChatTerminal:
             typer.echo("Ask about the image; /help lists commands, Ctrl-D ends.", err=True)
         while True:
             try:
-                line = read("> " if self.interactive else "").strip()
+                line = self._line(read)
                 if not line or line == "/quit":
                     return
                 if self._obeys(line):
@@ -95,6 +95,15 @@ class ChatTerminal:
                 if not self.interactive:
                     raise
                 typer.echo(str(error), err=True)
+
+    def _line(self, read: Callable[[str], str]) -> str:
+        try:
+            return read("> " if self.interactive else "").strip()
+        except UnicodeDecodeError as error:
+            raise ArgumentError(
+                f"a line of the chat is not {error.encoding} text: {error.reason} at byte "
+                f"{error.start + 1}"
+            ) from None
 
     def answer(self, prompt: str) -> dict[str, Any]:
         """Answers a question: `answer`, and where there are choices their `probabilities`."""
