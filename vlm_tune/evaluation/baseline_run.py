@@ -91,7 +91,7 @@ class BaselineRun:
         training: reads the training rows; called where a baseline uses them.
         settings: the recipe's evaluation settings.
         seconds: how long the model would take to answer the rows in this process.
-        caches: whether the tower's features are cached; auto: where there is room.
+        caches: whether the tower's features may be cached already; what is computed is not stored.
         autocast: as in `tower_features`.
         progress: called with the number of rows that the blind model has answered, and their total.
     """
