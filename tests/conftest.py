@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -223,6 +224,14 @@ def quick_collections() -> Iterator[None]:
     if next(_ended) in FROZEN_AFTER:
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> Iterator[None]:
+    """Restores the root logger's level: a command that a test calls sets its process's."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture

@@ -185,9 +185,17 @@ class CheckpointWriter:
         Raises `TrainingError` as `wait`, if that one could not be written.
         """
         self.wait()
-        self._pending = self._thread.submit(self._write, step, write, best_step)
-        if not self.background:
-            self.settle()
+        if self.background:
+            self._pending = self._thread.submit(self._write, step, write, best_step)
+            return
+        written: Future[None] = Future()
+        try:
+            self._write(step, write, best_step)
+        except TrainingError as error:
+            written.set_exception(error)  # which all ranks learn of when they meet
+        else:
+            written.set_result(None)
+        self._pending = written
 
     def failed(self) -> bool:
         """Whether the last checkpoint could not be written."""
