@@ -27,6 +27,7 @@ from vlm_tune.exporting.source import (
     text_config,
     whole_model,
 )
+from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_model, read_config
 from vlm_tune.model.pretrained.tokenizer import pin_tokenizer
@@ -176,9 +177,7 @@ def _their_answer(
 ) -> str:
     inputs = _inputs(processor, model, _messages(model, row, prompt=True), prompt=True)
     ids = theirs.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
-    return model.processor.decode(
-        [token for token in ids.tolist() if token not in model.processor.stop_ids]
-    )
+    return AnswerReader(model.processor, ()).answer(ids.tolist(), None).text
 
 
 def _check_pixels(images: Any, model: VisionLanguageNetwork, row: Conversation) -> None:

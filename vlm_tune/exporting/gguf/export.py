@@ -52,6 +52,7 @@ from vlm_tune.exporting.source import (
     whole_model,
 )
 from vlm_tune.exporting.verify import largest_difference, observe
+from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_model, read_config
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
@@ -305,6 +306,7 @@ class Reader:
         ]
         pad = self.fields["tokenizer.ggml.padding_token_id"]
         answers = []
+        reader = AnswerReader(self.model.processor, ())
         for row in rows:
             embeds = self._embeds(self.model.processor.prompt(row), row, mmproj)
             ids = self.theirs.generate(
@@ -315,7 +317,7 @@ class Reader:
                 eos_token_id=stops,
                 pad_token_id=pad,
             )
-            answers.append(self.model.processor.decode(ids[0].tolist()))
+            answers.append(reader.answer(ids[0].tolist(), None).text)
         return answers
 
     def _embeds(self, example: Example, row: Conversation, mmproj: Mmproj) -> torch.Tensor:
