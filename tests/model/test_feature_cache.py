@@ -13,6 +13,7 @@ import torch
 
 from tests.helpers.tiny_models import built, parsed, rows_of
 from vlm_tune.data.types import Media, distinct_media
+from vlm_tune.errors import RecipeError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model import feature_cache
 from vlm_tune.model.feature_cache import tower_features
@@ -150,3 +151,16 @@ def test_names_of_files_say_device_and_precision(
     keys = {feature_cache._key(model, dtype) for dtype in (torch.float32, torch.bfloat16)}
     assert len(keys) == 2 and all(":cpu:" in key for key in keys)
     assert any(key.endswith("bfloat16") for key in keys)
+
+
+def test_a_folder_in_place_of_features_is_an_error_that_names_it(
+    sample: tuple[VisionLanguageModel, list[Media]],
+) -> None:
+    model, media = sample
+    tower_features(model, media)
+    file = next(cache_folder("features").glob("*.npy"))
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(RecipeError, match=r"can't be read: is a directory; remove") as error:
+        tower_features(model, media)
+    assert error.value.problems[0].where == str(file)

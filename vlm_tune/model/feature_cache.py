@@ -30,11 +30,12 @@ from filelock import FileLock, Timeout
 
 from vlm_tune.data.images.decode import encoded_bytes
 from vlm_tune.data.types import Media
-from vlm_tune.errors import TrainingError
+from vlm_tune.errors import Problem, RecipeError, TrainingError
 from vlm_tune.files import file_checksum
 from vlm_tune.model.tower_pass import decoding_threads, stored_dtype, tower_batches
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import fingerprint
+from vlm_tune.paths import reason, shown_path
 from vlm_tune.resources import cache_folder, cache_room, check_cache, trim_cache
 
 PART = 1024
@@ -242,11 +243,22 @@ class _Cache:
         return sum(len(self.media[number]) for number in self.arrays)
 
     def _open(self, number: int) -> bool:
-        """Opens a file that is there; damaged ones are removed."""
+        """Opens a file that is there; damaged ones are removed.
+
+        Raises `RecipeError` for what can't be read in its place.
+        """
         name = self.names[number]
         for path in sorted(self.folder.glob(f"{name}-*.npy")):
             with contextlib.suppress(FileNotFoundError):  # trimmed by another process meanwhile
-                if path.stem == f"{name}-{file_checksum(path)}":
+                try:
+                    intact = path.stem == f"{name}-{file_checksum(path)}"
+                except (IsADirectoryError, PermissionError) as error:
+                    message = (
+                        f"these cached features can't be read: {reason(error)}; "
+                        "remove what is there, or name another folder with VLM_TUNE_CACHE"
+                    )
+                    raise RecipeError([Problem(shown_path(path), message)]) from None
+                if intact:
                     self.arrays[number] = _mapped(path, self.dtype)
                     self.paths[number] = path
                     with contextlib.suppress(OSError):  # the cache may be read-only
