@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from tests.helpers.tiny_models import built, parsed, rows_of
 from vlm_tune.config.train import EvaluateSection
-from vlm_tune.data.types import Conversation, Message, References, distinct_media
+from vlm_tune.data.types import Conversation, Media, Message, References, distinct_media
 from vlm_tune.errors import DataError, Interrupted
 from vlm_tune.evaluation import baseline_run, baselines
 from vlm_tune.evaluation.assessment import measure
@@ -219,6 +221,27 @@ def test_baselines_are_the_same_by_cached_features_and_without(
     assert model.training and not has_features(model, images)
     tower_features(model, images)
     assert computed.baselines == run_of(model, rows, rows, baselines=["nearest"]).baselines
+
+
+def test_images_that_the_prepared_part_names_otherwise_have_cached_features(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parsed(tiny_recipe("causal"))
+    model, rows = built(recipe), rows_of(recipe)
+    moved = {
+        item: Media(Path(shutil.copy(str(item.source), tmp_path / f"moved-{Path(item.name).name}")))
+        for item in distinct_media(rows)
+    }
+    cached = run_of(model, rows, rows, caches=False, baselines=["nearest"])
+    tower_features(model, distinct_media(rows))
+    monkeypatch.setattr(BaselineRun, "_tower", lambda *_: pytest.fail("features are computed"))
+    scores = score(model, rows, decoding=Decoding(2), loss=False)
+    measured, _ = measure(scores.answers, None)
+    settings = EvaluateSection(max_new_tokens=2, baselines=["nearest"])
+    read = Training(rows, list(moved.values()))
+    BaselineRun(model, rows, lambda: read, settings, 1e6, caches=True).add(scores, measured)
+    assert scores.notes == []
+    assert scores.baselines == cached.baselines
 
 
 def test_named_baselines_that_can_not_be_computed_are_noted(
