@@ -179,3 +179,9 @@ def test_arguments_of_another_kind_are_refused(tmp_path: Path) -> None:
         vlm_tune.compare(tmp_path, tmp_path, metrics="exact_match")
     with pytest.raises(RecipeError, match="is no metric"):
         vlm_tune.compare(tmp_path, tmp_path, metrics=["exact"])
+
+
+def test_a_damaged_answer_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text("\n\nno answer\n")
+    with pytest.raises(DataError, match=r"answers\.jsonl, row 3: is no scored answer"):
+        read_answers(tmp_path)

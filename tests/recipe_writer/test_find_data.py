@@ -88,3 +88,9 @@ def test_a_file_called_test_alone_is_trained_on_only_in_a_folder(tmp_path: Path)
     assert places(tmp_path, "only") == {"train": ["file only/test.jsonl"]}
     with pytest.raises(DataError, match="only the parts test"):
         find_data([str(tmp_path / "only" / "test.jsonl")])
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.gz", "tar.xz", "tgz"])
+def test_many_shards_become_one_pattern_of_shards(ending: str, tmp_path: Path) -> None:
+    touch(tmp_path, *(f"rows-{number}.{ending}" for number in range(12)))
+    assert places(tmp_path, ".") == {"train": [f"webdataset *.{ending}"]}

@@ -31,7 +31,7 @@ def read_answers(run: Path) -> list[Answer]:
     """Reads a run's test answers. Raises `DataError` where there are none or a line is damaged."""
     path = run / ANSWERS_FILE
     try:
-        # Of all that ends a line elsewhere, an answer's JSON may hold some.
+        # Not splitlines(): JSON strings may hold U+2028 and others at which it splits.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError):
         raise DataError(
@@ -40,7 +40,9 @@ def read_answers(run: Path) -> list[Answer]:
             source=str(run),
         ) from None
     answers = []
-    for number, line in enumerate(filter(None, lines), 1):
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
             answers.append(answer_from(json.loads(line)))
         except (ValueError, TypeError, KeyError, AttributeError):

@@ -92,7 +92,10 @@ def _at(path: str) -> list[tuple[str, dict[str, Any]]]:
 def _row_files(path: str, files: list[Path]) -> list[tuple[str, dict[str, Any]]]:
     """The files of rows in a folder; many of one kind, all of one part, become a pattern."""
     parts = {part_of(each.name) for each in files}
-    endings = {each.suffix for each in files}
+    endings = {
+        next((shard for shard in SHARDS if each.name.endswith(shard)), each.suffix)
+        for each in files
+    }
     if len(files) >= MANY and len(parts) == len(endings) == 1:
         return [("train", _file(str(Path(path) / f"*{endings.pop()}")))]
     return _together([(part_of(each.name), _file(str(Path(path) / each.name))) for each in files])
@@ -111,9 +114,7 @@ def _together(
 
 def _holds_rows(file: Path) -> bool:
     name = unpacked_name(file).name.lower()
-    return not name.startswith(".") and (
-        Path(name).suffix in FORMATS or file.name.lower().endswith(SHARDS)
-    )
+    return not name.startswith(".") and (Path(name).suffix in FORMATS or file.name.endswith(SHARDS))
 
 
 def _file(path: str) -> dict[str, Any]:

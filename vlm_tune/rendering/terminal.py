@@ -235,10 +235,8 @@ class Display(logging.Handler):
             for name, entry in (event.by_source or {}).items()
         ]
         listed = f" ({', '.join(sources)})" if len(sources) > 1 else ""
-        score = (
-            f"validation accuracy {event.accuracy:.2%} of {event.n:,}{listed}, "
-            f"loss {event.loss:.4f}"
-        )
+        loss = "" if event.loss is None else f", loss {event.loss:.4f}"
+        score = f"validation accuracy {event.accuracy:.2%} of {event.n:,}{listed}{loss}"
         self._line(f"  step {event.step:,}: {score}", "green")
 
     @_show.register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -391,3 +392,29 @@ def test_deepspeeds_own_configuration_is_read() -> None:
 def test_a_missing_configuration_is_an_error() -> None:
     with pytest.raises(RecipeError, match="no such file"):
         vlm_tune.init(configuration="gone.yaml")
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"file_name": "a.json", "tags": "role"}, "tags: expected an object, got 'role'"),
+        ({"file_name": "a.json", "columns": ["q"]}, "columns: expected an object"),
+        ({"file_name": "a.json", "columns": {"prompt": ["q"]}}, "prompt: expected a text"),
+        ({"file_name": ["a.json"]}, "file_name: expected a text"),
+        ({"hf_hub_url": "a/b", "split": {"a": 1}}, "split: expected a text"),
+    ],
+)
+def test_a_description_of_a_data_set_of_other_kinds_is_refused(
+    about: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    described = json.dumps({"shapes": about, "colors": {"file_name": "colors.json"}})
+    (tmp_path / "data" / "dataset_info.json").write_text(described)
+    with pytest.raises(RecipeError, match=re.escape(message)) as error:
+        converted("lora.yaml", LLAMA_FACTORY.format(folder=tmp_path))
+    assert "dataset_info.json: shapes" in str(error.value)
+
+
+def test_both_switches_of_bf16_are_read() -> None:
+    text = LLAMA_FACTORY.format(folder="nowhere") + "pure_bf16: true\n"
+    assert "pure_bf16" not in reasons(converted("lora.yaml", text, force=True))

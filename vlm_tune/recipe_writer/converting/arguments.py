@@ -10,11 +10,11 @@ from vlm_tune.quoting import quoted
 from vlm_tune.recipe_writer.written import Unmatched
 
 NOTHING = ("", "none", "null", "no", "false")
-"""Texts that ask for nothing, whatever their case."""
+"""Texts that stand for an empty value or a switch that is off, in any case."""
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a value asks for nothing; 0 is a number."""
+    """Whether a value is empty or off; 0 is a number."""
     if isinstance(value, str):
         return value.lower() in NOTHING
     return value is None or value is False or (isinstance(value, list | dict) and not value)
@@ -40,7 +40,7 @@ class Arguments:
         return self._left.get(key) is not None
 
     def take(self, key: str) -> Any:
-        """The value of any kind; None where it is missing or asks for nothing."""
+        """The value of any kind; None where it is missing, empty or off."""
         value = self._left.pop(key, None)
         return None if is_nothing(value) else value
 
@@ -53,6 +53,13 @@ class Arguments:
             if value is not None:
                 raise self._wrong(key, "a text", value)
         return None
+
+    def section(self, key: str) -> Arguments:
+        """The keys and values under a key; none where it is missing."""
+        value = self.take(key)
+        if value is not None and not isinstance(value, dict):
+            raise self._wrong(key, "an object", value)
+        return Arguments(f"{self._place}: {key}", value or {})
 
     def number(self, key: str) -> float | None:
         """A finite number."""
@@ -113,7 +120,7 @@ class Arguments:
         self.unmatched.append(Unmatched(key, value, reason))
 
     def left(self) -> dict[str, Any]:
-        """The keys that were not taken and whose values ask for something; 0 does not."""
+        """The keys that were not taken and whose values are neither empty, off nor 0."""
         return {
             key: value for key, value in self._left.items() if not is_nothing(value) and value != 0
         }

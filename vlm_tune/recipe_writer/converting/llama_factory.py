@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.paths import is_file, shown_path
+from vlm_tune.paths import is_file, is_folder, shown_path
+from vlm_tune.recipe_writer.converting.arguments import Arguments
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
 from vlm_tune.recipe_writer.converting.models import Family, lora_targets, set_model
+from vlm_tune.recipe_writer.converting.reading import json_value
 from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources
 from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer, refuse_left
 
@@ -153,9 +154,10 @@ def _dataset_info(folder: str) -> dict[str, Any]:
     if not is_file(path):
         return {}
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError([Problem(shown_path(path), f"can't be read as JSON: {error}")]) from None
+    info = json_value(text, shown_path(path))
     if not isinstance(info, dict):
         raise RecipeError([Problem(shown_path(path), "expected an object of data sets by name")])
     return info
@@ -176,18 +178,21 @@ def _source(
         reason = f"{Path(folder) / 'dataset_info.json'} does not describe it; its file was guessed"
         conversion.arguments.refuse(key, name, reason)
         return {"kind": "file", "path": str(Path(folder) / f"{name}.json"), **root}
-    columns = _columns(about)
+    described = Arguments(f"{shown_path(Path(folder) / 'dataset_info.json')}: {name}", about)
+    columns = _columns(described)
     extra: dict[str, Any] = {"columns": columns} if columns else {}
-    hub = about.get("hf_hub_url")
-    if "file_name" in about:
-        path = str(Path(folder) / about["file_name"])
-        if Path(path).is_dir():
+    hub = described.text("hf_hub_url")
+    file_name = described.text("file_name")
+    if file_name:
+        path = str(Path(folder) / file_name)
+        if is_folder(path):
             return {"kind": "dataset", "name": path, **extra}
         return {"kind": "file", "path": path, **root, **extra}
     if hub:
-        split = {"split": about["split"]} if about.get("split") else {}
-        subset = {"config": about["subset"]} if about.get("subset") else {}
-        return {"kind": "dataset", "name": hub, **split, **subset, **extra}
+        split, subset = described.text("split"), described.text("subset")
+        parts = {"split": split, "config": subset}
+        named = {key: value for key, value in parts.items() if value}
+        return {"kind": "dataset", "name": hub, **named, **extra}
     reason = "only files and data sets of the Hugging Face hub are read"
     conversion.arguments.refuse(key, name, reason)
     return {"kind": "file", "path": str(Path(folder) / f"{name}.json"), **root}
@@ -206,17 +211,14 @@ FIELDS = {
 """Our names of LLaMA-Factory's columns."""
 
 
-def _columns(about: dict[str, Any]) -> dict[str, str]:
+def _columns(described: Arguments) -> dict[str, str]:
     """Our field names with the rows' own, where these differ."""
-    tags = about.get("tags") or {}
-    turns = "messages" if tags.get("role_tag") == "role" else "conversations"
+    role_tag = described.section("tags").text("role_tag")
+    turns = "messages" if role_tag == "role" else "conversations"
+    columns = described.section("columns")
     fields = {**FIELDS, "messages": turns}
-    columns = about.get("columns") or {}
-    return {
-        fields[name]: theirs
-        for name, theirs in columns.items()
-        if name in fields and theirs and fields[name] != theirs
-    }
+    names = {ours: columns.text(column) for column, ours in fields.items()}
+    return {ours: name for ours, name in names.items() if name and name != ours}
 
 
 # --- what trains ----------------------------------------------------------------------------------

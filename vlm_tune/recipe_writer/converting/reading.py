@@ -43,7 +43,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
     if path.suffix.lower() in SCRIPTS or text.startswith("#!"):
         values: Any = _script(text, place)
     elif path.suffix.lower() == ".json":
-        values = _json(text, place)
+        values = json_value(text, place)
     else:
         values = read_yaml_text(text, place).value
     if not isinstance(values, dict):
@@ -52,7 +52,8 @@ def read_configuration(path: Path) -> dict[str, Any]:
     return values
 
 
-def _json(text: str, place: str) -> Any:
+def json_value(text: str, place: str) -> Any:
+    """The value of a JSON text. Raises `RecipeError` with its place for another text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -146,7 +146,7 @@ def _set_precision(conversion: Conversion, defaults: Defaults) -> None:
     arguments = conversion.arguments
     named = arguments.text("torch_dtype", "dtype")
     half = arguments.flag("fp16")
-    brain = arguments.flag("bf16") or arguments.flag("pure_bf16")
+    brain = arguments.flag("bf16") | arguments.flag("pure_bf16")
     if half or brain:
         precision = "fp16" if half else "bf16"
         conversion.set("train.precision", precision, precision)
@@ -225,7 +225,7 @@ def _zero_settings(config: Any, folder: Path) -> dict[str, Any] | None:
             if is_file(place):
                 try:
                     config = json.loads(place.read_text(encoding="utf-8"))
-                except ValueError:
+                except (OSError, ValueError, RecursionError):
                     return None
                 break
     if isinstance(config, dict):
