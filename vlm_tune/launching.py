@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 from vlm_tune.errors import EXIT_TRAINING
+from vlm_tune.resources import usable_cores
 
 GRACE = 10.0
 """Seconds that the other processes have to end by themselves once one has failed.
@@ -57,7 +58,7 @@ def _reserved_port() -> Iterator[int]:
 
 def _launch(command: Sequence[str], processes: int, port: int) -> int:
     """Runs the ranks, which meet at a port, and returns the job's exit code."""
-    threads = str(max((os.cpu_count() or 1) // processes, 1))
+    threads = str(max(usable_cores() // processes, 1))
     common = {
         "OMP_NUM_THREADS": threads,
         **os.environ,

@@ -103,5 +103,5 @@ def quoted(value: Any, limit: int = QUOTED) -> str:
 
 
 def applying(*texts: tuple[object, str]) -> list[str]:
-    """The texts that apply; each stands after its condition."""
+    """The texts of those (condition, text) pairs whose condition is true."""
     return [text for applies, text in texts if applies]

@@ -92,8 +92,8 @@ def rank_cores() -> int:
 def peak_resident_memory(process: int | str = "self") -> int:
     """The largest resident set of a process so far, in bytes.
 
-    Linux's own count belongs to the program that runs now. `ru_maxrss` would begin with the peak of
-    the program that started it: a process that a notebook of 8 GB starts never reports less.
+    Linux's VmHWM starts anew at exec. `ru_maxrss` is inherited from the program that called it: a
+    process that a notebook of 8 GB starts would never report less.
 
     Raises:
         ProcessLookupError: another process than this one has ended, or the system can't tell.

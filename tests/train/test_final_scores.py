@@ -101,7 +101,7 @@ def test_the_blind_model_answers_all_rows_on_one_rank(
         caches=False,
     )
     model: Any = None
-    final_scores._add_baselines(context, model, [], None, Scores(1.0, 1, None), [], 10.0)
+    final_scores._add_baselines(context, model, [], None, recipe, Scores(1.0, 1, None), [], 10.0)
     assert seconds == [10.0 * factor]
 
 

@@ -27,15 +27,20 @@ if TYPE_CHECKING:
     from vlm_tune.model.language.decoding import Settings
 
 TemperatureOption = Annotated[
-    float, typer.Option(min=0, max=100, help="draw tokens, the more freely the higher; 0: none")
+    float, typer.Option(min=0, max=100, help="sampling temperature; 0 is greedy")
 ]
 TopPOption = Annotated[
-    float, typer.Option(min=0, max=1, help="draw from the likeliest tokens that add up to this")
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="nucleus sampling: the smallest set of tokens whose probabilities reach this",
+    ),
 ]
-TopKOption = Annotated[int, typer.Option(min=0, help="draw from so many likeliest tokens; 0: all")]
-SeedOption = Annotated[
-    int | None, typer.Option(min=0, help="draw the same tokens whenever it is given")
+TopKOption = Annotated[
+    int, typer.Option(min=0, help="sample from the k most likely tokens; 0: from all")
 ]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="seed of the sampling")]
 ChoicesOption = Annotated[
     str | None,
     typer.Option(help="answer with the likeliest of these texts, separated by commas"),

@@ -13,6 +13,7 @@ import typer
 
 from vlm_tune.cli.options import print_json
 from vlm_tune.data.chat.image_marks import joined_marks
+from vlm_tune.data.sources.video import IMAGE_SUFFIXES
 from vlm_tune.errors import ArgumentError, VlmTuneError
 from vlm_tune.generation.chat_session import Chat
 from vlm_tune.generation.choices import check_not_generated
@@ -24,15 +25,12 @@ COMMANDS = {
     "/image": ("PATH", "add an image to the next question, as dragging it here does"),
     "/reset": ("", "forget the conversation and its images"),
     "/system": ("TEXT", "set the system text; the conversation goes on"),
-    "/temperature": ("NUMBER", "draw tokens, the more freely the higher; 0 draws none"),
+    "/temperature": ("NUMBER", "sampling temperature; 0 is greedy"),
     "/save": ("FILE", "write the conversation as a row of data, a line of JSON"),
     "/help": ("", "list the commands"),
     "/quit": ("", "end, as an empty line and Ctrl-D do"),
 }
 """The argument of each command, and what it does."""
-
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Endings of a file's name by which a line that is a path stands for an image."""
 
 
 class ChatTerminal:
@@ -219,7 +217,7 @@ def _dropped_path(line: str) -> Path | None:
         words = []
     for text in (line, *(words if len(words) == 1 else ())):
         path = Path(home(text.removeprefix("file://")))
-        if path.suffix.lower() in IMAGES and is_file(path):
+        if path.suffix.lower() in IMAGE_SUFFIXES and is_file(path):
             return path
     return None
 

@@ -142,6 +142,11 @@ class Conversation:
             part for message in self.messages for part in message.parts if isinstance(part, Media)
         )
 
+    @property
+    def question(self) -> str:
+        """The text of the last question."""
+        return next((each.text for each in reversed(self.messages) if each.role == "user"), "")
+
     def without_shots(self) -> Conversation:
         """The conversation without its few-shot examples."""
         if not self.shots:

@@ -60,8 +60,7 @@ class Known:
         if references.form == "classify":
             question = _choices_key(references.choices)
         else:
-            last = next((m.text for m in reversed(row.messages) if m.role == "user"), "")
-            question = normalise(last)
+            question = normalise(row.question)
         return cls(question, row.messages[-1].text.strip())
 
 
@@ -94,7 +93,7 @@ def same_question(training: Sequence[Known], rows: Sequence[Known]) -> list[str]
         question: _most_common([training[place].answer for place in places])
         for question, places in _by_question(training).items()
     }
-    (overall, *_) = majority(training, [training[0]])
+    overall = _most_common([known.answer for known in training])
     return [common.get(row.question, overall) for row in rows]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.images.decode import PixelCache
-from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Media, References
+from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Media, References, distinct_media
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.metrics import Answer, Losses, Scores, scores
 from vlm_tune.evaluation.texts import normalise
@@ -80,6 +80,9 @@ def score(
 
 def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) -> list[Answer]:
     answers = []
+    # Bytes that come with a row are hashed once, and not for each question about them.
+    plain = [conversation.without_shots() for conversation in conversations]
+    names = {item: _identity(item) for item in distinct_media(plain)}
     for conversation, text in zip(conversations, generated, strict=True):
         expected = conversation.messages[-1].text.strip()
         media = conversation.without_shots().media
@@ -87,13 +90,13 @@ def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) ->
             Answer(
                 id=conversation.id,
                 image=media[0].name if media else "",
-                question=question_of(conversation),
+                question=conversation.question,
                 expected=expected,
                 generated=text,
                 correct=normalise(text) == normalise(expected),
                 category=conversation.category,
                 source=conversation.source_name,
-                images=tuple(dict.fromkeys(map(_identity, media))),
+                images=tuple(dict.fromkeys(names[item] for item in media)),
                 references=_scored(conversation.references),
             )
         )
@@ -107,13 +110,8 @@ def _scored(references: References) -> References:
     return replace(references, choices=(), chosen=None)
 
 
-def question_of(conversation: Conversation) -> str:
-    """The text of the last question."""
-    return next((m.text for m in reversed(conversation.messages) if m.role == "user"), "")
-
-
 def _identity(media: Media) -> str:
-    """A name that tells an image apart: its place, or a digest of its bytes in the row."""
+    """A name unique to an image: its path, or a digest of bytes that came with the row."""
     if isinstance(media.source, bytes):
         return f"sha256:{hashlib.sha256(media.source).hexdigest()[:32]}"
     return media.name

@@ -100,15 +100,12 @@ def write_answers(
 
 
 def _line(row: Conversation, answer: str, unanswered: bool) -> dict[str, Any]:
-    question = next(
-        (message.text for message in reversed(row.messages) if message.role == "user"), ""
-    )
     return {
         "id": row.id,
         "source": row.source,
         "row": row.row,
         "image": row.media[0].name if row.media else "",
-        "question": question,
+        "question": row.question,
         "expected": None if unanswered else row.messages[-1].text.strip(),
         "answer": answer,
     }

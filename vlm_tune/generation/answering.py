@@ -108,6 +108,15 @@ def continues(model: VisionLanguageNetwork, decoding: Decoding) -> bool:
     return decoding.num_beams == 1 and model.llm.uncontinued is None and model.connector.fills_slots
 
 
+def shares_prefix(model: VisionLanguageNetwork, decoding: Decoding) -> bool:
+    """Whether one prefill of a decoder serves several continuations: branches, or later turns."""
+    return (
+        model.llm.layout == "causal"
+        and continues(model, decoding)
+        and not model.connector.needs_text
+    )
+
+
 def prompt_rows(
     model: VisionLanguageNetwork, prompts: Sequence[Example], decoding: Decoding
 ) -> list[Tree]:
@@ -116,11 +125,7 @@ def prompt_rows(
     Prompts that share an image, and equal prompts, are joined to one row if the model can continue
     its branches. A prompt that leaves too few positions for all new tokens gets a row of its own.
     """
-    joins = (
-        model.llm.layout == "causal"
-        and continues(model, decoding)
-        and not model.connector.needs_text
-    )
+    joins = shares_prefix(model, decoding)
     groups: dict[Any, list[int]] = {}
     for place, prompt in enumerate(prompts):
         shared = prompt.media or prompt.input_ids.tobytes()
@@ -177,16 +182,16 @@ class _Job:
 
     def picker(self, rows: Sequence[Tree]) -> Picker:
         """The picker of the branches; a row with fewer than others has its last one again."""
-        most = max(len(tree.members) for tree in rows)
-        members = [
-            [*tree.members, *tree.members[-1:] * (most - len(tree.members))] for tree in rows
-        ]
+        members = _filled([tree.members for tree in rows])
         numbers = [[draws(self.decoding, place % self.samples) for place in row] for row in members]
         llm = self.model.llm
         return Picker(
             llm,
             self.decoding,
-            [[penalised_ids(llm, self.prompts[place]) for place in row] for row in members],
+            [
+                [penalised_ids(llm, self.prompts[place], self.decoding) for place in row]
+                for row in members
+            ],
             np.array(numbers) if self.decoding.samples else None,
             self.model.device,
         )
@@ -226,6 +231,8 @@ def continuation_of(
     decoding: Decoding,
     picker: Picker,
     reader: AnswerReader,
+    *,
+    embeds: torch.Tensor | None = None,
     **options: Any,
 ) -> Continuation:
     """Prefills rows, joined or plain, whose branches are then continued.
@@ -237,12 +244,13 @@ def continuation_of(
         decoding: how answers are generated.
         picker: chooses the branches' tokens.
         reader: reads their texts.
+        embeds: the embeddings of the batch, or of the tokens that a cache lacks; computed where
+            not given.
         **options: further arguments of `CausalLLM.branches`.
     """
     leaves = _filled([tree.leaves for tree in rows])
     left = model.llm.positions_left(batch)
     new_tokens = decoding.max_new_tokens if left is None else min(decoding.max_new_tokens, left)
-    embeds = options.pop("embeds", None)
     branches = model.llm.branches(
         model.embed(batch) if embeds is None else embeds,
         batch,

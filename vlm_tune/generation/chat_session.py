@@ -14,7 +14,7 @@ from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.packing import Tree
 from vlm_tune.data.types import Conversation, Example, Media, Message
 from vlm_tune.errors import ArgumentError
-from vlm_tune.generation.answering import continuation_of, continues
+from vlm_tune.generation.answering import continuation_of, shares_prefix
 from vlm_tune.generation.answers import Answer, AnswerReader
 from vlm_tune.generation.choices import check_not_generated, choices_of_each, choose
 from vlm_tune.generation.requests import check_text, request_conversation
@@ -177,8 +177,7 @@ class Chat:
 
     def _pieces(self, prompt: Example, decoding: Decoding) -> Pieces:
         model = self.model
-        reads_text = model.connector.needs_text
-        if model.llm.layout == "causal" and continues(model, decoding) and not reads_text:
+        if shares_prefix(model, decoding):
             return self._prefix.continued(model, prompt, decoding)
         return streamed(model, prompt, decoding, PixelCache(model.processor.images))
 

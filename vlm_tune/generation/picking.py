@@ -34,9 +34,12 @@ def draws(decoding: Decoding, sample: int) -> np.ndarray | None:
     return np.random.default_rng(start).random(decoding.max_new_tokens)
 
 
-def penalised_ids(llm: LanguageModel, prompt: Example) -> list[int]:
-    """The ids of a prompt whose repetition is penalised: those of a decoder's text."""
-    if llm.layout == "seq2seq":
+def penalised_ids(llm: LanguageModel, prompt: Example, decoding: Decoding) -> list[int]:
+    """The ids of a prompt whose repetition is penalised: those of a decoder's text.
+
+    None where there is no penalty.
+    """
+    if llm.layout == "seq2seq" or decoding.repetition_penalty == 1:
         return []
     return prompt.input_ids[~prompt.image_mask].tolist()
 
@@ -57,8 +60,7 @@ class Picker:
         Args:
             llm: The language model.
             decoding: The settings.
-            prompts: For each row and branch the ids whose repetition is penalised; they are read
-                where there is a penalty.
+            prompts: For each row and branch the `penalised_ids`.
             numbers: The branches' `draws` [B, K, N].
             device: The device of the logits.
         """

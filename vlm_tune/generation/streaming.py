@@ -38,9 +38,10 @@ def streamed(
     row = Tree(prompt, (0,), (len(prompt.input_ids) - 1,))
     reader = AnswerReader(model.processor, decoding.stop_strings)
     picker = picker_of(model, prompt, decoding)
-    left = model.llm.layout == "causal" and not continues(model, decoding)
+    continued = continues(model, decoding)
+    left = model.llm.layout == "causal" and not continued
     batch = collate([prompt], model.processor.spec, fetch=fetch, pad_left=left).to(model.device)
-    if continues(model, decoding):
+    if continued:
         continuation = continuation_of(model, batch, [row], decoding, picker, reader)
         return (yield from pieces(continuation, reader))
     if decoding.num_beams > 1:
@@ -54,7 +55,7 @@ def streamed(
 def picker_of(model: VisionLanguageNetwork, prompt: Example, decoding: Decoding) -> Picker:
     """The picker of one prompt's answer."""
     numbers = draws(decoding, 0)
-    ids = penalised_ids(model.llm, prompt)
+    ids = penalised_ids(model.llm, prompt, decoding)
     if numbers is not None:
         numbers = numbers[None, None]
     return Picker(model.llm, decoding, [[ids]], numbers, model.device)

@@ -126,8 +126,8 @@ class VisionLanguageNetwork(nn.Module):
     def evaluating(self) -> Iterator[None]:
         """Context in which the model is in eval mode, for as long as any thread is in it.
 
-        The mode of a model that is in eval mode already is not written, so that threads which
-        answer at once never change what others read.
+        If the model is in eval mode already, no module's flag is written, so that concurrent
+        threads never see it change.
         """
         with _mode_lock:
             if not self._evaluations:

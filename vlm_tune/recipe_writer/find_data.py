@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_tune.data.sources.columnar import SAVED
 from vlm_tune.data.sources.file_rows import find_files
 from vlm_tune.data.sources.registry import FORMATS, SHARDS
 from vlm_tune.data.sources.stored_files import unpacked_name
@@ -27,8 +28,6 @@ WORDS = {
 }
 """Words in the name of a file, folder or split that say which part it is."""
 PART_WORDS = {word for words in WORDS.values() for word in words}
-SAVED = ("state.json", "dataset_dict.json")
-"""Files of a data set that the datasets library saved."""
 MANY = 4
 """Files of rows of one kind in a folder from which on a pattern names them."""
 
@@ -80,7 +79,7 @@ def _at(path: str) -> list[tuple[str, dict[str, Any]]]:
     if not is_folder(home(path)):
         if not is_there(path):
             raise DataError("no such file or folder", source=path)
-        return [(part_of(Path(path).name), _file(path))]
+        return [(part_of(Path(path).name), file_source(path))]
     folder = Path(home(path))
     saved = _saved_data_set(path, folder)
     if saved:
@@ -97,8 +96,10 @@ def _row_files(path: str, files: list[Path]) -> list[tuple[str, dict[str, Any]]]
         for each in files
     }
     if len(files) >= MANY and len(parts) == len(endings) == 1:
-        return [("train", _file(str(Path(path) / f"*{endings.pop()}")))]
-    return _together([(part_of(each.name), _file(str(Path(path) / each.name))) for each in files])
+        return [("train", file_source(str(Path(path) / f"*{endings.pop()}")))]
+    return _together(
+        [(part_of(each.name), file_source(str(Path(path) / each.name))) for each in files]
+    )
 
 
 def _together(
@@ -117,7 +118,8 @@ def _holds_rows(file: Path) -> bool:
     return not name.startswith(".") and (Path(name).suffix in FORMATS or file.name.endswith(SHARDS))
 
 
-def _file(path: str) -> dict[str, Any]:
+def file_source(path: str) -> dict[str, Any]:
+    """The source of a file of rows, or of tar shards."""
     kind = "webdataset" if path.endswith(SHARDS) else "file"
     return {"kind": kind, "path": path}
 
@@ -182,5 +184,5 @@ def _beside(path: str, part: str) -> list[dict[str, Any]]:
         )
         other = str(Path(path).with_name(name))
         if name != Path(path).name and is_there(other):
-            return [_file(other)]
+            return [file_source(other)]
     return []

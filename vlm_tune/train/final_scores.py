@@ -69,7 +69,9 @@ def save_and_score(
             save_answers(context.run / ANSWERS_FILE, scores.answers)
             measured = assess(scores, recipe.evaluate.metrics)
             write_result(context.run, result | _summary(scores))
-            _add_baselines(context, model, rows, stage_rows.train, scores, measured, seconds)
+            _add_baselines(
+                context, model, rows, stage_rows.train, recipe, scores, measured, seconds
+            )
             result |= _summary(scores)
             context.report(FinalScores(**scores.summary()))
             result["seconds_test"] = round(time.perf_counter() - started, 2)
@@ -115,6 +117,7 @@ def _add_baselines(
     model: VisionLanguageNetwork,
     rows: Sequence[Conversation],
     train: Prepared | None,
+    recipe: Recipe,
     scores: Scores,
     measured: Sequence[Measured],
     seconds: float,
@@ -123,7 +126,7 @@ def _add_baselines(
 
     One that fails, or that the run is asked to stop in, is left out with a note.
     """
-    settings = context.recipe.resolved_stages()[-1][1].evaluate
+    settings = recipe.evaluate
     if settings.baselines == []:
         return
     log.info("computing baselines")
@@ -136,15 +139,15 @@ def _add_baselines(
             settings,
             # Baselines are computed on rank 0 alone.
             seconds * (context.accelerator.num_processes if _shares(context) else 1),
-            _caches(context),
-            DTYPES[context.recipe.resolved_stages()[-1][1].train.precision],
+            _caches(context, recipe),
+            DTYPES[recipe.train.precision],
             lambda done, of: _progress(context, done, of, STOPPED_BASELINES),
         ).add(scores, measured)
 
 
-def _caches(context: Context) -> bool:
+def _caches(context: Context, recipe: Recipe) -> bool:
     """Whether features are cached to score: where those of the last stage are."""
-    setting = context.recipe.resolved_stages()[-1][1].train.cache_features
+    setting = recipe.train.cache_features
     return context.caches if setting == "auto" else setting
 
 
@@ -200,7 +203,7 @@ def _score_rows(
     ranks share the work, and the files are those that one process looks for, as `eval` does.
     """
     settings = recipe.evaluate
-    cached = bool(media) and _caches(context)
+    cached = bool(media) and _caches(context, recipe)
     with context.accelerator.autocast():
         autocast = DTYPES[recipe.train.precision]
         features = (

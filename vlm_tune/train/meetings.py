@@ -1,4 +1,4 @@
-"""The processes tell each other what all must know, over the CPU, so that no GPU is waited for."""
+"""Exchanges between ranks once a step, over gloo, so that no GPU is synchronised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlm_tune.train.step_trace import DIGESTS
 
 @dataclass(frozen=True)
 class Meeting:
-    """A step as all processes will take it together.
+    """Totals over all ranks for the next step.
 
     Attributes:
         items: supervised items; at least 1.
@@ -34,10 +34,10 @@ class Meeting:
 
 
 class Meetings:
-    """The meetings of the processes that train together, one collective each.
+    """Exchanges between ranks, one collective each.
 
-    Every process must make one of these and come to each meeting. No collective takes longer than
-    `timeout` seconds.
+    Every rank must construct it, and make the same calls in the same order. No collective takes
+    longer than `timeout` seconds.
 
     Args:
         accelerator: joins the processes.

@@ -20,6 +20,8 @@ from vlm_tune.quoting import name_list, quoted, reason_of
 if TYPE_CHECKING:
     import pyarrow
 
+SAVED = ("state.json", "dataset_dict.json")
+"""Files of a folder that the datasets library saved a data set to; one of them is there."""
 READ_ROWS = 128
 """Rows turned into Python objects at a time: rows hold images."""
 
@@ -292,7 +294,7 @@ def _open_dataset(config: DatasetSource, streaming: bool) -> Any:
 
     try:
         name = home(config.name)
-        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        if any((Path(name) / file).is_file() for file in SAVED):
             data: Any = datasets.load_from_disk(name)
             if isinstance(data, datasets.DatasetDict):
                 if config.split not in data:

@@ -63,7 +63,8 @@ class ImageFolder:
             ) from None
         if path is None:
             raise DataError(
-                f"the {what} {quoted(name)} lies outside the image root {self.root}",
+                f"the {what} {quoted(name)} lies outside the image root {self.root}; "
+                "the source's image_root names a folder above all of them",
                 kind="image_outside",
             )
         if stat.S_ISREG(mode) or (folder and stat.S_ISDIR(mode)):

@@ -85,9 +85,11 @@ def layer_cache(cache: Any, block: nn.Module) -> LayerCache | None:
 
     None for a cache that grows, or whose first tokens have not come yet.
     """
-    number = next((each.layer_idx for each in block.modules() if hasattr(each, "layer_idx")), None)
     # The cache of an encoder-decoder is two caches, and has no layers.
-    if number is None or not is_static_cache(cache) or not cache.layers[number].is_initialized:
+    if not is_static_cache(cache):
+        return None
+    number = next((each.layer_idx for each in block.modules() if hasattr(each, "layer_idx")), None)
+    if number is None or not cache.layers[number].is_initialized:
         return None
     return LayerCache(cache.layers[number])
 

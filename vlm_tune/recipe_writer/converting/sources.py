@@ -9,15 +9,13 @@ from vlm_tune.data.sources.registry import FORMATS, SHARDS
 from vlm_tune.data.sources.stored_files import unpacked_name
 from vlm_tune.paths import home, is_folder
 from vlm_tune.recipe_writer.converting.conversion import Conversion
-from vlm_tune.recipe_writer.find_data import is_there
+from vlm_tune.recipe_writer.find_data import file_source, is_there
 
 
 def source_of(name: str) -> dict[str, Any]:
     """A source for a file, a saved data set, or a data set of the hub."""
-    if name.endswith(SHARDS):
-        return {"kind": "webdataset", "path": name}
-    if unpacked_name(Path(name)).suffix.lower() in FORMATS:
-        return {"kind": "file", "path": name}
+    if name.endswith(SHARDS) or unpacked_name(Path(name)).suffix.lower() in FORMATS:
+        return file_source(name)
     return {"kind": "dataset", "name": name}
 
 
