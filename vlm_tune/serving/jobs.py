@@ -1,0 +1,90 @@
+"""What the server asks of its engine, and what the engine reports while it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from vlm_tune.data.types import Conversation
+from vlm_tune.generation.answers import Answer
+from vlm_tune.model.language.decoding import Decoding
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request for answers to one conversation.
+
+    Attributes:
+        conversation: The turns and their images; it ends in a question.
+        decoding: How answers are generated; `num_return_sequences` is how many.
+        model: The name under which the model is served.
+        choices: Texts of which the likeliest is the answer; none are generated then.
+    """
+
+    conversation: Conversation
+    decoding: Decoding
+    model: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text of an answer, which later tokens can't change.
+
+    Attributes:
+        answer: The number of the answer, from 0.
+        text: What is added to its text.
+    """
+
+    answer: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An answer's end. `answer` is its number, `whole` the answer, `prompt_tokens` its prompt's.
+
+    A prompt's tokens include those of its images.
+    """
+
+    answer: int
+    whole: Answer
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The end of a job that can't be answered, with the error to show."""
+
+    error: Exception
+
+
+JobEvent = Piece | Finished | Failed
+Listener = Callable[[JobEvent], None]
+"""Takes a job's events in their order, in the engine's thread; it must return at once."""
+
+
+class Ticket(Protocol):
+    """A job that an engine took."""
+
+    def cancel(self) -> None:
+        """Stops the job as soon as possible; no event follows once it has. Can be repeated."""
+        ...
+
+
+class Engine(Protocol):
+    """Answers jobs, many at a time."""
+
+    def submit(self, job: Job, listener: Listener) -> Ticket:
+        """Takes a job, whose events the listener gets: of each answer pieces and its end.
+
+        Raises:
+            Overloaded: The queue is full.
+            VlmTuneError: The job can't be answered, such as a prompt that is too long.
+        """
+        ...
+
+    def close(self, seconds: float) -> None:
+        """Takes no more jobs, waits up to `seconds` for those that run, and stops the others."""
+        ...
