@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import vlm_tune
@@ -99,6 +101,28 @@ def test_files_of_other_parts_beside_the_named_one_are_taken(tmp_path: Path) -> 
     assert paths == {"train": ["train.jsonl"], "validation": ["val.jsonl"], "test": ["test.jsonl"]}
     assert recipe.data.split is None
     assert recipe.name == tmp_path.name  # `train` says nothing about the data
+
+
+@pytest.mark.usefixtures("planned")
+@pytest.mark.parametrize("absolute", [True, False])
+def test_the_folder_above_images_that_rows_name_elsewhere_is_the_image_root(
+    tmp_path: Path, absolute: bool
+) -> None:
+    (tmp_path / "rows").mkdir()
+    rows = []
+    for number in range(12):
+        image = tmp_path / "photos" / str(number % 2) / f"{number}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (20 * number, 0, 0)).save(image)
+        name = str(image) if absolute else os.path.relpath(image, tmp_path / "rows")
+        rows.append({"image": name, "question": "what?", "answer": ["red", "blue"][number % 2]})
+    path = tmp_path / "rows" / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    written = vlm_tune.init(path)
+    (source,) = written.recipe.data.train
+    assert source.image_root == str(tmp_path / "photos")
+    assert written.facts is not None and written.facts.read == 12
+    assert written.exit_code == 0
 
 
 @pytest.mark.usefixtures("planned")

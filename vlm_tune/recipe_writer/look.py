@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -50,6 +51,7 @@ class _Seen:
     bad: int = 0
     first_fault: DataError | None = None
     fault_kinds: Counter[str] = field(default_factory=Counter)
+    outside: list[Path] = field(default_factory=list)
     questions: int = 0
     images: set[object] = field(default_factory=set)
     samples: list[Media] = field(default_factory=list)
@@ -81,6 +83,8 @@ class _Seen:
         self.bad += 1
         self.first_fault = self.first_fault or fault
         self.fault_kinds[fault.kind] += 1
+        if fault.kind == "image_outside" and fault.file is not None:
+            self.outside.append(fault.file.resolve())
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,8 @@ class Facts:
 def look(sources: list[dict[str, Any]], seed: int = 0) -> Facts:
     """Reads rows of the sources and says what they are like.
 
-    Where no row's image is found, and a folder beside the rows holds images, that folder is set as
-    the source's `image_root`.
+    Where no row's image is in the folder of the rows, the source's `image_root` is set to a folder
+    beside them that holds images, or to the one above all images that the rows name.
 
     Args:
         sources: sources as a recipe writes them; `image_root` may be added to them.
@@ -172,17 +176,29 @@ def _read_source(source: dict[str, Any], seed: int) -> tuple[SourceReader, _Seen
     """The reader of a source and its counts, with an image root that is found where needed."""
     reader = _opened(source, seed)
     seen = _read(reader)
-    if seen.rows or not seen.fault_kinds["image_missing"] or source["kind"] != "file":
+    if seen.rows or source["kind"] != "file":
         return reader, seen
-    folder = Path(home(source["path"])).parent
-    for inner in sorted(each for each in folder.iterdir() if each.is_dir() and has_images(each)):
-        candidate = {**source, "image_root": str(Path(source["path"]).parent / inner.name)}
+    for root in _image_roots(source, seen):
+        candidate = {**source, "image_root": root}
         other = _opened(candidate, seed)
         counts = _read(other)
         if counts.rows:
-            source["image_root"] = candidate["image_root"]
+            source["image_root"] = root
             return other, counts
     return reader, seen
+
+
+def _image_roots(source: dict[str, Any], seen: _Seen) -> Iterator[str]:
+    """Folders that may be above the images of a file's rows, where their own folder is not."""
+    parent = Path(source["path"]).parent
+    if seen.fault_kinds["image_missing"]:
+        inner = [each for each in Path(home(str(parent))).iterdir() if each.is_dir()]
+        yield from (str(parent / each.name) for each in sorted(inner) if has_images(each))
+    if seen.outside:
+        above = Path(os.path.commonpath([path.parent for path in seen.outside]))
+        # The root of all files would open every one of them to the rows.
+        if above != above.parent:
+            yield str(above)
 
 
 def _read(reader: SourceReader) -> _Seen:

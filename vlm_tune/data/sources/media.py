@@ -66,6 +66,7 @@ class ImageFolder:
                 f"the {what} {quoted(name)} lies outside the image root {self.root}; "
                 "the source's image_root names a folder above all of them",
                 kind="image_outside",
+                file=self.root / name,
             )
         if stat.S_ISREG(mode) or (folder and stat.S_ISDIR(mode)):
             return path
