@@ -224,7 +224,7 @@ class _Prefix:
             self.cache = DynamicCache()
         crop_cache(self.cache, cached)
         self.keys = self.keys[:cached]
-        rest = _rest(prompt, cached, model.processor.spec.tokens_per_image)
+        rest = prompt_rest(prompt, cached, model.processor.spec.tokens_per_image)
         spec = model.processor.spec
         batch = collate([prompt], spec).to(model.device)
         rest_batch = collate([rest], spec, fetch=model.processor.images).to(model.device)
@@ -265,7 +265,7 @@ def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _rest(prompt: Example, start: int, tokens_per_image: int) -> Example:
+def prompt_rest(prompt: Example, start: int, tokens_per_image: int) -> Example:
     """The prompt without its first `start` tokens and their images."""
     images = int(prompt.image_mask[:start].sum()) // tokens_per_image
     return replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,17 +71,38 @@ def pieces(continuation: Continuation, reader: AnswerReader) -> Pieces:
     return reader.answer(continuation.ids[0, 0].tolist(), logprobs)
 
 
+class ShownText:
+    """The text of an answer that was shown while it is written; `reader` reads its ids."""
+
+    def __init__(self, reader: AnswerReader) -> None:
+        self._reader = reader
+        self._shown = ""
+
+    def more(self, ids: Sequence[int]) -> str:
+        """The text to add for the ids so far; empty if there is none."""
+        text = self._reader.shown(ids)
+        if len(text) <= len(self._shown) or not text.startswith(self._shown):
+            return ""
+        more = text[len(self._shown) :]
+        self._shown = text
+        return more
+
+    def rest(self, answer: Answer) -> str:
+        """The text to add at the answer's end."""
+        return answer.text[len(self._shown) :]
+
+
 def _pieces(written: Iterator[list[int]], reader: AnswerReader) -> Pieces:
-    shown = ""
+    shown = ShownText(reader)
     ids: list[int] = []
     for ids in written:
-        text = reader.shown(ids)
-        if len(text) > len(shown) and text.startswith(shown):
-            yield text[len(shown) :]
-            shown = text
+        text = shown.more(ids)
+        if text:
+            yield text
     answer = reader.answer(ids, None)
-    if len(answer.text) > len(shown):
-        yield answer.text[len(shown) :]
+    text = shown.rest(answer)
+    if text:
+        yield text
     return answer
 
 

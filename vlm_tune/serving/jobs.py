@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vlm_tune.data.types import Conversation
+from vlm_tune.errors import VlmTuneError
 from vlm_tune.generation.answers import Answer
 from vlm_tune.model.language.decoding import Decoding
+
+
+class Overloaded(VlmTuneError):
+    """The engine's queue is full: the job may be submitted again later."""
+
+
+class Closing(VlmTuneError):
+    """The engine takes no more jobs, or was closed before the job's end."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Failed:
 
 JobEvent = Piece | Finished | Failed
 Listener = Callable[[JobEvent], None]
-"""Takes a job's events in their order, in the engine's thread; it must return at once."""
+"""Takes a job's events in their order, in a thread of the engine's; it must return at once."""
 
 
 class Ticket(Protocol):
@@ -76,15 +85,29 @@ class Ticket(Protocol):
 class Engine(Protocol):
     """Answers jobs, many at a time."""
 
+    @property
+    def waiting(self) -> int:
+        """The number of jobs in the queue."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """The number of jobs that are being answered."""
+        ...
+
     def submit(self, job: Job, listener: Listener) -> Ticket:
         """Takes a job, whose events the listener gets: of each answer pieces and its end.
 
         Raises:
             Overloaded: The queue is full.
+            Closing: The engine takes no more jobs.
             VlmTuneError: The job can't be answered, such as a prompt that is too long.
         """
         ...
 
     def close(self, seconds: float) -> None:
-        """Takes no more jobs, waits up to `seconds` for those that run, and stops the others."""
+        """Takes no more jobs, and waits up to `seconds` for those that it took.
+
+        What is not answered by then is stopped: its last event is `Failed` with `Closing`.
+        """
         ...

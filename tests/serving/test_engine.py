@@ -1,0 +1,179 @@
+"""The server's engine: answers equal offline ones; the queue, cancelling, faults and closing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.helpers.answered_jobs import Listening, job_of
+from tests.helpers.talkative import talkative
+from tests.helpers.tiny_models import png
+from vlm_tune.errors import ArgumentError, DataError
+from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.serving import alone
+from vlm_tune.serving.engine import BatchingEngine
+from vlm_tune.serving.jobs import Closing, Overloaded
+
+Recipes = Callable[..., str]
+both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
+RED = png((200, 30, 30)).source
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "drawn": {"temperature": 1.2, "seed": 4, "logprobs": True, "num_return_sequences": 3},
+    "stopped": {"stop_strings": ["e", "a b"]},
+    "penalised": {"repetition_penalty": 1.5, "logprobs": True},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+}
+
+
+@pytest.fixture
+def engines() -> Iterator[Callable[..., BatchingEngine]]:
+    """Makes engines, which are closed at the test's end."""
+    opened: list[BatchingEngine] = []
+
+    def make(models: Any, queue: int = 8, batch: int = 4) -> BatchingEngine:
+        named = {"tiny": models} if isinstance(models, VisionLanguageModel) else models
+        opened.append(BatchingEngine(named, queue=queue, batch=batch))
+        return opened[-1]
+
+    yield make
+    for engine in opened:
+        engine.close(0)
+
+
+def submitted(engine: BatchingEngine, *args: Any, **settings: Any) -> Listening:
+    """A job's listener, after the job was submitted."""
+    listening = Listening(job_of(*args, **settings))
+    engine.submit(listening.job, listening)
+    return listening
+
+
+@both_llms
+@pytest.mark.parametrize("how", SETTINGS)
+def test_answers_are_the_offline_ones(
+    llm: str, how: str, tiny_recipe: Recipes, engines: Callable[..., BatchingEngine]
+) -> None:
+    model = talkative(tiny_recipe(llm))
+    engine = engines(model)
+    settings = {"max_new_tokens": 14, **SETTINGS[how]}
+    for prompt, image in (("what color is it?", RED), ("hello", ())):
+        listening = submitted(engine, prompt, image, **settings).wait()
+        offline = model.answer(prompt, image, **settings)
+        assert listening.error is None
+        for number, expected in enumerate([offline, *offline.alternatives]):
+            answer = listening.answers[number]
+            assert (answer.ids, answer.text) == (expected.ids, expected.text)
+            assert answer.finish_reason == expected.finish_reason
+            assert answer.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert listening.prompt_tokens > (4 if image else 0)
+
+
+@both_llms
+def test_choices_are_compared(
+    llm: str, tiny_recipe: Recipes, engines: Callable[..., BatchingEngine]
+) -> None:
+    model = talkative(tiny_recipe(llm))
+    listening = submitted(engines(model), "what color?", RED, choices=("red", "no")).wait()
+    offline = model.answer("what color?", RED, choices=["red", "no"])
+    assert listening.answers[0].text == offline.text
+    assert listening.answers[0].probabilities == pytest.approx(offline.probabilities, abs=1e-5)
+
+
+def test_models_answer_by_their_names(
+    tiny_recipe: Recipes, engines: Callable[..., BatchingEngine]
+) -> None:
+    models = {llm: talkative(tiny_recipe(llm)) for llm in ("causal", "seq2seq")}
+    engine = engines(models)
+    jobs = {
+        name: submitted(engine, "hello", model=name, max_new_tokens=6)
+        for name in ("causal", "seq2seq")
+    }
+    for name, listening in jobs.items():
+        assert listening.wait().answers[0] == models[name].answer("hello", max_new_tokens=6)
+    with pytest.raises(
+        ArgumentError, match="no model 'other' is served; there are causal, seq2seq"
+    ):
+        engine.submit(job_of("hello", model="other"), print)
+
+
+def test_a_full_queue_refuses_and_cancelled_jobs_make_room(
+    tiny_recipe: Recipes, engines: Callable[..., BatchingEngine]
+) -> None:
+    engine = engines(talkative(tiny_recipe("causal")), queue=2, batch=1)
+    endless = Listening(job_of("hello", max_new_tokens=100_000))
+    ticket = engine.submit(endless.job, endless)
+    endless.wait_for_an_event()
+    assert (engine.running, engine.waiting) == (1, 0)
+    later = [submitted(engine, "hello", max_new_tokens=4) for _ in range(2)]
+    assert (engine.running, engine.waiting) == (1, 2)
+    with pytest.raises(Overloaded, match="2 questions wait already, as many as may"):
+        submitted(engine, "hello")
+    ticket.cancel()
+    ticket.cancel()
+    seen = endless.events
+    assert [listening.wait().error for listening in later] == [None, None]
+    assert endless.events == seen and not endless.ended
+
+
+def test_a_fault_ends_its_job_alone(
+    tiny_recipe: Recipes,
+    engines: Callable[..., BatchingEngine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = talkative(tiny_recipe("causal"))
+    engine = engines(model)
+    with pytest.raises(DataError, match="tokens, more than"):
+        submitted(engine, "hello " * 1000)
+    with pytest.raises(DataError, match="not an image of PNG"):
+        submitted(engine, "what?", b"no image")
+    monkeypatch.setattr(alone, "choose", lambda *_, **__: 1 / 0)
+    failed = submitted(engine, "what?", choices=("red", "no")).wait()
+    assert isinstance(failed.error, ZeroDivisionError)
+    assert submitted(engine, "hello", max_new_tokens=4).wait().answers[0].ids
+
+
+def test_a_listener_that_fails_ends_its_job(
+    tiny_recipe: Recipes, engines: Callable[..., BatchingEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engines(talkative(tiny_recipe("causal")))
+    calls: list[Any] = []
+    failed = threading.Event()
+
+    def listener(event: Any) -> None:
+        calls.append(event)
+        failed.set()
+        raise RuntimeError("a fault of the listener's")
+
+    engine.submit(job_of("hello", max_new_tokens=100_000), listener)
+    assert failed.wait(60)
+    assert submitted(engine, "hello", max_new_tokens=4).wait().answers[0].ids
+    assert len(calls) == 1
+    assert "a listener of the engine failed" in caplog.text
+
+
+def test_closing_waits_for_jobs_and_then_stops_them(tiny_recipe: Recipes) -> None:
+    model = talkative(tiny_recipe("causal"))
+    engine = BatchingEngine({"tiny": model}, queue=8, batch=2)
+    short = submitted(engine, "hello", max_new_tokens=20)
+    engine.close(60)
+    assert short.ended and short.error is None
+    with pytest.raises(Closing, match="the server is stopping"):
+        submitted(engine, "hello")
+
+    engine = BatchingEngine({"tiny": model}, queue=8, batch=1)
+    endless = submitted(engine, "hello", max_new_tokens=100_000)
+    queued = submitted(engine, "hello", max_new_tokens=100_000)
+    endless.wait_for_an_event()
+    threads = threading.active_count()
+    engine.close(0)
+    assert isinstance(endless.error, Closing) and isinstance(queued.error, Closing)
+    assert threading.active_count() < threads
+
+
+def test_queue_and_batch_are_counts(tiny_recipe: Recipes) -> None:
+    for queue, batch in ((0, 1), (1, 0)):
+        with pytest.raises(ArgumentError, match="whole number from 1"):
+            BatchingEngine({}, queue=queue, batch=batch)

@@ -1,0 +1,135 @@
+"""A job that the engine took: its prompt and images, and the way of its events to the listener."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Container
+from dataclasses import replace
+
+import torch
+
+from vlm_tune.data.images.decode import ImageProcessor
+from vlm_tune.data.types import Example, Media
+from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.generation.choices import choices_of_each
+from vlm_tune.serving.jobs import Closing, Failed, Finished, Job, JobEvent, Listener
+from vlm_tune.serving.prefixes import Beginning, beginning_of, image_digest
+
+
+class Request:
+    """A job with its model and prompt; the `Ticket` of who submitted it.
+
+    Attributes:
+        job: The job.
+        model: The model that answers it.
+        prompt: The laid out conversation.
+        images: Its images.
+        answers: The number of answers that end it.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        model: VisionLanguageModel,
+        prompt: Example,
+        images: PromptImages,
+        listener: Listener,
+    ) -> None:
+        self.job = job
+        self.model = model
+        self.prompt = prompt
+        self.images = images
+        self.answers = 1 if job.choices else job.decoding.num_return_sequences
+        self._listener = listener
+        self._ended = False
+        self._unfinished = self.answers
+        # A listener may cancel its own job.
+        self._lock = threading.RLock()
+
+    @property
+    def ended(self) -> bool:
+        """Whether no event follows: the job was answered, failed or was cancelled."""
+        return self._ended
+
+    def cancel(self) -> None:
+        """Stops the job as soon as possible; no event follows. Can be repeated."""
+        with self._lock:
+            self._ended = True
+
+    def emit(self, event: JobEvent) -> None:
+        """Hands an event to the listener, unless the job has ended.
+
+        A listener that fails ends the job.
+        """
+        with self._lock:
+            if self._ended:
+                return
+            if isinstance(event, Finished):
+                self._unfinished -= 1
+            self._ended = isinstance(event, Failed) or self._unfinished == 0
+            try:
+                self._listener(event)
+            except Exception:
+                self._ended = True
+                logging.getLogger("vlm_tune").exception("a listener of the engine failed")
+
+    def stop(self) -> None:
+        """Ends a job that the engine has no more time for."""
+        self.emit(Failed(Closing("the server stopped before the answer's end: ask again later")))
+
+
+class PromptImages:
+    """The images of a prompt, decoded in the thread that submits it.
+
+    Attributes:
+        beginning: The whole prompt, by which its prefix is looked up.
+    """
+
+    def __init__(
+        self, prompt: Example, model: VisionLanguageModel, computed: Container[bytes]
+    ) -> None:
+        """Decodes images.
+
+        Args:
+            prompt: The prompt.
+            model: Its model.
+            computed: The digests of images whose features are there: they are not decoded.
+
+        Raises:
+            DataError: An image can't be decoded.
+        """
+        # It remembers the last image for its tiles: each prompt has its own.
+        self._processor: ImageProcessor = replace(model.processor.images)
+        self.digests = {media: image_digest(media) for media in dict.fromkeys(prompt.media)}
+        self._pixels = {
+            media: self._processor(media)
+            for media, digest in self.digests.items()
+            if digest not in computed
+        }
+        tokens_per_image = model.processor.spec.tokens_per_image
+        self.beginning: Beginning = beginning_of(prompt, tokens_per_image, self.digests)
+
+    def pixels(self, media: Media) -> torch.Tensor:
+        """Pixels uint8[3, H, W] of one of the prompt's images."""
+        pixels = self._pixels.get(media)
+        return self._processor(media) if pixels is None else pixels
+
+
+def request_of(
+    job: Job, model: VisionLanguageModel, listener: Listener, computed: Container[bytes]
+) -> Request:
+    """Lays out a job's prompt and decodes its images, in the caller's thread.
+
+    `computed` are the digests of images whose features are there.
+
+    Raises:
+        DataError: The prompt is longer than the model takes, or an image can't be decoded.
+        ModelError: The model has no positions for a prompt of this length.
+        ArgumentError: The choices are no list of different texts.
+    """
+    if job.choices:
+        choices_of_each(list(job.choices), 1)
+    (prompt,) = model.processor.prompts([job.conversation])
+    model.llm.check_length(model.llm.virtual + len(prompt.input_ids))
+    return Request(job, model, prompt, PromptImages(prompt, model, computed), listener)
