@@ -175,7 +175,8 @@ class TrainSteps(StageEvent):
 class Evaluation(StageEvent):
     """The scores on the validation part after a step, as `evaluation.metrics.Scores`.
 
-    An objective that generates no answers has no tokens and no groups.
+    `best_by` names the metric, or `loss`, that chooses the best checkpoint. An objective that
+    generates no answers has no metrics, no tokens and no groups.
     """
 
     kind = "evaluate"
@@ -183,9 +184,24 @@ class Evaluation(StageEvent):
     accuracy: float
     n: int
     loss: float | None
+    best_by: str = "exact_match"
     tokens: int | None = None
-    by_category: dict[str, dict[str, float]] | None = None
-    by_source: dict[str, dict[str, float]] | None = None
+    by_category: dict[str, dict[str, Any]] | None = None
+    by_source: dict[str, dict[str, Any]] | None = None
+    metrics: dict[str, dict[str, Any]] | None = None
+    skipped: dict[str, str] | None = None
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """Exact match and the other metrics by name; None for one that is not finite."""
+        entries = self.metrics or {}
+        exact: dict[str, float | None] = {"exact_match": self.accuracy}
+        return exact | {name: entry["value"] for name, entry in entries.items()}
+
+    @property
+    def score(self) -> float | None:
+        """The figure that chooses the best checkpoint; None where it is not known or finite."""
+        return self.loss if self.best_by == "loss" else self.figures.get(self.best_by)
 
 
 @dataclass(frozen=True)

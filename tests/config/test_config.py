@@ -574,6 +574,27 @@ def test_names_of_metrics_and_baselines_are_checked() -> None:
         assert problems(good.replace("[exact_match, my.module:score]", value))
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("{metrics: [anls, bleu], best: bleu}", None),
+        ("{metrics: [anls], best: loss}", None),
+        ("{best: exact_match}", None),
+        ("{metrics: [anls], best: exact_match}", "'exact_match' is none of anls, loss"),
+        ("{best: anls}", "'anls' is none of exact_match, loss: name it in evaluate.metrics"),
+    ],
+)
+def test_the_best_checkpoint_goes_by_a_metric_that_is_computed(
+    settings: str, expected: str | None
+) -> None:
+    text = f"{SMALL}\nevaluate: {settings}"
+    if expected is None:
+        assert parse_recipe(text).evaluate.best is not None
+    else:
+        ((_, message),) = problems(text)
+        assert expected in message
+
+
 def test_a_quantised_llm_is_not_trained_in_full_and_t5_not_in_fp16() -> None:
     quantised = SMALL.replace("name: llama", "name: llama, quantize: nf4")
     assert parse_recipe(quantised).model.llm.quantize == "nf4"

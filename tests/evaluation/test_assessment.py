@@ -13,14 +13,20 @@ import pytest
 
 from tests.helpers.tiny_models import built, parsed, rows_of
 from vlm_tune.config.train import METRICS as NAMES
-from vlm_tune.config.train import Baseline
+from vlm_tune.config.train import Baseline, EvaluateSection
 from vlm_tune.data.types import References
 from vlm_tune.errors import RecipeError
 from vlm_tune.evaluation.assessment import assess, better, clusters_of, compare_answers, measure
 from vlm_tune.evaluation.baselines import TITLES
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Answer, Scores, scores
-from vlm_tune.evaluation.registry import METRICS, check_metrics, default_metrics, find_metric
+from vlm_tune.evaluation.registry import (
+    METRICS,
+    check_metrics,
+    default_metrics,
+    find_metric,
+    main_metric,
+)
 from vlm_tune.model.language.decoding import Decoding
 
 
@@ -66,6 +72,23 @@ def test_recipes_name_the_metrics_and_baselines_that_there_are() -> None:
 )
 def test_a_rows_form_chooses_its_metrics(row: Answer, names: tuple[str, ...]) -> None:
     assert default_metrics(row) == ("exact_match", *names)
+
+
+@pytest.mark.parametrize(
+    ("forms", "settings", "name"),
+    [
+        (["messages", "ocr"], {}, "exact_match"),
+        (["messages", "ocr", "ocr"], {}, "anls"),
+        (["caption", "caption", "vqa"], {}, "chrf"),
+        (["ocr"], {"metrics": ["rouge_l", "anls"]}, "rouge_l"),
+        (["ocr"], {"metrics": ["rouge_l", "anls"], "best": "loss"}, "loss"),
+    ],
+)
+def test_one_metric_chooses_the_best_checkpoint(
+    forms: list[str], settings: dict[str, Any], name: str
+) -> None:
+    answers = [answer(number, "yes", form=form) for number, form in enumerate(forms)]
+    assert main_metric(answers, EvaluateSection(**settings)) == name
 
 
 def test_each_metric_scores_the_rows_that_it_fits() -> None:

@@ -309,7 +309,7 @@ def test_fault_48_a_corrupt_best_checkpoint_does_not_stop_the_stage_at_its_end(
     run = sft(recipe, show=show).folder
     notes = [event.text for event in events if isinstance(event, Note)]
     assert "step-0000002 of 1-main, which scored better, is damaged: passed over" in notes
-    assert "going on with the best checkpoint, step 1 (score 0.5000)" in notes
+    assert "going on with the best checkpoint, step 1 (exact_match 0.5000)" in notes
     first = tensors_of(step_folder(stage_of(run), 1))
     assert all(torch.equal(value, first[name]) for name, value in tensors_of(run / "model").items())
     assert json.loads((stage_of(run) / "done.json").read_text())["best_step"] == 1

@@ -177,7 +177,7 @@ def test_shows_every_part(run: Path) -> None:
     ):
         assert words in re.sub(r"\s+", " ", page.words)
     assert [svg["aria-label"] for svg in page.all("svg")] == 2 * [
-        f"{name} against step" for name in ("Loss", "Accuracy", "Learning rate and speed")
+        f"{name} against step" for name in ("Loss", "Exact match", "Learning rate and speed")
     ]
 
 

@@ -177,3 +177,30 @@ def test_texts_are_no_markup_of_a_terminal() -> None:
     shown.event(Preparing("train", 1, name="[/nope] a"))
     shown.display.close()
     assert "[/nope]" in shown.file.getvalue()
+
+
+def test_a_validation_is_shown_by_the_metric_that_chooses_and_by_exact_match() -> None:
+    entry = {"value": 0.8125, "low": None, "high": None, "n": 8, "images": 1}
+    groups = {
+        name: {"accuracy": 0.25, "n": 8, "metrics": metrics}
+        for name, metrics in (("a", {"anls": entry}), ("b", {}))
+    }
+    evaluation = Evaluation(
+        step=10,
+        accuracy=0.25,
+        n=16,
+        loss=1.5,
+        best_by="anls",
+        metrics={"anls": entry},
+        by_source=groups,
+        skipped={"vqa_accuracy": "no row has several reference `answers`"},
+    )
+    assert Shown().event(evaluation) == [
+        "  step 10: validation ANLS (0.5) 81.25% of 16 (a 81.25% of 8, b - of 8), "
+        "exact match 25.00%, loss 1.5000",
+        "  vqa_accuracy is not computed: no row has several reference `answers`",
+    ]
+    by_loss = replace(evaluation, best_by="loss", metrics=None, skipped=None, by_source=None)
+    assert Shown().event(by_loss) == [
+        "  step 10: validation exact match 25.00% of 16, loss 1.5000",
+    ]

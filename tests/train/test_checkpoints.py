@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,15 @@ from vlm_tune.errors import ModelError, RecipeError, TrainingError
 from vlm_tune.events import Evaluation, Event, Note, TrainSteps
 from vlm_tune.model.checkpoint import find_model, load_model
 from vlm_tune.model.committed_folders import commit_folder, is_whole, verify_folder
-from vlm_tune.train.checkpoint import last_checkpoint, read_optimizer, rotate, step_folder
+from vlm_tune.train.checkpoint import (
+    Progress,
+    best_checkpoint,
+    last_checkpoint,
+    read_optimizer,
+    rotate,
+    step_folder,
+)
+from vlm_tune.train.checkpoint_policy import CheckpointPolicy
 
 
 def put(stage: Path, *steps: int) -> None:
@@ -270,3 +280,59 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(
         sft(recipe)
     assert error.value.exit_code == 5
     assert not (tmp_path / "run" / "model").exists()
+
+
+def recorded(evaluations: list[Evaluation]) -> Progress:
+    """The progress of a stage with these evaluations."""
+    progress = Progress(step=evaluations[-1].step)
+    position: Any = None
+    nonfinite: Any = SimpleNamespace(in_a_row=0)
+    recipe: Any = SimpleNamespace(
+        evaluate=SimpleNamespace(every=1),
+        train=SimpleNamespace(checkpoints=SimpleNamespace(every=None)),
+    )
+    policy = CheckpointPolicy(recipe, progress, position, nonfinite, validates=True)
+    for evaluation in evaluations:
+        policy.record(evaluation)
+    return progress
+
+
+def evaluated(step: int, best_by: str, score: float | None, loss: float = 1.0) -> Evaluation:
+    metrics = {} if best_by == "loss" else {best_by: {"value": score}}
+    return Evaluation(step=step, accuracy=0.0, n=8, loss=loss, best_by=best_by, metrics=metrics)
+
+
+@pytest.mark.parametrize(
+    ("best_by", "scores", "best"),
+    [
+        ("anls", [0.2, 0.9, 0.9, 0.5], 3),
+        ("anls", [0.2, None, 0.1], 1),
+        ("perplexity", [9.0, 3.0, 3.0, 4.0], 3),
+        ("my_metrics:score", [0.2, 0.1], 1),
+    ],
+)
+def test_the_best_step_goes_by_the_chosen_metric_and_its_direction(
+    best_by: str, scores: list[float | None], best: int, tmp_path: Path
+) -> None:
+    steps = range(1, len(scores) + 1)
+    progress = recorded([evaluated(step, best_by, scores[step - 1]) for step in steps])
+    put(tmp_path, *steps)
+    expected = ((step_folder(tmp_path, best), scores[best - 1]), [])
+    assert progress.best_step == best
+    assert best_checkpoint(tmp_path, progress) == expected
+
+
+def test_the_best_step_may_go_by_loss(tmp_path: Path) -> None:
+    losses = [2.0, 0.5, math.inf, 0.7]
+    steps = range(1, 5)
+    progress = recorded([evaluated(step, "loss", None, losses[step - 1]) for step in steps])
+    put(tmp_path, *steps)
+    assert (progress.best_step, progress.best_score) == (2, 0.5)
+    assert best_checkpoint(tmp_path, progress) == ((step_folder(tmp_path, 2), 0.5), [])
+
+
+def test_scores_by_another_metric_do_not_compete_after_a_resume(tmp_path: Path) -> None:
+    progress = recorded([evaluated(1, "anls", 0.9), evaluated(2, "rouge_l", 0.2)])
+    put(tmp_path, 1, 2)
+    assert (progress.best_step, progress.best_score) == (2, 0.2)
+    assert best_checkpoint(tmp_path, progress) == ((step_folder(tmp_path, 2), 0.2), [])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.tiny_models import built, parsed, rows_of
+from vlm_tune.api import sft
+from vlm_tune.events import Evaluation, Event
 from vlm_tune.train import evaluator
 from vlm_tune.train.objectives import build_objective
 
@@ -51,3 +55,28 @@ def test_a_process_without_rows_adds_nothing_to_the_scores(
     assert (joined.n, joined.tokens) == (alone.n, alone.tokens)
     assert joined.loss == pytest.approx(alone.loss, rel=1e-5)
     assert joined.by_source[""] == pytest.approx(alone.by_source[""], rel=1e-5)
+
+
+def test_a_run_validates_by_the_recipes_metrics_and_the_best_goes_by_the_chosen(
+    tiny_recipe: Callable[..., str],
+) -> None:
+    evaluate: dict[str, Any] = {
+        "evaluate__metrics": ["exact_match", "perplexity"],
+        "evaluate__best": "perplexity",
+        "evaluate__every": 1,
+        "evaluate__samples": 0,
+    }
+    changes = evaluate | {"train__steps": 2}
+    events: list[Event] = []
+    run = sft(parsed(tiny_recipe("causal"), **changes), show=events.append)
+    evaluations = [event for event in events if isinstance(event, Evaluation)]
+    for event in evaluations:
+        assert event.metrics is not None and event.loss is not None
+        entry = event.metrics["perplexity"]
+        assert entry["value"] == pytest.approx(math.exp(event.loss), rel=1e-5)
+        assert (entry["n"], entry["images"]) == (8, 4)
+        assert event.score == entry["value"]
+    done = json.loads((run.folder / "stages" / "1-main" / "done.json").read_text())
+    lowest = min(evaluations, key=lambda event: event.loss or math.inf)
+    assert (done["best_step"], done["best_by"]) == (lowest.step, "perplexity")
+    assert "perplexity of the reference" in (run.folder / "report.html").read_text().lower()

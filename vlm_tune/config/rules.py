@@ -10,7 +10,7 @@ from vlm_tune.config.data_rules import data_contradictions
 from vlm_tune.config.faults import Fault, broken
 from vlm_tune.config.model import ModelSection
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.config.train import METRICS
+from vlm_tune.config.train import LOSS, METRICS
 from vlm_tune.config.tune_rules import tune_contradictions
 from vlm_tune.config.yaml_source import Path, dotted_name, value_at
 from vlm_tune.errors import Problem, RecipeError
@@ -182,6 +182,16 @@ def _metric_contradictions(raw: Any) -> list[Fault]:
             (unknown, place, message),
             (not unknown and name in names[:index], place, f"{quoted(name)} comes twice"),
         ]
+    best = value_at(raw, "evaluate", "best")
+    always = ("exact_match", LOSS)
+    scored = [*names, LOSS] if isinstance(names, list) else always
+    rules.append(
+        (
+            isinstance(best, str) and best not in scored,
+            ("evaluate", "best"),
+            f"{quoted(best)} is none of {', '.join(map(str, scored))}: name it in evaluate.metrics",
+        )
+    )
     return broken(*rules)
 
 

@@ -151,6 +151,9 @@ METRICS = (
 )
 """The metrics that `evaluate.metrics` names; another name is a user's `module:function`."""
 
+LOSS = "loss"
+"""What `evaluate.best` names besides metrics: the loss of the reference answers."""
+
 Baseline = Literal["majority", "same_question", "nearest", "probe", "blind"]
 
 
@@ -171,8 +174,13 @@ class EvaluateSection(Config):
     num_beams: Layers = 1
     metrics: Annotated[list[str], Field(min_length=1)] | None = Field(
         default=None,
-        description="what answers of the test part are scored by, as [exact_match, bleu]; a "
-        "function of your own is my_module:score; by default what fits the form of the rows",
+        description="what answers are scored by, as [exact_match, bleu]; a function of your own is "
+        "my_module:score; by default what fits the form of the rows",
+    )
+    best: str | None = Field(
+        default=None,
+        description="the metric, one of metrics, or loss, whose best validation score chooses the "
+        "checkpoint that a stage ends with; by default the first of metrics, or what fits the form",
     )
     baselines: Literal["auto"] | list[Baseline] = Field(
         default="auto",

@@ -22,7 +22,13 @@ from vlm_tune.evaluation.intervals import (
     interval,
 )
 from vlm_tune.evaluation.metrics import Answer, Scores
-from vlm_tune.evaluation.registry import METRICS, Metric, default_metrics, find_metric
+from vlm_tune.evaluation.registry import (
+    METRICS,
+    Metric,
+    default_metrics,
+    find_metric,
+    lower_is_better,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,14 @@ class Measured:
 
 
 def assess(scores: Scores, names: Sequence[str] | None = None) -> list[Measured]:
-    """Adds metrics, their intervals and the confusion matrix to scores.
+    """Adds metrics, their intervals and the confusion matrix to scores, as `add_metrics`."""
+    measured = add_metrics(scores, names)
+    scores.classes = class_table([(answer.generated, answer.expected) for answer in scores.answers])
+    return measured
+
+
+def add_metrics(scores: Scores, names: Sequence[str] | None = None) -> list[Measured]:
+    """Adds metrics and their intervals to scores, of all rows and of each group.
 
     A metric of a user's own that fails on a row is skipped with the reason.
 
@@ -67,7 +80,6 @@ def assess(scores: Scores, names: Sequence[str] | None = None) -> list[Measured]
         for name, members in _members(answers, name_of).items():
             if name in groups:
                 groups[name]["metrics"] = _entries(measured, members, clusters)
-    scores.classes = class_table([(answer.generated, answer.expected) for answer in answers])
     return measured
 
 
@@ -206,5 +218,4 @@ def better(metric: str, entry: Mapping[str, Any]) -> bool | None:
     """
     if entry["p"] is None or entry["p"] >= 0.05:
         return None
-    lower = metric in METRICS and METRICS[metric].lower_is_better
-    return (entry["difference"] < 0) if lower else (entry["difference"] > 0)
+    return entry["difference"] < 0 if lower_is_better(metric) else entry["difference"] > 0

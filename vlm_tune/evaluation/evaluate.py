@@ -65,16 +65,21 @@ def score(
             progress=progress,
         )
     losses: Losses = {}
-    for name in dict.fromkeys(row.source_name for row in conversations) if loss else ():
-        rows = [row for row in conversations if row.source_name == name]
-        losses[name] = _loss(model, rows, batch_size, features, fetch)
     answers = _answers(conversations, generated)
+    if loss and not perplexity:
+        for name in dict.fromkeys(row.source_name for row in conversations):
+            rows = [row for row in conversations if row.source_name == name]
+            losses[name] = _loss(model, rows, batch_size, features, fetch)
     if perplexity:
         row_losses = _row_losses(model, conversations, batch_size, features, fetch)
         answers = [
             replace(answer, loss=total, tokens=tokens)
             for answer, (total, tokens) in zip(answers, row_losses, strict=True)
         ]
+    if loss and perplexity:  # one pass gives both
+        for answer in answers:
+            total, tokens = losses.get(answer.source, (0.0, 0))
+            losses[answer.source] = total + answer.loss, tokens + answer.tokens
     return scores(answers, losses)
 
 

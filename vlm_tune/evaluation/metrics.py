@@ -62,14 +62,13 @@ class Scores:
     reference tokens. `by_category` and `by_source` hold {name: {accuracy, n}}, the latter with loss
     and tokens where they were computed.
 
-    A whole evaluation (not those during training) also has:
-
     Attributes:
         metrics: {name: {value, low, high, n, images}}: a score (None where it is not finite), its
             95% interval (None under two images), and the rows and independent groups of rows that
             it is of. The groups of `by_category` and `by_source` have their own `metrics`.
         skipped: the reason for each metric that no row can be scored by, or that failed.
-        classes: the confusion matrix and the scores of each class, where answers repeat.
+        classes: the confusion matrix and the scores of each class, where answers repeat. It and
+            what follows are not part of evaluations during training.
         baselines: {name: {metric: {value, low, high, difference, difference_low, difference_high,
             p}}}: what answers without training score, and how far the model is above.
         notes: lines on what was left out, and what it would cost.

@@ -13,6 +13,7 @@ import difflib
 import importlib
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_tune.config.train import LOSS, EvaluateSection
 from vlm_tune.data.sources.chat_schemas import CHAT_FORMS
 from vlm_tune.errors import DataError, Problem, RecipeError
 from vlm_tune.evaluation import captions, classes
@@ -36,6 +38,11 @@ SEVERAL = 10
 """Reference answers of a row, as VQAv2's have, from which `vqa_accuracy` is its default metric.
 
 With fewer than four even an answer that equals all of them scores under 1.
+"""
+MAIN = ("box_iou", "chrf", "vqa_accuracy", "anls")
+"""The default metrics that choose the best checkpoint where most rows are scored by one of them.
+
+An exact match says little there: an answer that is nearly right counts as one that is not.
 """
 LEAST_OVERLAP = 0.5
 """The intersection over union from which a box counts as right."""
@@ -263,6 +270,25 @@ def default_metrics(answer: Answer) -> tuple[str, ...]:
     if _has_boxes(answer):
         names += ["box_iou", "box_accuracy"]
     return tuple(names)
+
+
+def main_metric(answers: Sequence[Answer], settings: EvaluateSection) -> str:
+    """The metric, or `loss`, by which the best checkpoint is chosen.
+
+    It is that of `best`, else the first of `metrics`, else the one of `MAIN` by which most of the
+    rows are scored, else exact match.
+    """
+    if settings.best is not None:
+        return settings.best
+    if settings.metrics:
+        return settings.metrics[0]
+    names = Counter(name for answer in answers for name in default_metrics(answer))
+    return next((name for name in MAIN if 2 * names[name] > len(answers)), "exact_match")
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether less of a metric, or of the loss, is better; of a user's metric more is."""
+    return name == LOSS or (name in METRICS and METRICS[name].lower_is_better)
 
 
 # --- a user's own ---------------------------------------------------------------------------------

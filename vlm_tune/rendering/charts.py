@@ -139,9 +139,9 @@ def _draw(ax: Axes, panel: Panel, steps: int) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    shape = {"accuracy": "{:.0f}%", "questions/s": "{:,.4g}"}.get(panel.kind, "{:.4g}")
+    shape = {"share": "{:.0f}%", "questions/s": "{:,.4g}"}.get(panel.kind, "{:.4g}")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shape.format(value)))
-    if panel.kind == "accuracy":
+    if panel.kind == "share":
         ax.set_ylim(
             max(10 * math.floor((low - 2) / 10), 0), min(10 * math.ceil((high + 2) / 10), 100)
         )
@@ -151,7 +151,7 @@ def _draw(ax: Axes, panel: Panel, steps: int) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set_ylabel("log scale", color=SOFT)
-    elif panel.kind != "loss":
+    elif panel.kind not in ("loss", "score"):
         ax.set_ylim(0, 1.1 * high if high > 0 else 1)
         ax.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
         ax.set_title(panel.kind, loc="left", color=SOFT, fontsize=10, pad=3)

@@ -14,9 +14,10 @@ from typing import Any
 
 from vlm_tune.config.yaml_source import read_yaml_text
 from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.evaluation.registry import lower_is_better
 from vlm_tune.evaluation.texts import normalise
 from vlm_tune.paths import shown_path
-from vlm_tune.rendering.charts import Panel, chart
+from vlm_tune.rendering.charts import Chart, Panel, chart
 from vlm_tune.rendering.page import is_long, percent, thumbnail, write_html
 from vlm_tune.rendering.report_scores import (
     baseline_rows,
@@ -29,6 +30,7 @@ from vlm_tune.rendering.report_scores import (
     score_notes,
     worst_answers,
 )
+from vlm_tune.rendering.scores_text import is_share, metric_title
 
 COLUMNS = ("before", "after")
 """The columns of samples.json that hold the model's answers: before and after training."""
@@ -214,7 +216,7 @@ def _stage(stage: _Stage) -> dict[str, Any]:
     loss, rate, speed = (
         _points(stage.train, key) for key in ("loss", "learning_rate", "questions_per_s")
     )
-    held_out, accuracy = (_points(stage.evaluate, key) for key in ("loss", "accuracy"))
+    held_out = _points(stage.evaluate, "loss")
     last = max([0, *stage.train, *stage.evaluate])
     planned = [stage.start.get("steps"), *(event.get("of") for event in stage.train.values())]
     steps = round(max([last, *filter(None, map(number_of, planned))]))
@@ -232,18 +234,7 @@ def _stage(stage: _Stage) -> dict[str, Any]:
             step, lowest = min(held_out, key=lambda point: point[1])
             keys.append(("dots", f"validation, lowest {lowest:.3g} at {step:,}"))
         charts.append(chart("Loss", keys, [Panel("loss", loss, held_out)], steps))
-    if accuracy:
-        # Of checkpoints with equal scores the run keeps the later.
-        step, best = max(accuracy, key=lambda point: (point[1], point[0]))
-        panel = Panel("accuracy", [], [(step, 100 * value) for step, value in accuracy])
-        charts.append(
-            chart(
-                "Accuracy",
-                [("dots", f"validation, best {percent(best)} at {step:,}")],
-                [panel],
-                steps,
-            )
-        )
+    charts += [_score_chart(name, points, steps) for name, points in _scores(stage)]
     panels = [
         Panel(kind, points, [])
         for kind, points in (("learning rate", rate), ("questions/s", speed))
@@ -258,6 +249,55 @@ def _stage(stage: _Stage) -> dict[str, Any]:
         charts.append(chart("Learning rate and speed", keys, panels, steps))
     title = f"Stage {stage.number + 1}" + (f": {stage.name}" if stage.name else "")
     return {"title": title, "facts": ", ".join(filter(None, facts)), "charts": charts}
+
+
+def _scores(stage: _Stage) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Validation scores by step: of the metric that chooses the best checkpoint, and exact match.
+
+    Those of a metric without a score that can be read are left out.
+    """
+    chosen = [str(stage.evaluate[step].get("best_by")) for step in sorted(stage.evaluate)][-1:]
+    scores = [
+        (
+            name,
+            [
+                (step, value)
+                for step in sorted(stage.evaluate)
+                if (value := _score(stage.evaluate[step], name)) is not None
+            ],
+        )
+        for name in dict.fromkeys([*chosen, "exact_match"])
+    ]
+    return [(name, points) for name, points in scores if points]
+
+
+def _score(event: dict[str, Any], name: str) -> float | None:
+    """The score by a metric of an evaluation during training; None where it can't be read."""
+    if name == "exact_match":
+        return number_of(event.get("accuracy"))
+    metrics = event.get("metrics")
+    entry = metrics.get(name) if isinstance(metrics, dict) else None
+    return number_of(entry.get("value")) if isinstance(entry, dict) else None
+
+
+def _score_chart(name: str, points: Sequence[tuple[int, float]], steps: int) -> Chart:
+    """The chart of validation scores by a metric, with the best."""
+    sign = -1 if lower_is_better(name) else 1
+    # Of checkpoints with equal scores the run keeps the later.
+    step, best = max(points, key=lambda point: (sign * point[1], point[0]))
+    share = is_share(name)
+    panel = Panel(
+        "share" if share else "score",
+        [],
+        [(step, 100 * value if share else value) for step, value in points],
+    )
+    title = metric_title(name)
+    return chart(
+        title[0].upper() + title[1:],
+        [("dots", f"validation, best {percent(best) if share else f'{best:.4g}'} at {step:,}")],
+        [panel],
+        steps,
+    )
 
 
 def _tuning(stages: Sequence[dict[str, Any]]) -> list[tuple[Any, list[dict[str, Any]]]]:

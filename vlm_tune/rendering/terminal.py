@@ -30,7 +30,7 @@ from vlm_tune.events import (
     Tuning,
 )
 from vlm_tune.quoting import escaped
-from vlm_tune.rendering.scores_text import score_notes, score_tables
+from vlm_tune.rendering.scores_text import amount, metric_title, score_notes, score_tables
 
 EVERY = 30.0
 """Seconds without output after which progress is printed, if the output is not a terminal."""
@@ -230,14 +230,23 @@ class Display(logging.Handler):
             self._began = self.clock()
             self._phase = "training"
             self._state = f"training, past step {event.step:,}"
+        main = event.best_by if event.best_by in event.figures else "exact_match"
         sources = [
-            f"{name} {entry['accuracy']:.2%} of {entry['n']:,}"
+            f"{name} {amount(main, _of_source(entry, main))} of {entry['n']:,}"
             for name, entry in (event.by_source or {}).items()
         ]
         listed = f" ({', '.join(sources)})" if len(sources) > 1 else ""
+        others = [
+            f", {metric_title(name)} {amount(name, figure)}"
+            for name, figure in event.figures.items()
+            if name != main
+        ]
         loss = "" if event.loss is None else f", loss {event.loss:.4f}"
-        score = f"validation accuracy {event.accuracy:.2%} of {event.n:,}{listed}{loss}"
-        self._line(f"  step {event.step:,}: {score}", "green")
+        score = f"{metric_title(main)} {amount(main, event.figures[main])} of {event.n:,}"
+        text = f"validation {score}{listed}{''.join(others)}{loss}"
+        self._line(f"  step {event.step:,}: {text}", "green")
+        for name, reason in (event.skipped or {}).items():
+            self._line(f"  {name} is not computed: {reason}", "yellow")
 
     @_show.register
     def _test(self, event: FinalScores) -> None:
@@ -251,6 +260,13 @@ class Display(logging.Handler):
     @_show.register
     def _acceleration(self, event: Acceleration) -> None:
         self._line(f"parts that train by kernels: {event.text}")
+
+
+def _of_source(entry: Mapping[str, Any], metric: str) -> float | None:
+    """A source's score by a metric; None where no row of it is scored by that."""
+    if metric == "exact_match":
+        return entry["accuracy"]
+    return entry["metrics"].get(metric, {}).get("value")
 
 
 def print_line(console: Console, text: str, style: str = "") -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from vlm_tune.errors import ModelError, TrainingError
+from vlm_tune.evaluation.registry import lower_is_better
 from vlm_tune.model.checkpoint import capture_model
 from vlm_tune.model.committed_folders import commit_folder, is_whole, remove_folder
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -44,6 +45,8 @@ class Progress:
     seconds: float = 0.0
     best_step: int | None = None
     best_score: float | None = None
+    best_by: str = "exact_match"
+    """The metric, or `loss`, that the best score is of."""
     history: list[dict[str, Any]] = field(default_factory=list)
     unlogged: tuple[float, int] = (0.0, 0)
     """Summed loss and its count since the last log line."""
@@ -346,19 +349,22 @@ def best_checkpoint(
 ) -> tuple[tuple[Path, float] | None, list[Path]]:
     """The best-scored whole checkpoint with its score, and better-scored ones that are damaged.
 
-    Of equal scores the later step wins. The last step counts as whole: its weights are still in
-    memory.
+    Of equal scores the later step wins, and those by another metric do not compete. The last step
+    counts as whole: its weights are still in memory.
     """
     damaged: list[Path] = []
+    sign = -1 if lower_is_better(progress.best_by) else 1
     scored = [
-        (entry["accuracy"], entry["step"])
+        (sign * entry["score"], entry["step"])
         for entry in progress.history
         if math.isfinite(entry["loss"] or 0.0)
+        and entry.get("best_by") == progress.best_by
+        and entry["score"] is not None
     ]
-    for score, step in sorted(scored, reverse=True):
+    for signed, step in sorted(scored, reverse=True):
         folder = step_folder(stage, step)
         if step == progress.step or (folder.is_dir() and is_whole(folder)):
-            return (folder, score), damaged
+            return (folder, sign * signed), damaged
         if folder.is_dir():
             damaged.append(folder)
     return None, damaged

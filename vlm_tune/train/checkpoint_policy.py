@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.evaluation.registry import lower_is_better
 from vlm_tune.events import Evaluation
 from vlm_tune.train.checkpoint import Progress
 from vlm_tune.train.nonfinite import NonFinitePolicy
@@ -70,13 +71,23 @@ class CheckpointPolicy:
         """Adds the scores of a step to the stage's history, and sets whether it is the best.
 
         Of equal scores the later wins: that model has trained longer. Weights with a non-finite
-        loss are never the best.
+        loss are never the best. After a resume by another metric earlier steps do not compete.
         """
         progress = self.progress
-        better = progress.best_score is None or evaluation.accuracy >= progress.best_score
-        if better and math.isfinite(evaluation.loss or 0.0) and not self.nonfinite.in_a_row:
-            progress.best_score = evaluation.accuracy
+        score = evaluation.score
+        if progress.best_by != evaluation.best_by:
+            progress.best_by = evaluation.best_by
+            progress.best_score = None
+        sound = score is not None and math.isfinite(evaluation.loss or 0.0)
+        if sound and not self.nonfinite.in_a_row and self._better(score):
+            progress.best_score = score
             progress.best_step = evaluation.step
-        progress.history.append(
-            {name: getattr(evaluation, name) for name in ("step", "loss", "accuracy", "n")}
-        )
+        names = ("step", "loss", "accuracy", "n", "best_by", "score")
+        progress.history.append({name: getattr(evaluation, name) for name in names})
+
+    def _better(self, score: float) -> bool:
+        """Whether a score is as good as the best so far."""
+        best = self.progress.best_score
+        if best is None or score == best:
+            return True
+        return score < best if lower_is_better(self.progress.best_by) else score > best

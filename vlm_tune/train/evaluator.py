@@ -12,8 +12,10 @@ from vlm_tune.config.train import EvaluateSection
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import Conversation
+from vlm_tune.evaluation.assessment import add_metrics
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Scores, join_scores
+from vlm_tune.evaluation.registry import main_metric
 from vlm_tune.events import Evaluation, Scoring, StageReport
 from vlm_tune.model.acceleration.compiling import eager
 from vlm_tune.model.feature_cache import FeatureStore
@@ -102,6 +104,7 @@ class Evaluator:
                     decoding=Decoding(settings.max_new_tokens, settings.num_beams),
                     batch_size=settings.batch_size,
                     features=self.features,
+                    perplexity="perplexity" in (settings.metrics or ()),
                     progress=progress,
                 )
         shards = gather_object([(scores, bool(mine) and scores is None)])
@@ -110,7 +113,9 @@ class Evaluator:
         # A process has no rows where there are fewer rows than processes.
         scored = [shard for shard, _ in shards if shard is not None]
         joined = scored[0] if together or len(scored) == 1 else join_scores(scored)
-        return Evaluation(step=step, **joined.summary())
+        add_metrics(joined, settings.metrics)
+        best_by = main_metric(joined.answers, settings)
+        return Evaluation(step=step, best_by=best_by, **joined.summary())
 
     @torch.no_grad()
     def _matched(self, step: int) -> Evaluation:

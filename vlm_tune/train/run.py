@@ -140,9 +140,9 @@ def _check_machine(recipe: Recipe) -> str:
     for _, stage in recipe.resolved_stages():
         with kernel_setting(stage.train.kernels):
             kernel_status()
+        check_metrics(stage.evaluate.metrics)
     kernels = str(kernel_status())
     check_model(recipe)
-    check_metrics(recipe.resolved_stages()[-1][1].evaluate.metrics)
     forget_old_kernels()
     return_freed_memory()
     return kernels
@@ -266,6 +266,11 @@ def _log(
                 for key, value in line.items()
                 if isinstance(value, int | float)
             }
+            if isinstance(event, Evaluation):
+                scores = event.figures.items()
+                figures |= {
+                    f"evaluate/{name}": score for name, score in scores if score is not None
+                }
             trackers.log(figures, step=event.step)
         if show:
             show(event)

@@ -372,7 +372,7 @@ def _best(context: Context, folder: Path, progress: Progress) -> Path | None:
         return None
     context.note(
         f"going on with the best checkpoint, step {progress.best_step} "
-        f"(score {progress.best_score:.4f})"
+        f"({progress.best_by} {progress.best_score:.4f})"
     )
     return best[0]
 
