@@ -28,7 +28,8 @@ function Models({ state, store }) {
     html`<span class="hint">and</span><${ModelPicker} label="Second model" model=${other}
       models=${models} onModel=${(name) => store.prefer({ other: name })} />`}
     ${models.length > 1 &&
-    html`<button type="button" class="quiet" aria-pressed=${Boolean(other)} onClick=${compare}
+    html`<button type="button" class="quiet" aria-label="Compare two models"
+      aria-pressed=${Boolean(other)} onClick=${compare}
       ><${Icon} name="columns" /><span>Compare</span></button>`}
   </div>`;
 }

@@ -13,11 +13,11 @@ function linesOf(text) {
   return [...new Set(text.split("\n").map((line) => line.trim()))].filter(Boolean);
 }
 
-/** Returns how many images a question may have, in words. */
-function roomText(room) {
-  if (!Number.isFinite(room)) return "";
+/** How many images a question may have, and what becomes of large ones. */
+function Room({ room }) {
+  if (!Number.isFinite(room)) return null;
   const images = room === 1 ? "1 image" : `${room} images`;
-  return `Up to ${images}, scaled into ${LONGEST_SIDE} pixels`;
+  return html`Up to ${images}<span class="detail">, scaled into ${LONGEST_SIDE} pixels</span>`;
 }
 
 /**
@@ -154,7 +154,7 @@ export function Composer({ draft, running, compares, room, onAsk, onStop, notify
         onClick=${() => setChoosing(!choosing)}><${Icon} name="bars" />Choices</button>
       <span class="hint">${short
         ? "Give two choices or more"
-        : roomText(room)}</span>
+        : html`<${Room} room=${room} />`}</span>
       ${running
         ? html`<button type="button" class="send" aria-label="Stop" title="Stop"
             onClick=${onStop}><${Icon} name="stop" /></button>`

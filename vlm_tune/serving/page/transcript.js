@@ -29,17 +29,18 @@ function Ranking({ ranking }) {
       ${ranking.map(
         ({ text, probability }) => html`<tr key=${text}>
           <th scope="row">${text}</th>
-          <td><meter value=${probability} aria-label=${text}></meter></td>
+          <td class="share" aria-hidden="true"
+            ><div><i style=${{ width: `${100 * probability}%` }}></i></div></td>
           <td>${PERCENT.format(probability)}</td></tr>`,
       )}
     </tbody>
   </table>`;
 }
 
-function figuresOf({ tokens, seconds }) {
+function figuresOf({ tokens, seconds, ranking }) {
   if (!seconds) return "";
   const time = `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
-  return tokens ? `${tokens} tokens in ${time}` : time;
+  return ranking || !tokens ? time : `${tokens} tokens in ${time}`;
 }
 
 function Answer({ answer, onCode, onRepeat }) {
@@ -63,23 +64,27 @@ function Answer({ answer, onCode, onRepeat }) {
   </article>`;
 }
 
-/** Scrolls with the answer's growth, unless the reader has scrolled away from its end. */
+/** Scrolls to a new question, and with its answer, unless the reader has scrolled away from the end. */
 function useFollowing(turns) {
   const following = useRef(true);
-  const count = useRef(0);
+  const root = document.documentElement;
+  const follow = () => following.current && scrollTo({ top: root.scrollHeight });
   useLayoutEffect(() => {
-    const root = document.documentElement;
     const scrolled = () => {
       following.current = root.scrollHeight - root.scrollTop - root.clientHeight < 80;
     };
+    const growth = new ResizeObserver(follow);
+    growth.observe(document.body);
     addEventListener("scroll", scrolled, { passive: true });
-    return () => removeEventListener("scroll", scrolled);
+    return () => {
+      growth.disconnect();
+      removeEventListener("scroll", scrolled);
+    };
   }, []);
   useLayoutEffect(() => {
-    const added = turns.length > count.current;
-    count.current = turns.length;
-    if (added || following.current) scrollTo({ top: document.documentElement.scrollHeight });
-  }, [turns]);
+    following.current = true;
+    follow();
+  }, [turns.length]);
 }
 
 /** A chat's turns. A screen reader reads an answer once it has ended. */
