@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.answered_jobs import Listening, job_of
 from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import png
+from vlm_tune.data.chat.processor import Processor
 from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving import alone
@@ -42,6 +43,13 @@ def engines() -> Iterator[Callable[..., BatchingEngine]]:
     yield make
     for engine in opened:
         engine.close(0)
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Lets no answer end by itself."""
+    no_token = property(lambda self: [1_000_000])
+    return lambda: monkeypatch.setattr(Processor, "stop_ids", no_token)
 
 
 def submitted(engine: BatchingEngine, *args: Any, **settings: Any) -> Listening:
@@ -100,12 +108,13 @@ def test_models_answer_by_their_names(
 
 
 def test_a_full_queue_refuses_and_cancelled_jobs_make_room(
-    tiny_recipe: Recipes, engines: Callable[..., BatchingEngine]
+    tiny_recipe: Recipes, engines: Callable[..., BatchingEngine], endless: Callable[[], None]
 ) -> None:
     engine = engines(talkative(tiny_recipe("causal")), queue=2, batch=1)
-    endless = Listening(job_of("hello", max_new_tokens=100_000))
-    ticket = engine.submit(endless.job, endless)
-    endless.wait_for_an_event()
+    endless()
+    long = Listening(job_of("hello", max_new_tokens=100_000))
+    ticket = engine.submit(long.job, long)
+    long.wait_for_an_event()
     assert (engine.running, engine.waiting) == (1, 0)
     later = [submitted(engine, "hello", max_new_tokens=4) for _ in range(2)]
     assert (engine.running, engine.waiting) == (1, 2)
@@ -113,9 +122,9 @@ def test_a_full_queue_refuses_and_cancelled_jobs_make_room(
         submitted(engine, "hello")
     ticket.cancel()
     ticket.cancel()
-    seen = endless.events
+    seen = long.events
     assert [listening.wait().error for listening in later] == [None, None]
-    assert endless.events == seen and not endless.ended
+    assert long.events == seen and not long.ended
 
 
 def test_a_fault_ends_its_job_alone(
@@ -136,9 +145,13 @@ def test_a_fault_ends_its_job_alone(
 
 
 def test_a_listener_that_fails_ends_its_job(
-    tiny_recipe: Recipes, engines: Callable[..., BatchingEngine], caplog: pytest.LogCaptureFixture
+    tiny_recipe: Recipes,
+    engines: Callable[..., BatchingEngine],
+    endless: Callable[[], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = engines(talkative(tiny_recipe("causal")))
+    endless()
     calls: list[Any] = []
     failed = threading.Event()
 
@@ -154,7 +167,9 @@ def test_a_listener_that_fails_ends_its_job(
     assert "a listener of the engine failed" in caplog.text
 
 
-def test_closing_waits_for_jobs_and_then_stops_them(tiny_recipe: Recipes) -> None:
+def test_closing_waits_for_jobs_and_then_stops_them(
+    tiny_recipe: Recipes, endless: Callable[[], None]
+) -> None:
     model = talkative(tiny_recipe("causal"))
     engine = BatchingEngine({"tiny": model}, queue=8, batch=2)
     short = submitted(engine, "hello", max_new_tokens=20)
@@ -164,12 +179,13 @@ def test_closing_waits_for_jobs_and_then_stops_them(tiny_recipe: Recipes) -> Non
         submitted(engine, "hello")
 
     engine = BatchingEngine({"tiny": model}, queue=8, batch=1)
-    endless = submitted(engine, "hello", max_new_tokens=100_000)
+    endless()
+    long = submitted(engine, "hello", max_new_tokens=100_000)
     queued = submitted(engine, "hello", max_new_tokens=100_000)
-    endless.wait_for_an_event()
+    long.wait_for_an_event()
     threads = threading.active_count()
     engine.close(0)
-    assert isinstance(endless.error, Closing) and isinstance(queued.error, Closing)
+    assert isinstance(long.error, Closing) and isinstance(queued.error, Closing)
     assert threading.active_count() < threads
 
 

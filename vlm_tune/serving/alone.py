@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterator
 
 from vlm_tune.generation.answering import prompt_answers
@@ -56,28 +55,28 @@ class Alone:
     """A lane of jobs that are answered one after the other, an event a step."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Request] = deque()
+        self._request: Request | None = None
         self._events: Events | None = None
-        self.current: Request | None = None
 
     @property
     def running(self) -> int:
-        """The number of jobs here."""
-        return len(self._waiting) + (self.current is not None)
+        """The number of jobs here, at most one."""
+        return int(self._request is not None)
+
+    def has_room(self, request: Request) -> bool:
+        """Whether a job can be added: none is here."""
+        return self._request is None
 
     def add(self, request: Request) -> None:
         """Takes a job."""
-        self._waiting.append(request)
+        self._request = request
+        self._events = events_of(request)
 
     def step(self) -> None:
         """Answers on until the next event."""
-        if self.current is None:
-            if not self._waiting:
-                return
-            self.current = self._waiting.popleft()
-            self._events = events_of(self.current)
-        request = self.current
-        assert self._events is not None
+        request = self._request
+        if request is None or self._events is None:
+            return
         event: JobEvent | None = None
         try:
             event = None if request.ended else next(self._events, None)
@@ -88,4 +87,4 @@ class Alone:
         if event is None or request.ended:
             self._events.close()
             self._events = None
-            self.current = None
+            self._request = None

@@ -11,6 +11,7 @@ from vlm_tune.errors import ArgumentError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.language.decoding import check_count
 from vlm_tune.quoting import quoted
+from vlm_tune.serving.batch import batching_reason
 from vlm_tune.serving.jobs import Closing, Failed, Job, Listener, Overloaded
 from vlm_tune.serving.request import Request, request_of
 from vlm_tune.serving.scheduler import Scheduler
@@ -24,6 +25,10 @@ class BatchingEngine:
 
     Several threads may submit jobs. A job's prompt is laid out and its images are decoded in the
     thread that submits it.
+
+    Attributes:
+        one_by_one: Why the jobs of a model, by its name, are not answered together, but one by
+            one; it has no entry of a model whose jobs are.
     """
 
     def __init__(
@@ -34,7 +39,7 @@ class BatchingEngine:
         Args:
             models: The models by the names under which they are served.
             queue: The most jobs that wait.
-            batch: The most answers that are written at a time.
+            batch: The most answers of a model that are written at a time.
 
         Raises:
             ArgumentError: `queue` or `batch` is not a whole number from 1 on.
@@ -42,8 +47,10 @@ class BatchingEngine:
         check_count("queue", queue)
         check_count("batch", batch)
         self._models = dict(models)
+        reasons = {name: batching_reason(model) for name, model in models.items()}
+        self.one_by_one = {name: reason for name, reason in reasons.items() if reason}
         self._queue = queue
-        self._scheduler = Scheduler(batch)
+        self._scheduler = Scheduler(self._models, batch)
         self._arrived: deque[Request] = deque()
         self._open: set[Request] = set()
         self._changed = threading.Condition()
@@ -77,7 +84,8 @@ class BatchingEngine:
         # A full queue refuses a job before any work.
         with self._changed:
             self._check_room()
-        request = request_of(job, model, listener, ())
+        batch = self._scheduler.batches.get(job.model)
+        request = request_of(job, model, listener, () if batch is None else batch.features)
         with self._changed:
             self._check_room()
             self._arrived.append(request)

@@ -1,4 +1,4 @@
-"""What the server asks of its engine, and what the engine reports while it answers."""
+"""Jobs that the server gives to its engine, and the events that the engine answers with."""
 
 from __future__ import annotations
 

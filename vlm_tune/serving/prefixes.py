@@ -1,7 +1,7 @@
-"""What prompts begin with, and the keys and values that are remembered for it.
+"""Prefixes of prompts, whose keys and values later prompts reuse: an image is read once.
 
-"One image, many questions" costs the image once: a prompt's keys and values up to the end of its
-last image are kept, and a later prompt begins with those of the longest beginning that it shares.
+A prompt's keys and values up to the end of its last image are remembered, and a later prompt begins
+with those of the longest prefix that it shares.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Remembered(Generic[Key, Entry]):
 
 @dataclass(frozen=True)
 class Beginning:
-    """What the first tokens of a prompt are: equal for prompts with the same keys and values.
+    """The first tokens of a prompt: equal for prompts with the same keys and values.
 
     Attributes:
         ids: The token ids int64[n] as bytes; in the slots of the prompt's image k it is -1 - k.

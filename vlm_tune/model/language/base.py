@@ -27,6 +27,7 @@ from vlm_tune.model.language.logits import (
     own_logits,
 )
 from vlm_tune.model.language.loss import token_loss
+from vlm_tune.model.language.row_buffers import Rows
 from vlm_tune.model.language.virtual_tokens import VirtualTokens
 from vlm_tune.quoting import quoted, reason_of
 
@@ -358,6 +359,15 @@ class LanguageModel(nn.Module):
             leaves: The last tokens of the branches in the rows, int64[B, K].
             new_tokens: The most new tokens of a branch.
         """
+        raise NotImplementedError
+
+    @property
+    def unbatched(self) -> str | None:
+        """The reason why rows can't join and leave others that are continued; None if they can."""
+        raise NotImplementedError
+
+    def rows(self) -> Rows:
+        """Rows that join and leave while they are continued together; there are none yet."""
         raise NotImplementedError
 
     def positions_left(self, batch: Batch) -> int | None:

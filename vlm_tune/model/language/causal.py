@@ -13,6 +13,7 @@ from vlm_tune.compat import cache_name
 from vlm_tune.data.types import Batch
 from vlm_tune.model.language.attention import MaskedAttention, MaskedPrefill, whole_rows
 from vlm_tune.model.language.base import LanguageModel
+from vlm_tune.model.language.causal_rows import CausalRows
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.masks import joining_reason
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
@@ -146,6 +147,14 @@ class CausalLLM(LanguageModel):
             cache: A DynamicCache that holds the rows' first tokens.
         """
         return CausalBranches(self, embeds, batch, leaves, new_tokens, cache)
+
+    @property
+    def unbatched(self) -> str | None:
+        return self.uncontinued
+
+    def rows(self) -> CausalRows:
+        """No rows yet, see the base class."""
+        return CausalRows(self)
 
     def positions_left(self, batch: Batch) -> int | None:
         if self.longest is None:

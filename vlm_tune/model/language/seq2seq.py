@@ -17,6 +17,7 @@ from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.kv_cache import enlarge_cache, static_cache, steps_of_room
 from vlm_tune.model.language.masks import additive, packing_reason
 from vlm_tune.model.language.seq2seq_attention import Seq2SeqAttention
+from vlm_tune.model.language.seq2seq_rows import Seq2SeqRows
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix, SoftPrompt
 
 
@@ -122,7 +123,24 @@ class Seq2SeqLLM(LanguageModel):
     ) -> Seq2SeqBranches:
         """Encodes rows of one prompt each, whose answers then grow; see the base class."""
         self.check_length(batch.attention_mask.shape[1])
-        return Seq2SeqBranches(self, embeds, batch.attention_mask, new_tokens)
+        return self.encoded(embeds, batch.attention_mask, new_tokens)
+
+    def encoded(
+        self, embeds: torch.Tensor, row_mask: torch.Tensor, new_tokens: int
+    ) -> Seq2SeqBranches:
+        """Encodes rows [B, L, E] of one prompt each, and takes their first decode step.
+
+        `row_mask` bool[B, L] is False for padding.
+        """
+        return Seq2SeqBranches(self, embeds, row_mask, new_tokens)
+
+    @property
+    def unbatched(self) -> str | None:
+        return self.uncontinued or self.unjoined
+
+    def rows(self) -> Seq2SeqRows:
+        """No rows yet, see the base class."""
+        return Seq2SeqRows(self)
 
     def generate(
         self,

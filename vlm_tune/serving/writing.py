@@ -1,0 +1,118 @@
+"""An answer that is written token by token, and how the tokens of many are chosen.
+
+Shapes: R answers, E width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vlm_tune.generation.answers import AnswerReader
+from vlm_tune.generation.picking import Picker, draws, penalised_ids
+from vlm_tune.generation.streaming import ShownText
+from vlm_tune.model.language.base import LanguageModel
+from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.serving.jobs import Finished, Piece
+from vlm_tune.serving.request import Request
+
+
+class Writing:
+    """An answer of a job while it is written.
+
+    Attributes:
+        request: The job.
+        picker: Chooses the answer's tokens; None where each is the likeliest one.
+        ids: The tokens so far.
+    """
+
+    def __init__(self, request: Request, number: int) -> None:
+        """Begins without tokens; `number` is the answer's, from 0."""
+        model = request.model
+        prompt = request.prompt
+        decoding = request.job.decoding
+        self.request = request
+        self.number = number
+        self.ids: list[int] = []
+        self.picker = None if decoding.plain else _picker(request, number)
+        self._limit = model.llm.room(decoding, len(prompt.input_ids)).max_new_tokens
+        self._reader = AnswerReader(model.processor, decoding.stop_strings)
+        self._stop_ids = frozenset(self._reader.stop_ids)
+        self._shown = ShownText(self._reader)
+        self._logprobs: list[float] | None = [] if decoding.logprobs else None
+
+    def write(self, token: int, logprob: float | None) -> bool:
+        """Adds a token and its log-probability, hands out new text, and returns whether it ended.
+
+        The job may have ended otherwise, such as by being cancelled.
+        """
+        if self.request.ended:
+            return True
+        self.ids.append(token)
+        if self._logprobs is not None and logprob is not None:
+            self._logprobs.append(logprob)
+        ended = (
+            token in self._stop_ids
+            or len(self.ids) == self._limit
+            or self._reader.holds_stop(self.ids)
+        )
+        if not ended:
+            self._emit(self._shown.more(self.ids))
+            return self.request.ended
+        answer = self._reader.answer(self.ids, self._logprobs)
+        self._emit(self._shown.rest(answer))
+        self.request.emit(Finished(self.number, answer, len(self.request.prompt.input_ids)))
+        return True
+
+    def _emit(self, text: str) -> None:
+        if text:
+            self.request.emit(Piece(self.number, text))
+
+
+def _picker(request: Request, number: int) -> Picker:
+    llm = request.model.llm
+    decoding = request.job.decoding
+    numbers = draws(decoding, number)
+    return Picker(
+        llm,
+        decoding,
+        [[penalised_ids(llm, request.prompt, decoding)]],
+        None if numbers is None else numbers[None, None],
+        request.model.device,
+    )
+
+
+class NextTokens:
+    """Chooses the next tokens of many answers by their last hidden states."""
+
+    def __init__(self, llm: LanguageModel, device: torch.device) -> None:
+        self._llm = llm
+        self._plain = Picker(llm, Decoding(), [], None, device)
+        self._none = torch.zeros(1, 1, 0, dtype=torch.int64, device=device)
+
+    def of(
+        self, hidden: torch.Tensor, writings: Sequence[Writing]
+    ) -> tuple[torch.Tensor, list[float | None]]:
+        """Tokens int64[R] by hidden states [R, E], and the log-probabilities that are wanted."""
+        others = [row for row, writing in enumerate(writings) if writing.picker is not None]
+        if not others:
+            return self._likeliest(hidden), [None] * len(writings)
+        tokens = hidden.new_empty(len(writings), dtype=torch.int64)
+        plain = [row for row, writing in enumerate(writings) if writing.picker is None]
+        if plain:
+            tokens[plain] = self._likeliest(hidden[plain])
+        logprobs: list[float | None] = [None] * len(writings)
+        logits = self._llm.logits(hidden[others])
+        for place, row in enumerate(others):
+            writing = writings[row]
+            assert writing.picker is not None
+            ids = torch.tensor([[writing.ids]], dtype=torch.int64, device=hidden.device)
+            token, logprob = writing.picker.of_logits(logits[None, place : place + 1], ids)
+            tokens[row] = token[0, 0]
+            logprobs[row] = None if logprob is None else float(logprob)
+        return tokens, logprobs
+
+    def _likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
+        written = self._none.expand(len(hidden), 1, 0)
+        return self._plain.of_hidden(hidden[:, None], written)[0][:, 0]
