@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlm_tune.memory_plan.plan import plan
     from vlm_tune.model.vlm import VisionLanguageConfig
     from vlm_tune.recipe_writer.init import init
+    from vlm_tune.serving.run import serve
     from vlm_tune.train.replay import verify_run
 
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
     "plan": "vlm_tune.memory_plan.plan",
     "predict": "vlm_tune.api",
     "init": "vlm_tune.recipe_writer.init",
+    "serve": "vlm_tune.serving.run",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "merge",
     "plan",
     "predict",
+    "serve",
     "sft",
     "verify_run",
 ]

@@ -15,6 +15,7 @@ from vlm_tune.cli.data import check, init, plan, recipes, schema, show
 from vlm_tune.cli.evaluate import compare, evaluate, predict
 from vlm_tune.cli.model import export, merge
 from vlm_tune.cli.options import print_json
+from vlm_tune.cli.serve import serve
 from vlm_tune.cli.system import env
 from vlm_tune.cli.train import sft, verify_run
 from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_RECIPE, RecipeError, VlmTuneError
@@ -69,6 +70,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "export": export,
     "chat": chat,
+    "serve": serve,
     "show": show,
     "check": check,
     "plan": plan,

@@ -1,0 +1,265 @@
+"""Answers by HTTP are those of the model, in OpenAI's form; wrong requests are errors of theirs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.helpers.served import (
+    CHAT,
+    ScriptedEngine,
+    ask,
+    chat,
+    events_of,
+    image_part,
+    question,
+    served,
+    with_images,
+)
+from tests.helpers.talkative import talkative
+from tests.helpers.tiny_models import png
+from tests.helpers.tiny_recipes import tiny_text, write_color_rows
+from vlm_tune.errors import DataError
+from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.serving.app import Server
+from vlm_tune.serving.engine import BatchingEngine
+from vlm_tune.serving.jobs import Overloaded
+
+RED, BLUE = png((200, 30, 30)).read(), png((20, 30, 200)).read()
+
+
+@pytest.fixture(scope="module", params=["causal", "seq2seq"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("model")
+    recipe = tiny_text(request.param, write_color_rows(folder), folder / "run")
+    return talkative(recipe, data__max_length=512)
+
+
+@pytest.fixture
+def server(model: VisionLanguageModel) -> Iterator[Server]:
+    engine = BatchingEngine({"tiny": model}, queue=8, batch=4)
+    yield served(model, engine)
+    engine.close(0)
+
+
+def test_an_answer_is_the_models(model: VisionLanguageModel, server: Server) -> None:
+    body = with_images(RED, BLUE, max_tokens=12, logprobs=True)
+    reply = chat(server, body).json()
+    answer = model.answer(
+        messages=[
+            {
+                "role": "user",
+                "content": [image_part(RED), image_part(BLUE), *body["messages"][0]["content"][2:]],
+            }
+        ],
+        max_new_tokens=12,
+        logprobs=True,
+    )
+    (choice,) = reply["choices"]
+    assert choice["message"] == {"role": "assistant", "content": answer.text, "refusal": None}
+    assert choice["finish_reason"] == answer.finish_reason
+    assert [token["logprob"] for token in choice["logprobs"]["content"]] == pytest.approx(
+        answer.logprobs, abs=1e-4
+    )
+    assert reply["object"] == "chat.completion" and reply["model"] == "tiny"
+    usage = reply["usage"]
+    assert usage["completion_tokens"] == len(answer.ids)
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "drawn": (
+        {"temperature": 1.5, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 5},
+        {"temperature": 1.5, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 5},
+    ),
+    "a draw by default": ({"top_k": 5, "seed": 1}, {"temperature": 1.0, "top_k": 5, "seed": 1}),
+    "greedy, with idle settings": ({"temperature": 0, "top_p": 0.5, "seed": 3, "top_k": -1}, {}),
+    "beams": ({"num_beams": 3}, {"num_beams": 3}),
+    "penalised": ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
+    "stopped": ({"stop": ["e", "a"]}, {"stop_strings": ["e", "a"]}),
+    "stopped by one": ({"stop": "e"}, {"stop_strings": "e"}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_are_those_of_the_models_answers(
+    model: VisionLanguageModel, server: Server, name: str
+) -> None:
+    fields, settings = SETTINGS[name]
+    reply = chat(server, question("How are you?", max_completion_tokens=10, **fields)).json()
+    expected = model.chat("How are you?", max_new_tokens=10, **settings)
+    assert reply["choices"][0]["message"]["content"] == expected
+
+
+def test_a_conversation_with_a_system_text_and_marks_in_texts(
+    model: VisionLanguageModel, server: Server
+) -> None:
+    messages = [
+        {"role": "user", "content": r"A <image> of what?"},
+        {"role": "assistant", "content": "None <image>.", "refusal": None, "tool_calls": None},
+        {"role": "user", "content": [{"type": "text", "text": "So?"}], "name": "me"},
+    ]
+    reply = chat(server, {"model": "tiny", "messages": messages, "max_tokens": 8}).json()
+    plain = [
+        {"role": "user", "content": r"A \<image> of what?"},
+        {"role": "assistant", "content": "None <image>."},
+        {"role": "user", "content": "So?"},
+    ]
+    assert reply["choices"][0]["message"]["content"] == model.chat(plain, max_new_tokens=8)
+
+
+def test_choices_come_with_probabilities(model: VisionLanguageModel, server: Server) -> None:
+    (choice,) = chat(server, with_images(RED, choices=["red", "dark blue"])).json()["choices"]
+    answer = model.answer("What color?", RED, choices=["red", "dark blue"])
+    assert choice["message"]["content"] == answer.text
+    assert choice["probabilities"] == pytest.approx(answer.probabilities, abs=1e-5)
+    streamed = events_of(chat(server, with_images(RED, choices=["red", "blue"], stream=True)).text)
+    assert sum(streamed[-2]["choices"][0]["probabilities"].values()) == pytest.approx(1)
+
+
+def test_a_stream_adds_up_to_the_answers(model: VisionLanguageModel, server: Server) -> None:
+    body = question(n=2, temperature=1.2, seed=3, max_tokens=10, logprobs=True)
+    whole = chat(server, body).json()
+    response = chat(server, {**body, "stream": True, "stream_options": {"include_usage": True}})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, usage, done = events_of(response.text)
+    assert done == "[DONE]" and usage["usage"] == whole["usage"] and usage["choices"] == []
+    for choice in whole["choices"]:
+        mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
+        assert mine[0]["delta"]["role"] == "assistant"
+        assert "".join(c["delta"].get("content", "") for c in mine) == choice["message"]["content"]
+        assert [c["finish_reason"] for c in mine if c.get("finish_reason")] == [
+            choice["finish_reason"]
+        ]
+        assert mine[-1]["logprobs"] == choice["logprobs"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_models_are_listed(model: VisionLanguageModel) -> None:
+    server = served({"tiny": model, "other": model}, ScriptedEngine())
+    listed, one, none = ask(
+        server,
+        ("GET", "/v1/models", None),
+        ("GET", "/v1/models/other", None),
+        ("GET", "/v1/models/x", None),
+    )
+    assert [card["id"] for card in listed.json()["data"]] == ["tiny", "other"]
+    assert one.json()["parent"] == "tiny" and one.json()["max_model_len"] == 512
+    assert none.status_code == 404 and none.json()["error"]["code"] == "model_not_found"
+
+
+WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
+    "an unknown field": ({"temperatur": 1}, "temperatur", "did you mean temperature?"),
+    "a tool": ({"tools": [{"type": "function"}]}, "tools", "calls no tools"),
+    "a penalty": ({"presence_penalty": 0.5}, "presence_penalty", "less than or equal to 0"),
+    "a type": ({"temperature": "hot"}, "temperature", "valid number"),
+    "not a number": ({"top_p": float("nan")}, "top_p", "finite"),
+    "a role": ({"messages": [{"role": "tool", "content": ""}]}, "messages.0.role", "got 'tool'"),
+    "no role": ({"messages": [{"content": ""}]}, "messages.0.role", "is missing"),
+    "a part's text": (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages.0.content.0.text",
+        "is missing",
+    ),
+    "a part's field": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "", "x": 1}]}]},
+        "messages.0.content.0.x",
+        "unknown field",
+    ),
+    "an answer last": (
+        {"messages": [{"role": "assistant", "content": "so"}]},
+        "messages",
+        "the last message is the user's",
+    ),
+    "no messages": ({"messages": []}, "messages", "at least 1 item"),
+    "equal answers": ({"n": 2, "temperature": 0}, "n", "gives equal answers"),
+    "settings of choices": ({"choices": ["a", "b"], "seed": 1, "top_k": 3}, "top_k", "no effect"),
+    "one choice": ({"choices": ["a"]}, "choices", "at least 2 items"),
+    "equal choices": ({"choices": ["a", "a"]}, "choices", "two or more different texts"),
+    "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+    "stop strings": ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4 items"),
+    "an empty stop string": ({"stop": ""}, "stop", "none empty"),
+    "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, "", "surrogate"),
+    "a long prompt": (
+        {"messages": [{"role": "user", "content": "word " * 3000}]},
+        "messages",
+        "more than 512",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_request_is_an_error_that_names_the_field(server: Server, name: str) -> None:
+    fields, param, text = WRONG[name]
+    body = json.dumps({**question(), **fields}).encode()
+    response = ask(server, ("POST", CHAT, body))[0]
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["type"] == "invalid_request_error"
+    assert (error["param"] or "") == param and text in error["message"]
+
+
+def test_harmless_fields_of_openai_change_nothing(server: Server) -> None:
+    plain = chat(server, question(max_tokens=5)).json()["choices"]
+    fields = {"user": "me", "store": False, "metadata": {"a": "b"}, "logit_bias": None, "tools": []}
+    fields |= {"presence_penalty": 0, "frequency_penalty": 0.0, "response_format": {"type": "text"}}
+    assert chat(server, question(max_tokens=5, **fields)).json()["choices"] == plain
+
+
+def test_other_errors_have_openais_form(server: Server) -> None:
+    broken, a_list, path, method = ask(
+        server,
+        ("POST", CHAT, b"{"),
+        ("POST", CHAT, [1]),
+        ("GET", "/v1/nothing", None),
+        ("GET", CHAT, None),
+    )
+    assert [broken.status_code, a_list.status_code] == [400, 400]
+    assert [path.status_code, method.status_code] == [404, 405]
+    assert broken.json()["error"]["code"] == "invalid_json"
+    for response in (broken, a_list, path, method):
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+ENGINE_ERRORS: list[tuple[Exception, int, str]] = [
+    (Overloaded("full"), 429, "rate_limit_exceeded"),
+    (DataError("image 1: can't be decoded", kind="image_unreadable"), 400, "image_unreadable"),
+    (ZeroDivisionError("secret"), 500, "internal_error"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "code"), ENGINE_ERRORS, ids=lambda each: str(each))
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_of_the_engine(
+    model: VisionLanguageModel, error: Exception, status: int, code: str, stream: bool
+) -> None:
+    """Before the first piece an error is the response's status, also of a stream."""
+    engine = ScriptedEngine()
+    engine.refusal = error
+    response = chat(served(model, engine), question(stream=stream))
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert "secret" not in response.text
+
+
+def test_metrics_count_requests_and_tokens(server: Server) -> None:
+    _, reply, _, metrics = ask(
+        server,
+        ("GET", "/v1/models/tiny", None),
+        ("POST", CHAT, with_images(RED, max_tokens=6)),
+        ("POST", CHAT, question(n=0)),
+        ("GET", "/metrics", None),
+    )
+    usage = reply.json()["usage"]
+    for line in (
+        'vlm_tune_requests_total{code="200",route="/v1/chat/completions"} 1.0',
+        'vlm_tune_requests_total{code="400",route="/v1/chat/completions"} 1.0',
+        'vlm_tune_requests_total{code="200",route="/v1/models/{model}"} 1.0',
+        f'vlm_tune_prompt_tokens_total{{model="tiny"}} {float(usage["prompt_tokens"])}',
+        f'vlm_tune_answer_tokens_total{{model="tiny"}} {float(usage["completion_tokens"])}',
+        'vlm_tune_time_to_first_token_seconds_count{model="tiny"} 1.0',
+        "vlm_tune_image_seconds_count 1.0",
+        "vlm_tune_jobs_waiting 0.0",
+    ):
+        assert line in metrics.text.splitlines()

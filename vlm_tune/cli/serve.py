@@ -1,0 +1,183 @@
+"""The command `serve`: a model behind HTTP, with OpenAI's API and a page."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vlm_tune.cli.options import (
+    MOST_TOKENS,
+    AcceptBaseOption,
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    bases_by_part,
+    check_choice,
+    check_dtype,
+    print_text,
+    quiet_libraries,
+    use_device,
+)
+
+if TYPE_CHECKING:
+    from vlm_tune.serving.limits import Limits
+
+
+HostOption = Annotated[
+    str, typer.Option(help="address to listen at; 0.0.0.0: all of this machine's")
+]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="port; 0: a free one")]
+NameOption = Annotated[
+    str | None, typer.Option(help="name of MODEL in requests; its folder's where not given")
+]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FOLDER", help="a further run over the same base, by a name (again for more)"
+    ),
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="VLM_TUNE_API_KEY",
+        help="key that requests need; other users of this machine may see an option, not the "
+        "environment variable VLM_TUNE_API_KEY",
+    ),
+]
+HostnameOption = Annotated[
+    list[str] | None, typer.Option(help="a further name of this server in URLs (again for more)")
+]
+AllowHostOption = Annotated[
+    list[str] | None,
+    typer.Option(help="a host that images are fetched from (again for more); else none are"),
+]
+ImageRootOption = Annotated[
+    Path | None,
+    typer.Option(help="folder in which requests may name images by their paths; else none may"),
+]
+CorsOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ORIGIN", help="a site whose pages may ask (again for more)"),
+]
+QueueOption = Annotated[int, typer.Option(min=1, max=100_000, help="most requests that wait")]
+BatchOption = Annotated[
+    int, typer.Option(min=1, max=4096, help="most answers that are written at a time")
+]
+ImagesOption = Annotated[int, typer.Option(min=1, max=10_000, help="most images of a request")]
+TokensOption = Annotated[
+    int, typer.Option(min=1, max=MOST_TOKENS, help="longest answer that a request may ask for")
+]
+TimeoutOption = Annotated[float, typer.Option(min=0.001, help="seconds that an answer may take")]
+DrainOption = Annotated[
+    float, typer.Option(min=0.001, help="seconds that running answers get when it is stopped")
+]
+EngineOption = Annotated[
+    str, typer.Option(help="vlm_tune, or vllm: MODEL is an export, and vLLM serves it")
+]
+
+
+def serve(
+    model: ModelArgument,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    name: NameOption = None,
+    adapter: AdapterOption = None,
+    api_key: KeyOption = None,
+    hostname: HostnameOption = None,
+    allow_host: AllowHostOption = None,
+    image_root: ImageRootOption = None,
+    cors: CorsOption = None,
+    queue: QueueOption = 256,
+    batch: BatchOption = 32,
+    max_images: ImagesOption = 16,
+    max_tokens: TokensOption = 4096,
+    timeout: TimeoutOption = 300.0,
+    drain: DrainOption = 30.0,
+    engine: EngineOption = "vlm_tune",
+    dtype: DtypeOption = None,
+    base: BaseOption = None,
+    accept_other_base: AcceptBaseOption = False,
+    device: DeviceOption = None,
+) -> None:
+    """Serve MODEL by HTTP: OpenAI's API, and a page to ask it in a browser."""
+    check_dtype(dtype)
+    check_choice("--engine", engine, ("vlm_tune", "vllm"))
+    adapters = dict(map(_named, adapter or []))
+    _prepare(device)
+    from vlm_tune.serving.limits import Limits
+
+    limits = Limits(
+        queue=queue,
+        batch=batch,
+        max_images=max_images,
+        max_tokens=max_tokens,
+        timeout=timeout,
+        drain=drain,
+        api_key=api_key,
+        hostnames=tuple(hostname or ()),
+        allow_hosts=tuple(allow_host or ()),
+        image_root=image_root,
+        cors=tuple(cors or ()),
+    )
+    if engine == "vllm":
+        _hand_over(model, name, host, port, adapters, dtype, limits)
+    from vlm_tune.serving.run import serve as run
+    from vlm_tune.serving.welcome import welcome
+
+    run(
+        model,
+        host=host,
+        port=port,
+        name=name,
+        adapters=adapters,
+        limits=limits,
+        dtype=dtype,
+        base=bases_by_part(base),
+        accept_other_base=accept_other_base,
+        started=lambda event: print_text(welcome(event, host)),
+    )
+
+
+def _prepare(device: str | None) -> None:
+    """Chooses the device, and has the requests logged."""
+    use_device(device)
+    quiet_libraries()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("vlm_tune.serving").setLevel(logging.INFO)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """The name and the folder of `NAME=FOLDER`."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise typer.BadParameter(f"{text!r} is not NAME=FOLDER", param_hint="--adapter")
+    return name, Path(folder)
+
+
+def _hand_over(
+    model: Path,
+    name: str | None,
+    host: str,
+    port: int,
+    adapters: dict[str, Path],
+    dtype: str | None,
+    limits: Limits,
+) -> None:
+    """Becomes the process of `vllm serve`."""
+    from vlm_tune.errors import ModelError
+    from vlm_tune.serving.handover import vllm_command
+
+    command = vllm_command(
+        model, name=name, host=host, port=port, adapters=adapters, dtype=dtype, limits=limits
+    )
+    if shutil.which("vllm") is None:
+        raise ModelError("vLLM is not installed: `pip install vllm`, or leave --engine vllm out")
+    if limits.api_key is not None:
+        os.environ["VLLM_API_KEY"] = limits.api_key
+    os.execvp("vllm", command)

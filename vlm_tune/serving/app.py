@@ -1,0 +1,351 @@
+"""The routes of the HTTP API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import mimetypes
+import time
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.security import HTTPBearer
+from sse_starlette import ServerSentEvent
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from vlm_tune.errors import VlmTuneError
+from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.quoting import quoted
+from vlm_tune.serving.api_errors import ApiError, api_error, internal, invalid_request, timed_out
+from vlm_tune.serving.chat_requests import job_of
+from vlm_tune.serving.exchange import Exchange
+from vlm_tune.serving.guard import HEALTH, Guard, Load
+from vlm_tune.serving.jobs import Engine, Finished, Piece
+from vlm_tune.serving.limits import Limits
+from vlm_tune.serving.media import ImageReader
+from vlm_tune.serving.metrics import Metrics
+from vlm_tune.serving.remote import RemoteImages
+from vlm_tune.serving.replies import Reply
+from vlm_tune.serving.streaming import EventStream, collect, until, while_there
+from vlm_tune.serving.watch import Watch, log_failure
+from vlm_tune.serving.wire import (
+    ChatRequest,
+    Completion,
+    ErrorBody,
+    Health,
+    ModelCard,
+    ModelList,
+)
+from vlm_tune.version import __version__
+
+PAGE = Path(__file__).with_name("page")
+"""The folder of the page's files, which are served from `/` on."""
+READERS = 4
+"""Threads that read images and lay prompts out."""
+ERRORS: dict[int | str, dict[str, Any]] = {
+    # It also takes the place of FastAPI's own error of 422, which there is none of.
+    "default": {"model": ErrorBody, "description": "Another error."},
+} | {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in (
+        (400, "The request is wrong, or beyond a limit."),
+        (401, "The API key is missing or wrong."),
+        (403, "The host or origin is unknown."),
+        (404, "There is no such model."),
+        (408, "The body came too slowly."),
+        (413, "The body is too large."),
+        (429, "The queue is full: try again later."),
+        (500, "The server failed."),
+        (503, "The server is stopping."),
+        (504, "The answer took too long."),
+    )
+}
+"""The errors of routes, for the OpenAPI schema."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is served, and the name of the model whose base it shares, if it does."""
+
+    model: VisionLanguageModel
+    parent: str | None = None
+
+
+class Server:
+    """Answers the API's requests by an engine.
+
+    Args:
+        engine: The engine, which knows the models by the same names.
+        models: The models by the names under which they are served.
+        limits: What the server accepts.
+        remote: Fetches images from other hosts; by default as the limits say.
+
+    Attributes:
+        load: What the server has to do at the moment.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        models: Mapping[str, Served],
+        limits: Limits,
+        remote: RemoteImages | None = None,
+    ) -> None:
+        self.load = Load()
+        self._engine = engine
+        self._models = dict(models)
+        self._limits = limits
+        self._created = int(time.time())
+        self._metrics = Metrics(engine)
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="requests")
+        remote = remote or RemoteImages(
+            limits.allow_hosts, most_bytes=limits.image_bytes, seconds=limits.fetch_seconds
+        )
+        self._images = ImageReader(limits, self._pool, remote, self._metrics.image_seconds.observe)
+
+    def app(self) -> ASGIApp:
+        """The ASGI application, with all that protects it."""
+        files = _page_files()
+        app: ASGIApp = Guard(self._routes(files), self._limits, self.load, files)
+        if self._limits.cors:
+            app = CORSMiddleware(
+                app,
+                allow_origins=self._limits.cors,
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type"],
+            )
+        return Watch(app, self._metrics)
+
+    def _routes(self, files: Mapping[str, Path]) -> FastAPI:
+        @asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            yield
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+        # The schema's own pages load scripts from elsewhere.
+        app = FastAPI(
+            title="vlm_tune",
+            version=__version__,
+            summary="Chat with vision-language models, as OpenAI's API does.",
+            docs_url=None,
+            redoc_url=None,
+            lifespan=lifespan,
+            exception_handlers={
+                HTTPException: _answer_error,
+                VlmTuneError: _answer_error,
+                RequestValidationError: _answer_invalid,
+                Exception: _answer_failure,
+            },
+        )
+        bearer = HTTPBearer(
+            auto_error=False, description="The key that the server was started with."
+        )
+        keyed = [] if self._limits.api_key is None else [Depends(bearer)]
+        app.post(
+            "/v1/chat/completions",
+            dependencies=keyed,
+            response_model=Completion,
+            responses={
+                **ERRORS,
+                200: {
+                    "description": "The answers; with `stream` as events.",
+                    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                },
+            },
+        )(self.complete)
+        errors = {status: ERRORS[status] for status in (401, 403, 404, "default")}
+        app.get("/v1/models", response_model=ModelList, dependencies=keyed, responses=errors)(
+            self.models
+        )
+        app.get(
+            "/v1/models/{model}", response_model=ModelCard, dependencies=keyed, responses=errors
+        )(self.model)
+        app.get(HEALTH, response_model=Health, responses={503: {"model": Health}})(self.health)
+        app.get(
+            "/metrics",
+            response_class=Response,
+            dependencies=keyed,
+            responses={**errors, 200: {"content": {"text/plain": {}}}},
+        )(self.metrics)
+        for path, file in files.items():
+            app.get(path, include_in_schema=False)(_file_route(file))
+        return app
+
+    # --- routes -----------------------------------------------------------------------------------
+
+    async def models(self) -> ModelList:
+        """Lists the served models."""
+        return ModelList(data=[self._card(name) for name in self._models])
+
+    async def model(self, model: str) -> ModelCard:
+        """Describes a served model."""
+        self._served(model)
+        return self._card(model)
+
+    async def health(self) -> Response:
+        """Tells whether the server takes requests."""
+        if self.load.draining:
+            return JSONResponse(Health(status="draining").model_dump(), 503)
+        return JSONResponse(Health(status="ok").model_dump())
+
+    async def metrics(self) -> Response:
+        """Shows the metrics, in Prometheus' form."""
+        text, kind = self._metrics.exposition()
+        return Response(text, media_type=kind)
+
+    async def complete(self, request: Request, body: ChatRequest) -> Any:
+        """Answers a conversation."""
+        begun = time.perf_counter()
+        deadline = asyncio.get_running_loop().time() + self._limits.timeout
+        served = self._served(body.model)
+        logprobs = bool(body.logprobs)
+        reply = Reply(body.model, served.model.processor, logprobs=logprobs)
+        exchange: Exchange | None = None
+
+        async def begin() -> tuple[Exchange, AsyncIterator[Piece | Finished], Piece | Finished]:
+            nonlocal exchange
+            async with asyncio.timeout_at(deadline):
+                job = await job_of(body, reply.id, self._limits, self._images)
+                exchange = Exchange(self._engine, job)
+                await exchange.submit(self._pool)
+                events = exchange.events()
+                first = await anext(events)
+            return exchange, events, first
+
+        streams = False
+        try:
+            exchange, events, first = await while_there(request, begin())
+            self._metrics.first_token_seconds.labels(body.model).observe(
+                time.perf_counter() - begun
+            )
+            events = self._counted(body.model, first, events)
+            if body.stream:
+                streams = True
+                usage = bool(body.stream_options and body.stream_options.include_usage)
+                chunks = self._chunks(reply, until(events, deadline), usage=usage)
+                return EventStream(chunks, exchange, self._limits.send_seconds)
+            await while_there(request, collect(reply, until(events, deadline)))
+            return reply.completion()
+        except TimeoutError:
+            raise timed_out(self._limits.timeout) from None
+        finally:
+            if exchange is not None and not streams:
+                exchange.close()
+
+    # --- of an answer -----------------------------------------------------------------------------
+
+    async def _chunks(
+        self, reply: Reply, events: AsyncIterator[Piece | Finished], *, usage: bool
+    ) -> AsyncIterator[ServerSentEvent]:
+        """The events of a stream. An error after its beginning is an event of it."""
+        try:
+            async for event in events:
+                if isinstance(event, Piece):
+                    yield ServerSentEvent(reply.piece(event.answer, event.text))
+                    continue
+                for chunk in reply.end(event):
+                    yield ServerSentEvent(chunk)
+            if usage:
+                yield ServerSentEvent(reply.last())
+        except TimeoutError:
+            yield _error_event(timed_out(self._limits.timeout))
+        except Exception as error:
+            answer = api_error(error)
+            if answer.status_code == 500:
+                log_failure(error)
+            yield _error_event(answer)
+        yield ServerSentEvent("[DONE]")
+
+    async def _counted(
+        self, name: str, first: Piece | Finished, events: AsyncIterator[Piece | Finished]
+    ) -> AsyncIterator[Piece | Finished]:
+        """All events, whose tokens and times are counted."""
+        begun = time.perf_counter()
+        prompted = False
+
+        def count(event: Piece | Finished) -> None:
+            nonlocal prompted
+            if isinstance(event, Piece):
+                return
+            tokens = len(event.whole.ids)
+            self._metrics.answer_tokens.labels(name).inc(tokens)
+            if tokens > 1:
+                seconds = (time.perf_counter() - begun) / (tokens - 1)
+                self._metrics.token_seconds.labels(name).observe(seconds)
+            if not prompted:
+                prompted = True
+                self._metrics.prompt_tokens.labels(name).inc(event.prompt_tokens)
+
+        count(first)
+        yield first
+        async for event in events:
+            count(event)
+            yield event
+
+    def _served(self, name: str) -> Served:
+        if name not in self._models:
+            names = ", ".join(self._models)
+            message = f"there is no model {quoted(name)}; served are {names}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return self._models[name]
+
+    def _card(self, name: str) -> ModelCard:
+        served = self._models[name]
+        return ModelCard(
+            id=name,
+            created=self._created,
+            parent=served.parent,
+            max_model_len=served.model.processor.spec.max_length,
+            max_images=self._limits.max_images,
+            max_tokens=self._limits.max_tokens,
+        )
+
+
+def _error_event(error: ApiError) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(error.body()))
+
+
+# --- errors, and the page -------------------------------------------------------------------------
+
+
+async def _answer_error(_: Request, error: Exception) -> Response:
+    return api_error(error).response()
+
+
+async def _answer_failure(_: Request, error: Exception) -> Response:
+    log_failure(error)
+    return internal().response()
+
+
+async def _answer_invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return invalid_request(error.errors(), error.body).response()
+
+
+def _page_files() -> dict[str, Path]:
+    """The files of the page by their paths in URLs; `/` is index.html."""
+    files = {
+        f"/{file.relative_to(PAGE).as_posix()}": file
+        for file in sorted(PAGE.rglob("*"))
+        if file.is_file()
+    }
+    index = files.get("/index.html")
+    return files if index is None else {"/": index, **files}
+
+
+def _file_route(file: Path) -> Any:
+    kind = mimetypes.guess_type(file.name)[0]
+
+    async def page_file() -> FileResponse:
+        return FileResponse(file, media_type=kind, headers={"Cache-Control": "no-cache"})
+
+    return page_file

@@ -1,0 +1,159 @@
+"""Turns requests of the API into jobs for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from vlm_tune.data.types import Conversation, Media, Message
+from vlm_tune.errors import ArgumentError
+from vlm_tune.generation.choices import check_not_generated, choices_of_each
+from vlm_tune.generation.requests import check_text
+from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.serving.api_errors import ApiError
+from vlm_tune.serving.jobs import Job
+from vlm_tune.serving.limits import Limits
+from vlm_tune.serving.wire import ChatMessage, ChatRequest, ImagePart, TextPart
+
+ReadImage = Callable[[str], Awaitable[Media]]
+"""Returns the image at a URL."""
+
+
+async def job_of(request: ChatRequest, name: str, limits: Limits, read_image: ReadImage) -> Job:
+    """The job that answers a request.
+
+    Args:
+        request: The request.
+        name: The name of the request, for messages.
+        limits: What the server accepts.
+        read_image: Reads its images.
+
+    Raises:
+        ApiError: The request is beyond the limits.
+        VlmTuneError: An image can't be read, or a setting is out of range.
+    """
+    # Cheap checks first: no image is read for a request that is refused anyway.
+    decoding = decoding_of(request, limits)
+    _check_images(request, limits)
+    _check_texts(request, limits)
+    if request.messages[-1].role != "user":
+        raise ApiError(400, "the last message is the user's", param="messages")
+    count = 0
+
+    async def media(part: ImagePart) -> Media:
+        nonlocal count
+        count += 1
+        label = f"image {count}"
+        try:
+            image = await read_image(part.image_url.url)
+        except ApiError as error:
+            raise ApiError(
+                error.status_code, f"{label}: {error.message}", param="messages", code=error.code
+            ) from None
+        return replace(image, label=label)
+
+    messages = [await _message(message, media) for message in request.messages]
+    conversation = Conversation(name, tuple(messages))
+    return Job(conversation, decoding, request.model, tuple(request.choices or ()))
+
+
+def decoding_of(request: ChatRequest, limits: Limits) -> Decoding:
+    """How the answers to a request are generated.
+
+    Settings of draws have no effect at temperature 0, as in OpenAI's API.
+
+    Raises:
+        ApiError: Too many tokens are asked for.
+        ArgumentError: Settings do not fit each other.
+    """
+    tokens = request.max_completion_tokens or request.max_tokens
+    if tokens is not None and tokens > limits.max_tokens:
+        name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        message = f"{name} is at most {limits.max_tokens:,} on this server, got {tokens:,}"
+        raise ApiError(400, message, param=name)
+    if request.top_logprobs and not request.logprobs:
+        raise ArgumentError("top_logprobs needs logprobs: set it to true")
+    settings: dict[str, Any] = {
+        "max_new_tokens": tokens,
+        "num_beams": request.num_beams,
+        "repetition_penalty": request.repetition_penalty,
+        "num_return_sequences": request.n,
+        "stop_strings": request.stop,
+        "logprobs": request.logprobs,
+    }
+    temperature = _temperature(request)
+    if temperature > 0:
+        settings |= {
+            "temperature": temperature,
+            "top_p": request.top_p,
+            "top_k": None if request.top_k is None else max(request.top_k, 0),
+            "min_p": request.min_p,
+            "seed": None if request.seed is None else request.seed % 2**63,
+        }
+    decoding = Decoding.of({name: each for name, each in settings.items() if each is not None})
+    if request.choices is None:
+        return decoding
+    choices_of_each(request.choices, 1)
+    idle = {"max_new_tokens"} | ({"temperature"} if request.temperature is None else set())
+    check_not_generated(name for name in decoding.given if name not in idle)
+    return Decoding()
+
+
+def _temperature(request: ChatRequest) -> float:
+    if request.temperature is not None:
+        return request.temperature
+    several = (request.n or 1) > 1 and (request.num_beams or 1) == 1
+    draws = several or (request.top_p or 1) < 1 or (request.top_k or 0) > 0 or request.min_p
+    return 1.0 if draws else 0.0
+
+
+def _check_images(request: ChatRequest, limits: Limits) -> None:
+    count = sum(
+        isinstance(part, ImagePart)
+        for message in request.messages
+        if isinstance(message.content, list)
+        for part in message.content
+    )
+    if count > limits.max_images:
+        raise ApiError(
+            400,
+            f"a request has at most {limits.max_images:,} images on this server, got {count:,}",
+            param="messages",
+            code="too_many_images",
+        )
+
+
+def _check_texts(request: ChatRequest, limits: Limits) -> None:
+    texts = [text for message in request.messages for text in _texts(message)]
+    characters = sum(map(len, texts))
+    if characters > limits.text_characters:
+        raise ApiError(
+            400,
+            f"the texts have {characters:,} characters, more than {limits.text_characters:,}",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    for text in (*texts, *(request.choices or ())):
+        check_text("a message", text)
+
+
+def _texts(message: ChatMessage) -> list[str]:
+    content = message.content
+    if isinstance(content, str):
+        return [content]
+    return [part.text for part in content or () if isinstance(part, TextPart)]
+
+
+async def _message(message: ChatMessage, read: Callable[[ImagePart], Awaitable[Media]]) -> Message:
+    """A turn. Texts have no marks of images: `<image>` in one is plain text."""
+    content = message.content
+    parts: list[str | Media] = []
+    for part in [content] if isinstance(content, str) else content or ():
+        if isinstance(part, ImagePart):
+            parts.append(await read(part))
+        else:
+            text = part if isinstance(part, str) else part.text
+            parts += [text] if text else []
+    role = "system" if message.role == "developer" else message.role
+    return Message(role, tuple(parts))

@@ -1,0 +1,111 @@
+"""Images of requests: from data URLs, and where the server was told so from hosts and a folder.
+
+Nothing is decoded here but headers, which say how many pixels an image would have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from vlm_tune.data.images.decode import image_size
+from vlm_tune.data.sources.media import ImageFolder, data_url
+from vlm_tune.data.types import Media
+from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
+from vlm_tune.serving.api_errors import ApiError
+from vlm_tune.serving.limits import Limits
+from vlm_tune.serving.remote import RemoteImages
+
+BASE64_SHARE = 4 / 3
+"""Characters of base64 for each byte."""
+
+
+class ImageReader:
+    """Reads the images of requests.
+
+    Args:
+        limits: What the server accepts.
+        pool: Where images are read, apart from the event loop.
+        remote: Fetches images from other hosts.
+        observe: Called with the seconds that each image took.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        pool: Executor,
+        remote: RemoteImages,
+        observe: Callable[[float], None],
+    ) -> None:
+        self._limits = limits
+        self._pool = pool
+        self._remote = remote
+        self._observe = observe
+        self._folder = None if limits.image_root is None else ImageFolder(limits.image_root)
+
+    async def __call__(self, url: str) -> Media:
+        """Returns the image at a URL, with its bytes.
+
+        Raises:
+            ApiError: The place is refused, or what is there is no image or too large.
+        """
+        begun = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        scheme = url[:8].lower()
+        try:
+            if scheme.startswith("data:"):
+                return await loop.run_in_executor(self._pool, self._from_data, url)
+            if scheme.startswith(("http://", "https://")):
+                encoded = await self._remote.fetch(url)
+                return await loop.run_in_executor(self._pool, self._checked, encoded)
+            return await loop.run_in_executor(self._pool, self._from_folder, url)
+        except DataError as error:
+            raise _bad_image(error.message) from None
+        finally:
+            self._observe(time.perf_counter() - begun)
+
+    def _from_data(self, url: str) -> Media:
+        # Before it is decoded: a text that is too long stands for too many bytes.
+        if len(url) > self._limits.image_bytes * BASE64_SHARE + 1000:
+            raise self._too_large()
+        return self._checked(data_url(url))
+
+    def _from_folder(self, name: str) -> Media:
+        """The image of a path in the folder; any other path gets one answer, whatever is there."""
+        refused = _bad_image(
+            "an image is a data URL (data:image/png;base64,...)"
+            if self._folder is None
+            else f"there is no image {quoted(name)} in the server's image folder"
+        )
+        if self._folder is None or ":" in name.split("/")[0]:
+            raise refused
+        try:
+            path = self._folder.path(name, "image")
+            with path.open("rb") as file:
+                encoded = file.read(self._limits.image_bytes + 1)
+        except (DataError, OSError):
+            raise refused from None
+        return self._checked(encoded)
+
+    def _checked(self, encoded: bytes) -> Media:
+        """The image of encoded bytes whose size is within the limits."""
+        if len(encoded) > self._limits.image_bytes:
+            raise self._too_large()
+        media = Media(encoded, label="it")
+        width, height = image_size(media)
+        if width * height > self._limits.image_pixels:
+            raise _bad_image(
+                f"{width}x{height} is more than {self._limits.image_pixels:,} pixels, the most "
+                f"that this server reads"
+            )
+        return media
+
+    def _too_large(self) -> ApiError:
+        return _bad_image(f"it has more than {self._limits.image_bytes:,} bytes")
+
+
+def _bad_image(message: str) -> ApiError:
+    return ApiError(400, message, param="messages", code="invalid_image")

@@ -1,0 +1,247 @@
+"""Starts the HTTP server, and stops it without losing answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.model.base_places import BaseArgument
+from vlm_tune.paths import check_path, reason
+from vlm_tune.quoting import quoted
+from vlm_tune.serving.app import Served, Server
+from vlm_tune.serving.engine import BatchingEngine
+from vlm_tune.serving.jobs import Engine
+from vlm_tune.serving.limits import Limits
+
+NAME = re.compile(r"[\w][\w.:-]{0,99}", re.ASCII)
+"""A model's name: it stands in URLs."""
+HEAD_SECONDS = 10
+"""Seconds in which a connection has to bring a request's head."""
+CLOSE_SECONDS = 5
+"""Seconds in which clients have to take the last of their answers when the server stops."""
+IDLE_CONNECTIONS = 512
+"""The most open connections beside those of requests in progress."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server that takes requests.
+
+    Attributes:
+        url: Its address.
+        models: The names of what it serves.
+        keyed: Whether requests need a key.
+    """
+
+    url: str
+    models: tuple[str, ...]
+    keyed: bool
+
+
+def serve(
+    model: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+    limits: Limits | None = None,
+    dtype: str | None = None,
+    base: BaseArgument = None,
+    accept_other_base: bool = False,
+    device: str | None = None,
+    started: Callable[[Started], None] | None = None,
+) -> None:
+    """Serves a model by HTTP, as OpenAI's API, until a signal stops it.
+
+    At the first SIGTERM or SIGINT no more requests are taken, and those in progress get
+    `limits.drain` seconds; a second signal ends the process at once.
+
+    Args:
+        model: a run, a checkpoint or a merged folder.
+        host: the address to listen at; 0.0.0.0 is every one of the machine's.
+        port: the port; 0 takes a free one.
+        name: the name under which requests ask for the model; its folder's where not given.
+        adapters: further models by name, such as other runs over the same base.
+        limits: what the server accepts; the defaults of `Limits` where not given.
+        dtype: bf16, fp16 or fp32; the models' own where not given.
+        base: as in `merge`, like `accept_other_base`.
+        device: as in `VisionLanguageModel.from_pretrained`.
+        started: called once requests are taken.
+
+    Raises:
+        RecipeError: an argument is invalid, or the port can't be used.
+        ModelError: a model can't be loaded.
+    """
+    check_path("model", model)
+    folders = _named_folders(model, name, adapters or {})
+    limits = limits or Limits()
+    # A port that is in use is an error before models are loaded.
+    with _bound(host, port) as listening:
+        models = {
+            each: VisionLanguageModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                base=base,
+                accept_other_base=accept_other_base,
+                device=device,
+            )
+            for each, folder in folders.items()
+        }
+        engine = BatchingEngine(models, queue=limits.queue, batch=limits.batch)
+        first = next(iter(models))
+        served = {
+            each: Served(vlm, None if each == first else first) for each, vlm in models.items()
+        }
+        server = HttpServer(Server(engine, served, limits), engine, limits)
+        address = listening.getsockname()[:2]
+        event = Started(_url(*address), tuple(models), limits.api_key is not None)
+        asyncio.run(server.run(listening, lambda: started(event) if started else None))
+
+
+def _named_folders(
+    model: str | Path, name: str | None, adapters: Mapping[str, str | Path]
+) -> dict[str, Path]:
+    """The folders of what is served, by name; the first is the model's."""
+    folders = {Path(model).resolve().name if name is None else name: Path(model)}
+    for each, folder in adapters.items():
+        check_path(f"adapter {quoted(each)}", folder)
+        if each in folders:
+            raise RecipeError([Problem("--adapter", f"two models are named {quoted(each)}")])
+        folders[each] = Path(folder)
+    for place, each in enumerate(folders):
+        if not NAME.fullmatch(each):
+            option = "--adapter" if place else "--name"
+            message = f"expected a name of letters, digits and .:_-, got {quoted(each)}"
+            raise RecipeError([Problem(option, message)])
+    return folders
+
+
+@contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that is bound to an address, and does not listen yet."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((host, port))
+        except (OSError, OverflowError) as error:
+            why = reason(error) if isinstance(error, OSError) else str(error)
+            message = f"can't listen at {quoted(host)}, port {port}: {why}"
+            raise RecipeError([Problem("--port", message)]) from None
+        yield bound
+
+
+def _url(host: str, port: int) -> str:
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+
+
+class HttpServer:
+    """Runs a server's application until a signal, or `stop`.
+
+    Args:
+        server: The server.
+        engine: Its engine, which is closed at the end.
+        limits: What it accepts.
+    """
+
+    def __init__(self, server: Server, engine: Engine, limits: Limits) -> None:
+        self._load = server.load
+        self._engine = engine
+        self._limits = limits
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                server.app(),
+                http=_PromptProtocol,
+                loop="asyncio",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                limit_concurrency=limits.requests + IDLE_CONNECTIONS,
+                timeout_graceful_shutdown=CLOSE_SECONDS,
+            )
+        )
+        self._stopping: asyncio.Task[None] | None = None
+
+    async def run(self, listening: socket.socket, started: Callable[[], None]) -> None:
+        """Answers requests at a bound socket until the server was stopped."""
+        # Its debug messages quote answers.
+        logging.getLogger("sse_starlette").setLevel(logging.INFO)
+        listening.listen(self._limits.requests)
+        loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._signalled)
+        started()
+        await self._uvicorn.serve(sockets=[listening])
+
+    def _signalled(self) -> None:
+        """Begins to stop. A second signal has its usual effect, and ends the process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        self.stop()
+
+    def stop(self) -> None:
+        """Takes no more requests, and stops once those in progress are answered; in the loop."""
+        if self._stopping is None:
+            self._load.draining = True
+            self._stopping = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            await asyncio.to_thread(self._engine.close, self._limits.drain)
+            async with asyncio.timeout(CLOSE_SECONDS):
+                while self._load.requests:
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            pass
+        finally:
+            self._uvicorn.should_exit = True
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn's server, whose signals are handled here."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals alone."""
+        yield
+
+
+class _PromptProtocol(H11Protocol):
+    """uvicorn's protocol; it closes connections that do not bring a request's head in time."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Begins a connection."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def on_response_complete(self) -> None:
+        """Ends an answer; the next request's head may come."""
+        super().on_response_complete()
+        self._expect_head()
+
+    def _expect_head(self) -> None:
+        self.loop.call_later(HEAD_SECONDS, self._close_without_head, self.cycle)
+
+    def _close_without_head(self, last: Any) -> None:
+        idle = self.cycle is last and (last is None or last.response_complete)
+        if idle and not self.transport.is_closing():
+            self.transport.close()

@@ -1,0 +1,384 @@
+"""Requests and answers of the HTTP API as they stand in JSON; OpenAI's, with further fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from vlm_tune.serving.limits import (
+    MOST_ANSWERS,
+    MOST_CHOICES,
+    MOST_MESSAGES,
+    MOST_STOPS,
+    MOST_TOP,
+)
+
+IGNORED = (
+    "user",
+    "metadata",
+    "store",
+    "safety_identifier",
+    "service_tier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+)
+"""Fields of OpenAI's API that are accepted and change nothing."""
+NO_TEMPLATE = ": a conversation is laid out by the model's chat template, which no request changes"
+NO_TOOLS = ": this server calls no tools"
+REFUSED = {
+    "chat_template": NO_TEMPLATE,
+    "chat_template_kwargs": NO_TEMPLATE,
+    "add_generation_prompt": NO_TEMPLATE,
+    "continue_final_message": NO_TEMPLATE,
+    "template": NO_TEMPLATE,
+    "tools": NO_TOOLS,
+    "tool_choice": NO_TOOLS,
+    "functions": NO_TOOLS,
+    "function_call": NO_TOOLS,
+    "parallel_tool_calls": NO_TOOLS,
+    "logit_bias": ": logits can't be changed by token",
+    "modalities": ": answers are text",
+    "audio": ": answers are text",
+    "reasoning_effort": ": the models here do not reason apart from their answer",
+    "best_of": "; use n, or num_beams",
+}
+"""Fields of other servers that are refused unless they are empty, each with the reason."""
+EMPTY: tuple[Any, ...] = (None, [], {})
+
+
+class Strict(BaseModel):
+    """A part of a request: of the stated types, without other fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _form(content: Any) -> str:
+    return "parts" if isinstance(content, list) else "text"
+
+
+class TextPart(Strict):
+    """A text within a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Strict):
+    """The place of an image."""
+
+    url: Annotated[
+        str,
+        Field(
+            description="A data URL (data:image/png;base64,...). An http(s) URL where the server "
+            "allows the host, a path where it has an image folder.",
+            examples=["data:image/png;base64,iVBORw0KGgo..."],
+        ),
+    ]
+    detail: Annotated[
+        Literal["auto", "low", "high"] | None,
+        Field(description="Has no effect: an image is read as in training."),
+    ] = None
+
+
+class ImagePart(Strict):
+    """An image within a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Text = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts"), Field(max_length=1000)],
+    Discriminator(_form),
+]
+Part = Annotated[TextPart | ImagePart, Discriminator("type")]
+Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts"), Field(max_length=1000)],
+    Discriminator(_form),
+]
+
+
+Stop = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[str], Tag("parts"), Field(max_length=MOST_STOPS)],
+    Discriminator(_form),
+]
+
+
+class SystemMessage(Strict):
+    """The system text, in place of the model's; the first message."""
+
+    role: Literal["system", "developer"]
+    content: Text
+    name: str | None = None
+
+
+class UserMessage(Strict):
+    """A question with its images, in reading order."""
+
+    role: Literal["user"]
+    content: Content
+    name: str | None = None
+
+
+class AssistantMessage(Strict):
+    """An earlier answer. A message of a completion can be sent back as it is."""
+
+    role: Literal["assistant"]
+    content: Text | None = None
+    name: str | None = None
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Discriminator("role")]
+
+
+class StreamOptions(Strict):
+    """Further settings of a stream."""
+
+    include_usage: Annotated[
+        bool, Field(description="Whether a last chunk has the numbers of tokens.")
+    ] = False
+    include_obfuscation: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """The form of the answer: any text."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(Strict):
+    """A conversation to answer, and how."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "mine",
+                    "messages": [{"role": "user", "content": "What color is it?"}],
+                    "max_tokens": 16,
+                }
+            ]
+        }
+    )
+
+    model: Annotated[
+        str,
+        Field(description="The name of a served model or adapter.", min_length=1, max_length=200),
+    ]
+    messages: Annotated[
+        list[ChatMessage],
+        Field(description="The conversation.", min_length=1, max_length=MOST_MESSAGES),
+    ]
+    stream: Annotated[
+        bool | None, Field(description="Whether the answer comes in pieces, as events.")
+    ] = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[
+        int | None, Field(ge=1, description="The most tokens of an answer; 128 by default.")
+    ] = None
+    max_completion_tokens: Annotated[
+        int | None, Field(ge=1, description="The newer name of max_tokens.")
+    ] = None
+    n: Annotated[int | None, Field(ge=1, le=MOST_ANSWERS, description="The number of answers.")] = (
+        None
+    )
+    temperature: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=2,
+            allow_inf_nan=False,
+            description="0 takes the likeliest token each time. The default is 0, and 1 where n, "
+            "top_p, top_k or min_p ask for draws.",
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        Field(ge=0, le=1, allow_inf_nan=False, description="Nucleus sampling's share."),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        Field(ge=-1, le=1_000_000, description="Likeliest tokens to draw from; 0 or -1 for all."),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        Field(ge=0, le=1, allow_inf_nan=False, description="The least share of the likeliest's."),
+    ] = None
+    seed: Annotated[
+        int | None,
+        Field(ge=-(2**63), le=2**63 - 1, description="Where draws start: the same again."),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, Field(ge=0.01, le=100, allow_inf_nan=False, description="As transformers'.")
+    ] = None
+    num_beams: Annotated[
+        int | None, Field(ge=1, le=MOST_ANSWERS, description="Beams of a search; 1 is none.")
+    ] = None
+    stop: Annotated[
+        Stop | None,
+        Field(description="Texts that end an answer, which is cut before them."),
+    ] = None
+    logprobs: Annotated[
+        bool | None, Field(description="Whether tokens come with their log-probabilities.")
+    ] = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_TOP)] = None
+    choices: Annotated[
+        Annotated[list[str], Field(min_length=2, max_length=MOST_CHOICES)] | None,
+        Field(description="Texts of which the likeliest is the answer, with all probabilities."),
+    ] = None
+    presence_penalty: Annotated[
+        float | None, Field(ge=0, le=0, description="0: there is none; see repetition_penalty.")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, Field(ge=0, le=0, description="0: there is none; see repetition_penalty.")
+    ] = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_idle_fields(cls, fields: Any) -> Any:
+        """Leaves out fields of OpenAI's API that change nothing, and empty ones of others."""
+        if not isinstance(fields, Mapping):
+            return fields
+        return {
+            name: field
+            for name, field in fields.items()
+            if not (name in IGNORED or (name in REFUSED and field in EMPTY))
+        }
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+class TopLogprob(BaseModel):
+    """A token with its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """A token of an answer, and the likeliest ones at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(BaseModel):
+    """The log-probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AnswerMessage(BaseModel):
+    """An answer's text."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class CompletionChoice(BaseModel):
+    """One of the answers. `probabilities` are those of a request's `choices`."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: Logprobs | None = None
+    finish_reason: Literal["stop", "length"]
+    probabilities: dict[str, float] | None = None
+
+
+class Usage(BaseModel):
+    """Numbers of tokens; a prompt's include those of its images."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    """The answers to a request."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    """More text of an answer."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    """One of the answers, in a chunk."""
+
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    probabilities: dict[str, float] | None = None
+
+
+class Chunk(BaseModel):
+    """An event of a stream. A last one may have the numbers of tokens and no choices."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    """A served model. `parent` is the model whose base an adapter shares."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "vlm_tune"
+    parent: str | None = None
+    max_model_len: int
+    max_images: int
+    max_tokens: int
+
+
+class ModelList(BaseModel):
+    """The served models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    """The state of the server: it takes requests, or stops."""
+
+    status: Literal["ok", "draining"]
+
+
+class ErrorDetail(BaseModel):
+    """The fault of a request."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """An error."""
+
+    error: ErrorDetail
