@@ -29,8 +29,9 @@ from vlm_tune.exporting.hf_llava import verify_llava
 from vlm_tune.exporting.source import Expected, count_parameters, expected_of, text_config
 from vlm_tune.exporting.verify import observe, probe_rows
 from vlm_tune.generation.chat import VisionLanguageModel
-from vlm_tune.model.checkpoint import load_model, read_config
+from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.committed_folders import verify_folder
+from vlm_tune.model.restoring import read_config
 
 WITHOUT_EFFECT = ("post_layernorm", "k_proj.bias")
 """A norm that no feature passes, and biases that add one number to all of a query's scores."""

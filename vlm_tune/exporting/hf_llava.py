@@ -29,8 +29,9 @@ from vlm_tune.exporting.source import (
 )
 from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.model.base_places import BaseChoice
-from vlm_tune.model.checkpoint import find_model, read_config
+from vlm_tune.model.checkpoint import find_model
 from vlm_tune.model.pretrained.tokenizer import pin_tokenizer
+from vlm_tune.model.restoring import read_config
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters, check_loading
 from vlm_tune.precision import DTYPES

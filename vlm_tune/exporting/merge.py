@@ -18,9 +18,10 @@ from vlm_tune.evaluation.evaluate import score
 from vlm_tune.exporting.card import described_parts, model_card
 from vlm_tune.exporting.verify import TOLERANCE, largest_difference, observe, probe_rows
 from vlm_tune.model.base_places import AS_SAVED, BaseArgument, BaseChoice, base_choice
-from vlm_tune.model.checkpoint import find_model, load_model, read_config, save_model
+from vlm_tune.model.checkpoint import find_model, load_model, save_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.lora import merge_adapter
+from vlm_tune.model.restoring import read_config
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters
 from vlm_tune.paths import check_path, check_writable, writing

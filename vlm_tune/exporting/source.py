@@ -16,11 +16,12 @@ from vlm_tune.errors import ModelError
 from vlm_tune.exporting.merge import merged_model
 from vlm_tune.exporting.verify import TOLERANCE, observe, plain_probe, probe_rows
 from vlm_tune.model.base_places import BaseChoice
-from vlm_tune.model.checkpoint import ADAPTERS, PROMPT, load_model
+from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.committed_folders import commit_folder
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.pretrained.language_model import llm_config
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
+from vlm_tune.model.restoring import ADAPTERS, PROMPT
 from vlm_tune.model.vision.registry import build_tower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters

@@ -11,6 +11,7 @@ import torch
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import Example
 from vlm_tune.errors import ArgumentError, ModelError
+from vlm_tune.generation.adapters import Adapters
 from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat_session import Chat
@@ -18,8 +19,9 @@ from vlm_tune.generation.choices import check_not_generated, choices_of_each, ch
 from vlm_tune.generation.requests import request_conversation
 from vlm_tune.generation.streaming import streamed
 from vlm_tune.model.base_places import BaseArgument, base_choice
-from vlm_tune.model.checkpoint import load_model, save_model
+from vlm_tune.model.checkpoint import save_model
 from vlm_tune.model.language.decoding import Decoding, Settings, check_count
+from vlm_tune.model.shared_base import load_shared
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import check_path
 from vlm_tune.precision import device_of, dtype_of
@@ -50,7 +52,13 @@ class VisionLanguageModel(VisionLanguageNetwork):
     It adds `chat`, `answer`, `stream`, `start_chat`, `from_pretrained` and `save_pretrained` to its
     base class `VisionLanguageNetwork`, which is the forward pass alone: tower, connector, splice,
     LLM. Several threads may ask one model at once.
+
+    Attributes:
+        over_base: The further models that `load_adapter` loaded over the same base weights; None
+            where `from_pretrained` did not load this model.
     """
+
+    over_base: Adapters[VisionLanguageModel] | None = None
 
     def chat(
         self,
@@ -219,13 +227,69 @@ class VisionLanguageModel(VisionLanguageNetwork):
             RecipeError: an argument is not a path.
         """
         check_path("path", path)
-        return load_model(
+        model, shared = load_shared(
             Path(path),
             dtype=dtype_of(dtype),
             base=base_choice(base, accept_other_base),
             device=device_of(device),
             model_class=cls,
         )
+        model.over_base = Adapters(shared)
+        return model
+
+    def load_adapter(self, path: str | Path, name: str) -> VisionLanguageModel:
+        """Loads a further run that was trained over the same base weights.
+
+        The base is in memory once. The run's LoRA adapters, connector, virtual tokens, trained rows
+        and, if it is another one, its tower are its own. No model's answers depend on the others,
+        so several threads may ask several adapters at once. Nothing has to be switched on: the
+        adapter's model is what answers.
+
+        Args:
+            path: the run, checkpoint or model folder.
+            name: the name for `adapter` and `delete_adapter`.
+
+        Returns:
+            The model, in this one's dtype and on its device, in eval mode.
+
+        Raises:
+            ModelError: its LLM's base weights are not this model's, or this model is not one that
+                `from_pretrained` loaded; or as `from_pretrained`.
+            ArgumentError: the name is no text, or is taken.
+            RecipeError: the path is not one.
+        """
+        check_path("path", path)
+        adapters = self._loaded()
+        model = adapters.load(Path(path), name, type(self))
+        model.over_base = adapters
+        return model
+
+    def adapter(self, name: str) -> VisionLanguageModel:
+        """The model that `load_adapter` loaded under a name.
+
+        Raises `ArgumentError` if there is none.
+        """
+        return self._loaded().get(name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Forgets the adapter of that name; its memory is free when nobody uses its model.
+
+        Raises `ArgumentError` if there is none.
+        """
+        self._loaded().delete(name)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The names of the adapters that are loaded over this model's base."""
+        return () if self.over_base is None else self.over_base.names
+
+    def _loaded(self) -> Adapters[VisionLanguageModel]:
+        if self.over_base is None:
+            raise ModelError(
+                "adapters are loaded over a model that from_pretrained loaded; this one is built "
+                "or copied"
+            )
+        return self.over_base
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a folder for `from_pretrained`, with all weights except unchanged base weights."""

@@ -90,7 +90,8 @@ def _file_digests(path: Path) -> dict[str, str]:
     return digests
 
 
-def _whole_file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """The digest of a whole file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST]
 
@@ -117,21 +118,27 @@ def llm_base(llm: Llm) -> Base:
         return Base(
             name=name,
             revision=revision,
-            tensors={llm.gguf_file: _whole_file_digest(folder / llm.gguf_file)},
+            tensors={llm.gguf_file: file_digest(folder / llm.gguf_file)},
         )
     vlm = find_vlm(name)
+    whole = folder_base(folder)
+    tensors = {
+        key: value for key, value in whole.tensors.items() if vlm is None or not vlm.foreign(key)
+    }
+    return whole.model_copy(update={"name": name, "revision": revision, "tensors": tensors})
+
+
+def folder_base(folder: Path) -> Base:
+    """The fingerprint of a language model's folder. Raises `ModelError` as `llm_base`."""
     tensors: dict[str, str] = {}
     for file in check_folder(folder):
-        digests = _file_digests(file)
-        tensors |= {
-            key: value for key, value in digests.items() if vlm is None or not vlm.foreign(key)
-        }
+        tensors |= _file_digests(file)
     config = {
         key: value
         for key, value in read_json(folder / "config.json").items()
         if key not in UNSHAPED
     }
-    return Base(name=name, revision=revision, config=config, tensors=tensors)
+    return Base(name=str(folder), config=config, tensors=tensors)
 
 
 def tower_base(section: AnyTower, tower: nn.Module) -> Base:

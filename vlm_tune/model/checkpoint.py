@@ -23,58 +23,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from vlm_tune.compat import without_harmless_warnings
 from vlm_tune.errors import ModelError
-from vlm_tune.kernels.cpu.native import kernel_status
 from vlm_tune.model.base_places import (
     AS_SAVED,
     NOTES,
     BaseChoice,
     BaseNotes,
-    moved,
     places_of,
-    read_notes,
 )
-from vlm_tune.model.base_weights import check_same, llm_base, tower_base
-from vlm_tune.model.build import CONNECTOR, TOWER, WORDS, assemble, restore_tower
-from vlm_tune.model.committed_folders import commit_folder, is_whole, verify_folder
-from vlm_tune.model.hub import read_json
-from vlm_tune.model.language.virtual_tokens import read_prompt, write_prompt
+from vlm_tune.model.build import CONNECTOR, TOWER, WORDS
+from vlm_tune.model.committed_folders import commit_folder, is_whole
+from vlm_tune.model.language.virtual_tokens import write_prompt
 from vlm_tune.model.lora import (
     PISSA,
     adapter_state,
-    attach_adapter,
     clean,
     is_adapter,
     is_pissa,
-    load_adapter_state,
     parts,
     plain_config,
 )
-from vlm_tune.model.pretrained.connector_weights import load_words
-from vlm_tune.model.pretrained.language_model import bare_llm, load_llm
-from vlm_tune.model.pretrained.tokenizer import load_tokenizer, pin_tokenizer
-from vlm_tune.model.vision.base import VisionTower
-from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
+from vlm_tune.model.pretrained.tokenizer import pin_tokenizer
+from vlm_tune.model.restoring import (
+    ADAPTERS,
+    BESIDE,
+    PROMPT,
+    assemble_saved,
+    load_base,
+    located,
+    read_saved,
+)
+from vlm_tune.model.vlm import Network, VisionLanguageNetwork
 from vlm_tune.model.weights import (
     CPU,
     cast_parameters,
-    load_into,
-    read_safetensors,
     whole_state,
     write_safetensors,
 )
 from vlm_tune.paths import is_file, is_folder, shown_path
 from vlm_tune.precision import DTYPES
-from vlm_tune.quoting import reason_of
-
-ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
-PROMPT = "prompt"
-BESIDE = "llm.safetensors"
-
 
 # --- saving ---------------------------------------------------------------------------------------
 
@@ -213,20 +203,6 @@ def find_model(path: Path) -> Path:
     )
 
 
-def read_config(folder: Path, base: BaseChoice = AS_SAVED) -> VisionLanguageConfig:
-    """The config of a model folder, with the current locations of its base weights.
-
-    Raises `ModelError` if it is not a vlm_tune model folder, or base weights are gone.
-    """
-    try:
-        config = VisionLanguageConfig.model_validate(read_json(folder / "config.json"))
-    except ValidationError as error:
-        raise ModelError(
-            f"{folder}: config.json is not a vlm_tune model's ({reason_of(error)})"
-        ) from None
-    return config.model_copy(update={"model": moved(folder, config.model, base)})
-
-
 def load_model(
     path: Path,
     *,
@@ -259,14 +235,24 @@ def load_model(
             quantize=quantize,
             adapters=adapters,
             base=base,
-            device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            device=device or default_device(),
             model_class=model_class,
         )
+    return ready(model, dtype or DTYPES[model.config.precision])
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def ready(model: Network, dtype: torch.dtype) -> Network:
+    """Puts a restored model in eval mode, frozen, with all its weights in `dtype`."""
     for module in (model.tower, model.connector):
-        cast_parameters(module, dtype or DTYPES[model.config.precision])
+        cast_parameters(module, dtype)
     for name in model.beside:
         parameter = model.llm.model.get_parameter(name)
-        parameter.data = parameter.data.to(dtype or DTYPES[model.config.precision])
+        parameter.data = parameter.data.to(dtype)
     return model.requires_grad_(False).eval()
 
 
@@ -296,130 +282,7 @@ def restore_model(
     Raises:
         ModelError: as `load_model`.
     """
-    kernel_status()
-    verify_folder(folder)
-    notes = read_notes(folder)
-    changed = _parts_inside(folder)
-    config = read_config(folder, base) if quantize else _unquantized(read_config(folder, base))
-    local = Path(str(config.llm.name)).is_dir()
-    if local:  # before the weights are loaded, which takes longer
-        _check_llm(folder, config, notes, base)
-    tower = _checked_tower(folder, config, notes, base)
-    precision = dtype or DTYPES[config.precision]
-    llm_folder = folder / "llm" if "llm" in changed else None
-    if bare:
-        language = bare_llm(config.llm, precision, folder=llm_folder)
-    else:
-        language = load_llm(
-            config.llm, dtype=precision, device=device, folder=llm_folder, quantize=quantize
-        )
-        if not local:  # the hub's files are downloaded only now
-            _check_llm(folder, config, notes, base)
-    model = assemble(
-        config,
-        tower,
-        load_tokenizer(config.llm, folder),
-        language,
-        load_words(config.model.connector, folder / WORDS),
-        changed=changed,
-        model_class=model_class,
-    )
-    model.changed = changed
-    model.bases = notes.parts
-    load_into(model.connector, read_safetensors(folder / CONNECTOR), folder / CONNECTOR)
-    if adapters:
-        _read_tuned(model, folder, bare=bare)
+    saved = located(read_saved(folder), base, quantize=quantize)
+    weights = load_base(saved, dtype=dtype, bare=bare, base=base, device=device, quantize=quantize)
+    model = assemble_saved(saved, weights, adapters=adapters, bare=bare, model_class=model_class)
     return model if bare else model.to(device)
-
-
-def _unquantized(config: VisionLanguageConfig) -> VisionLanguageConfig:
-    """The config with an LLM that is not quantised."""
-    section = config.model.model_copy(
-        update={"llm": config.llm.model_copy(update={"quantize": None})}
-    )
-    return config.model_copy(update={"model": section})
-
-
-def _check_llm(
-    folder: Path, config: VisionLanguageConfig, notes: BaseNotes, base: BaseChoice
-) -> None:
-    """Raises `ModelError` if the LLM's base weights are not those that the model was saved with."""
-    if "llm" in notes.parts:
-        check_same(folder, "llm", notes.parts["llm"], llm_base(config.llm), base)
-
-
-def _checked_tower(
-    folder: Path, config: VisionLanguageConfig, notes: BaseNotes, base: BaseChoice
-) -> VisionTower:
-    """The tower, with the folder's weights or its name's, checked as `_check_llm` does."""
-    weights = folder / TOWER
-    tower = restore_tower(
-        config.model.tower, config.tower_rebuild, weights if weights.is_file() else None
-    )
-    if "tower" in notes.parts:
-        check_same(
-            folder, "tower", notes.parts["tower"], tower_base(config.model.tower, tower), base
-        )
-    return tower
-
-
-def _parts_inside(folder: Path) -> set[str]:
-    """The parts whose own weights are in the folder: the tower, the LLM, both or none."""
-    return ({"tower"} if (folder / TOWER).is_file() else set[str]()) | (
-        {"llm"} if (folder / "llm").is_dir() else set()
-    )
-
-
-def _read_tuned(model: VisionLanguageNetwork, folder: Path, *, bare: bool) -> None:
-    """Loads adapters, virtual tokens and individually trained weights, as far as there are any.
-
-    A `bare` LLM gets no individually trained weights.
-    """
-    if (folder / BESIDE).is_file() and not bare:
-        _read_beside(model, folder / BESIDE)
-    for part, name in ADAPTERS.items():
-        if (folder / name).is_dir():
-            read_adapter(model, part, folder / name)
-    if (folder / PROMPT).is_dir():
-        model.llm.prompt = read_prompt(folder / PROMPT)
-
-
-def _read_beside(model: VisionLanguageNetwork, path: Path) -> None:
-    """Loads the LLM's individually trained weights over those of its base, exactly as saved."""
-    tensors = read_safetensors(path)
-    parameters = dict(model.llm.model.named_parameters(remove_duplicate=False))
-    for name, value in tensors.items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            expected = (
-                list(parameters[name].shape) if name in parameters else "nothing of that name"
-            )
-            raise ModelError(
-                f"{path} does not fit the model: {name} is {list(value.shape)}, "
-                f"and the LLM has {expected}"
-            )
-        parameters[name].data = value
-    model.beside = set(tensors)
-
-
-def read_adapter(model: VisionLanguageNetwork, part: str, folder: Path) -> None:
-    """Loads a PEFT folder's adapter into a part.
-
-    Raises `ModelError` if one of its tensors matches no LoRA layer, or a LoRA layer gets no tensor.
-    """
-    from peft import LoraConfig
-
-    try:
-        config = LoraConfig.from_pretrained(
-            str(folder / PISSA if (folder / PISSA).is_dir() else folder)
-        )
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{folder}: no LoRA adapter ({reason_of(error)})") from None
-    tensors = read_safetensors(folder / "adapter_model.safetensors")
-    try:
-        attach_adapter(model, part, config)
-    except ValueError as error:
-        raise ModelError(
-            f"{folder}: the adapter fits no layer of the {part}: {reason_of(error)}"
-        ) from None
-    fault = f"{folder}: the adapter does not fit the {part}"
-    load_adapter_state(parts(model)[part], tensors, fault)
