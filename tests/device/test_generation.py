@@ -100,7 +100,8 @@ def test_a_static_cache_gives_what_a_growing_one_gives(
         # Many ids end an answer, so that answers end one after the other.
         continuation = Continuation(branches, picker, list(range(2, 400, 6)), 8)
         counts = list(continuation.run(look_every=1))
-        outcomes.append((counts, continuation.ids.tolist(), continuation.logprobs))
+        assert continuation.logprobs is not None
+        outcomes.append((counts, continuation.ids.tolist(), continuation.logprobs.chosen))
     (counts, grown, of_grown), (_, fixed, of_fixed) = outcomes
     assert len(counts) > 2 and (counts, grown) == (outcomes[1][0], fixed)
     torch.testing.assert_close(of_fixed, of_grown, rtol=1e-4, atol=1e-5)

@@ -17,6 +17,7 @@ from tests.helpers.tiny_models import png
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.errors import ArgumentError
 from vlm_tune.generation import answering, streaming
+from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.generation.picking import Picker, draws
 from vlm_tune.generation.requests import request_conversation
@@ -121,8 +122,13 @@ def test_an_answers_draws_depend_on_the_seed_and_its_number_alone() -> None:
 
 
 @torch.no_grad()
-def by_forward(model: VisionLanguageModel, request: Any, ids: tuple[int, ...]) -> list[float]:
-    """Log-probabilities of an answer by one forward pass of transformers over prompt and answer."""
+def by_forward(
+    model: VisionLanguageModel, request: Any, ids: tuple[int, ...]
+) -> tuple[list[float], list[dict[int, float]]]:
+    """Log-probabilities of an answer by one forward pass of transformers over prompt and answer.
+
+    Also those of the three likeliest tokens in each place.
+    """
     (prompt,) = model.processor.prompts([request_conversation(1, request)])
     embeds = model.embed(collate([prompt], model.processor.spec, fetch=model.processor.images))
     written = torch.tensor([ids])
@@ -133,7 +139,21 @@ def by_forward(model: VisionLanguageModel, request: Any, ids: tuple[int, ...]) -
     else:
         whole = torch.cat([embeds, llm.embed(written)], 1)
         logits = llm.model(inputs_embeds=whole).logits[:, embeds.shape[1] - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, written[..., None])[0, :, 0].tolist()
+    logprobs = logits.log_softmax(-1)[0]
+    top = [
+        {int(token): float(row[token]) for token in row.argsort(descending=True)[:3]}
+        for row in logprobs
+    ]
+    return logprobs.gather(-1, written[0, :, None])[:, 0].tolist(), top
+
+
+def assert_likelihoods(answer: Answer, logprobs: Any, top: Any) -> None:
+    """Asserts the log-probabilities of an answer's tokens and of the likeliest ones."""
+    assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+    assert answer.top_logprobs is not None
+    for place, expected in zip(answer.top_logprobs, top, strict=True):
+        assert place == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert list(place.values()) == sorted(place.values(), reverse=True)
 
 
 @both_llms
@@ -142,18 +162,25 @@ def test_log_probabilities_are_those_of_the_model(
 ) -> None:
     """Of the tokens before any temperature and penalty, as a forward pass over them has."""
     model = talkative(tiny_recipe(llm))
-    settings: dict[str, Any] = {"logprobs": True, "max_new_tokens": 7, **DRAWN}
-    answers = model.answer_batch(REQUESTS, **settings)
+    noted: dict[str, Any] = {"logprobs": True, "top_logprobs": 3, "max_new_tokens": 7}
+    answers = model.answer_batch(REQUESTS, **noted, **DRAWN)
     for request, answer in zip(REQUESTS, answers, strict=True):
-        assert answer.logprobs == pytest.approx(by_forward(model, request, answer.ids), abs=1e-4)
-        (alone,) = model.answer_batch([request], **settings)
-        assert alone.logprobs == pytest.approx(answer.logprobs, abs=1e-4)
-    greedy = model.answer("hello", logprobs=True, max_new_tokens=7)
-    assert greedy.logprobs == pytest.approx(by_forward(model, "hello", greedy.ids), abs=1e-4)
+        assert_likelihoods(answer, *by_forward(model, request, answer.ids))
+        (alone,) = model.answer_batch([request], **noted, **DRAWN)
+        assert_likelihoods(alone, answer.logprobs, answer.top_logprobs)
+    greedy = model.answer("hello", **noted)
+    assert_likelihoods(greedy, *by_forward(model, "hello", greedy.ids))
+    chat = model.start_chat(**noted)
+    for question in ("hello", "and now?"):
+        answer = chat.ask(question)
+        (*before, _) = chat.messages
+        whole = model.answer(messages=before, **noted)
+        assert_likelihoods(answer, whole.logprobs, whole.top_logprobs)
+    assert model.answer("hello", logprobs=True, max_new_tokens=2).top_logprobs is None
     by_transformers()
-    theirs = model.answer_batch(REQUESTS, **settings)
+    theirs = model.answer_batch(REQUESTS, **noted, **DRAWN)
     for one, other in zip(theirs, answers, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert_likelihoods(one, other.logprobs, other.top_logprobs)
 
 
 @both_llms
@@ -240,6 +267,9 @@ def test_why_an_answer_ended_is_said(
         ({"num_beams": 2, "temperature": 1.0}, "num_beams above 1 is a search"),
         ({"num_beams": 2, "logprobs": True}, "logprobs are those of greedy search"),
         ({"logprobs": 1}, "logprobs is True or False"),
+        ({"top_logprobs": 5}, "set logprobs=True"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs is a whole number from 0 to 20"),
+        ({"top_logprobs": True, "logprobs": True}, "top_logprobs is a whole number from 0 to 20"),
         ({"top_p": 0.5}, "top_p has no effect where no token is drawn"),
         ({"seed": 3}, "seed has no effect where no token is drawn"),
         ({"stop_strings": [""]}, "stop_strings is a text or a list of texts, none empty"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -17,6 +19,7 @@ from vlm_tune.data.chat.tokenize import TextEncoder
 from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.generation import answering, streaming
 from vlm_tune.generation.answers import AnswerReader
+from vlm_tune.generation.logprobs import TokenLogprobs
 
 Recipes = Callable[..., str]
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
@@ -113,7 +116,10 @@ def test_what_later_tokens_may_change_is_held_back() -> None:
     assert shown("ab\n") == "ab"
     answer = reader.answer([ord(each) for each in "ab END more"], None)
     assert (answer.text, answer.finish_reason, len(answer.ids)) == ("ab", "stop", 6)
-    assert reader.answer([97, 0, 98], [-1.0, -2.0, -3.0]).logprobs == (-1.0,)
+    logprobs = TokenLogprobs.of(torch.zeros(3, 4).log_softmax(-1), torch.tensor([1, 2, 3]), 2)
+    answer = reader.answer([97, 0, 98], logprobs)
+    assert answer.logprobs == pytest.approx([-math.log(4)])
+    assert answer.top_logprobs is not None and len(answer.top_logprobs) == 1
 
 
 class _Bytes:

@@ -204,9 +204,9 @@ class _Job:
         for _ in continuation.run(look_interval(self.model.device)):
             pass
         ids = continuation.ids.tolist()
-        logprobs = None if continuation.logprobs is None else continuation.logprobs.tolist()
+        logprobs = continuation.logprobs
         return [
-            [self.reader.answer(ids[row][k], None if logprobs is None else logprobs[row][k])]
+            [self.reader.answer(ids[row][k], None if logprobs is None else logprobs[row, k])]
             for row, tree in enumerate(rows)
             for k in range(len(tree.members))
         ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlm_tune.data.chat.processor import Processor
+from vlm_tune.generation.logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Answer:
         logprobs: The log-probabilities of the ids under the model, before any temperature or
             penalty, if they were asked for. For an answer by `choices` they are those of the
             choice's tokens, its end included.
+        top_logprobs: With `top_logprobs` above 0, for each id the log-probabilities of the
+            likeliest tokens in its place, by id, the likeliest first.
         alternatives: The further answers, of `num_return_sequences` above 1.
         probabilities: Of `choices`: the probability of each choice, which add up to 1.
     """
@@ -29,6 +32,7 @@ class Answer:
     finish_reason: Literal["stop", "length"]
     ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[dict[int, float], ...] | None = None
     alternatives: tuple[Answer, ...] = ()
     probabilities: dict[str, float] | None = None
 
@@ -55,10 +59,10 @@ class AnswerReader:
         self.stop_ids = processor.stop_ids
         self.stop_strings = stop_strings
 
-    def answer(self, ids: Sequence[int], logprobs: Sequence[float] | None) -> Answer:
+    def answer(self, ids: Sequence[int], logprobs: TokenLogprobs | None) -> Answer:
         """The answer of new ids, which may go on after its end.
 
-        `logprobs` are those of the ids, and as many or more.
+        `logprobs` are those of the ids [N], and as many or more.
         """
         answer_ids = up_to_stop(ids, self.stop_ids)
         ended = len(answer_ids) < len(ids)
@@ -72,11 +76,13 @@ class AnswerReader:
         # Of an answer that was broken off inside a character, the bytes before it are text.
         broken = 0 if ended else _unfinished(self.processor.encoder.trailing_bytes(answer_ids))
         text = self.processor.raw_text(answer_ids[: len(answer_ids) - broken])
+        count = len(answer_ids)
         return Answer(
             self._cut(text).strip(),
             "stop" if ended else "length",
             tuple(answer_ids),
-            None if logprobs is None else tuple(logprobs[: len(answer_ids)]),
+            None if logprobs is None else tuple(logprobs.chosen[:count].tolist()),
+            None if logprobs is None else logprobs.likeliest(count),
         )
 
     def holds_stop(self, ids: Sequence[int]) -> bool:

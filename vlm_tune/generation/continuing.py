@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from vlm_tune.generation.logprobs import TokenLogprobs
 from vlm_tune.generation.picking import Picker
 from vlm_tune.model.language.base import Branches
 
@@ -33,7 +34,7 @@ class Continuation:
 
     Attributes:
         ids: The answers int64[B, K, N], filled up with the first stop id.
-        logprobs: The log-probabilities fp32[B, K, N] of the ids, if they are wanted.
+        logprobs: The log-probabilities [B, K, N] of the ids, if they are wanted.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class Continuation:
         self.ends = ends
         self.stops = torch.tensor(stop_ids, device=device)
         self.ids = self.stops[0].repeat(*shape, new_tokens)
-        self.logprobs: torch.Tensor | None = None
+        self.logprobs: TokenLogprobs | None = None
         if picker.decoding.logprobs:
-            self.logprobs = torch.zeros(*shape, new_tokens, device=device)
+            count = picker.decoding.top_logprobs
+            self.logprobs = TokenLogprobs.zeros((*shape, new_tokens), count, device)
         # Of the branches that are still continued: their places in a row, and whether they ended.
         self.places = torch.arange(shape[1], device=device).expand(shape)
         self.ended = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -91,12 +93,12 @@ class Continuation:
         places = self.places[..., None].expand(-1, -1, count)
         return self.ids[..., :count].gather(1, places)
 
-    def _write(self, step: int, tokens: torch.Tensor, logprobs: torch.Tensor | None) -> None:
+    def _write(self, step: int, tokens: torch.Tensor, logprobs: TokenLogprobs | None) -> None:
         self.tokens = tokens
         answers = torch.where(self.ended, self.stops[0], tokens)
         self.ids[..., step].scatter_(1, self.places, answers)
         if self.logprobs is not None and logprobs is not None:
-            self.logprobs[..., step].scatter_(1, self.places, logprobs)
+            self.logprobs.write(step, self.places, logprobs)
         self.ended = self.ended | (tokens[..., None] == self.stops).any(-1)
 
     def _unfinished(self, count: int) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from vlm_tune.data.types import Batch
 from vlm_tune.generation.answers import AnswerReader
+from vlm_tune.generation.logprobs import TokenLogprobs
 from vlm_tune.generation.picking import Picker
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -25,8 +26,8 @@ def generated(
     reader: AnswerReader,
     streamer: Any = None,
     criterion: Any = None,
-) -> tuple[list[list[int]], list[list[float]] | None]:
-    """Generates the new ids of rows, and if they are wanted the ids' log-probabilities.
+) -> tuple[list[list[int]], TokenLogprobs | None]:
+    """Generates the new ids of rows, and if they are wanted the ids' log-probabilities [B, N].
 
     Args:
         model: the model.
@@ -60,7 +61,7 @@ def generated(
         streamer=streamer,
     )
     if isinstance(processor, _Picking) and decoding.logprobs:
-        return ids.tolist(), torch.stack(processor.logprobs, 1).tolist()
+        return ids.tolist(), TokenLogprobs.stacked(processor.logprobs)
     return ids.tolist(), None
 
 
@@ -72,7 +73,7 @@ class _Picking:
 
     def __init__(self, picker: Picker) -> None:
         self.picker = picker
-        self.logprobs: list[torch.Tensor] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.begin: int | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from vlm_tune.data.types import Example
+from vlm_tune.generation.logprobs import TokenLogprobs
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding, largest
 
@@ -92,13 +93,13 @@ class Picker:
 
     def of_hidden(
         self, hidden: torch.Tensor, written: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, TokenLogprobs | None]:
         """Chooses by hidden states [B, K, E] of the branches' last tokens.
 
         `written` int64[B, K, n] are the answers so far.
 
         Returns:
-            Tokens int64[B, K], and if they are wanted their log-probabilities fp32[B, K].
+            Tokens int64[B, K], and if they are wanted their log-probabilities [B, K].
         """
         llm = self.llm
         if self.decoding.plain and llm.rule is not None and llm.rule.rising:
@@ -109,7 +110,7 @@ class Picker:
 
     def of_logits(
         self, logits: torch.Tensor, written: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, TokenLogprobs | None]:
         """As `of_hidden`, by logits fp32[B, K, V]."""
         scores = self.penalised(logits.flatten(0, 1), written.flatten(0, 1))
         if self.numbers is None:
@@ -121,7 +122,7 @@ class Picker:
         tokens = tokens.unflatten(0, logits.shape[:2])
         if not self.decoding.logprobs:
             return tokens, None
-        return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        return tokens, TokenLogprobs.of(logits, tokens, self.decoding.top_logprobs)
 
     def penalised(self, scores: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
         """Scores [R, V] after the penalty for ids in the prompts and in answers int64[R, n].

@@ -67,8 +67,7 @@ def pieces(continuation: Continuation, reader: AnswerReader) -> Pieces:
     answer = yield from _pieces((continuation.ids[0, 0, :n].tolist() for n in counts), reader)
     if continuation.logprobs is None:
         return answer
-    logprobs = continuation.logprobs[0, 0].tolist()
-    return reader.answer(continuation.ids[0, 0].tolist(), logprobs)
+    return reader.answer(continuation.ids[0, 0].tolist(), continuation.logprobs[0, 0])
 
 
 class ShownText:

@@ -16,6 +16,8 @@ MOST = 1_000_000
 """The largest number of tokens or beams that is accepted; more is taken for a mistake."""
 COLDEST = 0.0001
 """The least temperature above 0; logits that are divided by less may overflow."""
+MOST_LIKELIEST = 20
+"""The most likeliest tokens of a place that are returned, as in OpenAI's interface."""
 DRAWING = ("top_p", "top_k", "min_p", "seed")
 """Settings that have an effect only where tokens are drawn."""
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -48,6 +50,7 @@ class Settings(TypedDict, total=False):
     stop_strings: str | Sequence[str]
     seed: int | None
     logprobs: bool
+    top_logprobs: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Decoding:
         seed: Where the draws of every prompt start, so that its answer is the same in a batch and
             alone. None draws others each time.
         logprobs: Whether log-probabilities of the tokens are returned.
+        top_logprobs: The number of likeliest tokens, up to 20, whose log-probabilities are returned
+            for each token of an answer, beside `logprobs`.
 
     Raises:
         ArgumentError: A setting is of the wrong type, out of range, or without effect beside the
@@ -88,6 +93,7 @@ class Decoding:
     stop_strings: str | Sequence[str] = ()
     seed: int | None = None
     logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         check_count("max_new_tokens", self.max_new_tokens)
@@ -101,12 +107,10 @@ class Decoding:
         _check_range("top_p", self.top_p, 0, 1)
         _check_range("min_p", self.min_p, 0, 1)
         _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100)
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ArgumentError(f"top_k is a whole number from 0 on, got {quoted(self.top_k)}")
-        if self.seed is not None and (
-            isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0
-        ):
-            raise ArgumentError(f"seed is a whole number from 0 on, got {quoted(self.seed)}")
+        _check_whole("top_k", self.top_k)
+        _check_whole("top_logprobs", self.top_logprobs, MOST_LIKELIEST)
+        if self.seed is not None:
+            _check_whole("seed", self.seed)
         if not isinstance(self.logprobs, bool):
             raise ArgumentError(f"logprobs is True or False, got {quoted(self.logprobs)}")
         stops = (self.stop_strings,) if isinstance(self.stop_strings, str) else self.stop_strings
@@ -142,6 +146,8 @@ class Decoding:
                     f"num_return_sequences {self.num_return_sequences} is above num_beams "
                     f"{self.num_beams}"
                 )
+        if self.top_logprobs and not self.logprobs:
+            raise ArgumentError("top_logprobs are returned beside logprobs: set logprobs=True")
         if self.logprobs and self.num_beams > 1:
             raise ArgumentError("logprobs are those of greedy search or of draws: set num_beams 1")
 
@@ -176,6 +182,14 @@ def check_count(name: str, value: Any, most: int = MOST) -> None:
     """Raises `ArgumentError` unless a value is an integer from 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise ArgumentError(f"{name} is a whole number from 1 to {most:,}, got {quoted(value)}")
+
+
+def _check_whole(name: str, value: Any, most: int | None = None) -> None:
+    """Raises `ArgumentError` unless a value is an integer from 0 to `most`, or from 0 on."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < 0 or (most is not None and value > most):
+        upper = "on" if most is None else f"to {most}"
+        raise ArgumentError(f"{name} is a whole number from 0 {upper}, got {quoted(value)}")
 
 
 def _check_range(name: str, value: Any, least: float, most: float) -> None:
