@@ -192,6 +192,11 @@ class Augment(Config):
     crop: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="smallest share of the area that a random crop keeps"
     )
+    zoom_out: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="smallest share of the sides to which the image shrinks, on its border's "
+        "median colour",
+    )
     flip: Fraction = Field(default=0.0, description="probability of a left-right mirror image")
     transpose: Fraction = Field(
         default=0.0, description="probability of exchanging height and width (square images only)"
@@ -208,6 +213,7 @@ class Augment(Config):
     hue: Annotated[float, Field(ge=0, le=0.5)] = Field(
         default=0.0, description="largest turn of the hue, as a share of the circle"
     )
+    grey: Fraction = Field(default=0.0, description="probability of an image without colours")
     noise: Fraction = Field(
         default=0.0, description="standard deviation of added Gaussian noise, as a share of white"
     )

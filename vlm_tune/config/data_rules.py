@@ -9,6 +9,7 @@ from vlm_tune.config.yaml_source import value_at
 
 UNMOVED = {
     "crop": 1,
+    "zoom_out": 1,
     "flip": 0,
     "transpose": 0,
     "shift": 0,
@@ -39,7 +40,7 @@ def _augment_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
         return []
     message = (
         "tiles are cut first, so each would move by itself; with model.tower.tiles images take "
-        "colour, hue and noise"
+        "colour, hue, grey and noise"
     )
     return [
         (("data", "augment", key), message)

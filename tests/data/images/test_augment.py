@@ -16,17 +16,25 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional
 
 from vlm_tune.config.data import Augment, RandAugment
-from vlm_tune.data.images.augment import OPERATIONS, crop_box, rand_augment, warp
+from vlm_tune.data.images.augment import (
+    OPERATIONS,
+    crop_box,
+    rand_augment,
+    warp,
+    zoomed_out,
+)
 from vlm_tune.data.images.decode import augment_pixels
 
 EVERY: dict[str, Any] = {
     "crop": 0.5,
+    "zoom_out": 0.5,
     "flip": 0.5,
     "transpose": 0.5,
     "shift": 0.25,
     "rotation": 45.0,
     "colour": 0.4,
     "hue": 0.2,
+    "grey": 0.5,
     "noise": 0.1,
     "rand_augment": RandAugment(ops=2, magnitude=15),
 }
@@ -56,7 +64,7 @@ def test_each_change_is_a_function_of_its_key(name: str, size: tuple[int, int]) 
         1
         if name == "transpose" and size[0] != size[1]
         else 2
-        if name in ("flip", "transpose")
+        if name in ("flip", "transpose", "grey")
         else 8
     )
 
@@ -122,6 +130,35 @@ def test_crops_reach_the_smallest_share_and_every_corner() -> None:
     assert {top == 0 for top, *_ in boxes} == {True, False} and max(
         top + high for top, _, high, _ in boxes
     ) == 100
+
+
+def test_a_zoom_out_shows_the_whole_image_on_the_colour_of_its_border() -> None:
+    pixels = torch.full((3, 60, 90), 230, dtype=torch.uint8)
+    pixels[:, 10:50, 15:75] = torch.tensor([200, 20, 90], dtype=torch.uint8)[:, None, None]
+    sides = []
+    for seed in range(100):
+        zoomed = zoomed_out(pixels, 0.5, np.random.default_rng(seed))
+        inside = (zoomed[1] < 125).nonzero()
+        height, width = (
+            (inside.amax(0) - inside.amin(0) + 1).float() / torch.tensor([40, 60])
+        ).tolist()
+        sides.append((height, width))
+        assert (zoomed[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 230).all()
+        assert zoomed.shape == pixels.shape and 20 <= int(zoomed.min()) <= 25
+    assert min(min(each) for each in sides) > 0.5 * 3 / 4 - 0.05
+    assert max(max(each) for each in sides) < 1.05
+    assert {round(min(each), 1) for each in sides} >= {0.4, 0.5, 0.6, 0.7, 0.8, 0.9}
+    ratios = [height / width for height, width in sides]
+    assert 0.7 < min(ratios) < 0.85 and 1.2 < max(ratios) < 1.42
+
+
+def test_grey_leaves_brightness() -> None:
+    pixels = scene()
+    grey = augment_pixels(pixels, Augment(grey=1.0), (0, 0, 0))
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2])
+    assert torch.equal(grey, functional.rgb_to_grayscale(pixels, num_output_channels=3))
+    shown = [augment_pixels(pixels, Augment(grey=0.25), (0, 0, key)) for key in range(200)]
+    assert 30 <= sum(torch.equal(one, grey) for one in shown) <= 70
 
 
 def test_a_turn_is_torchvisions_inside_and_the_edge_outside() -> None:

@@ -52,6 +52,34 @@ def crop_box(
     )
 
 
+def zoomed_out(pixels: torch.Tensor, smallest: float, random: np.random.Generator) -> torch.Tensor:
+    """Shrinks uint8[3, H, W] to a random part of its frame, at a random place.
+
+    The rest has the median colour of the image's border: the background of most drawings.
+
+    Args:
+        pixels: uint8[3, H, W].
+        smallest: the smallest share of the sides; one side may be up to `ASPECT` times shorter.
+        random: draws share, aspect and place.
+    """
+    import torch
+    from torchvision.transforms.v2 import functional
+
+    height, width = pixels.shape[-2:]
+    share = random.uniform(smallest, 1)
+    stretch = math.exp(random.uniform(-math.log(ASPECT), math.log(ASPECT)))
+    high = max(round(height * share * min(stretch, 1)), 1)
+    wide = max(round(width * share * min(1 / stretch, 1)), 1)
+    top = int(random.integers(0, height - high + 1))
+    left = int(random.integers(0, width - wide + 1))
+    border = torch.cat([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], dim=1)
+    frame = border.median(1).values[:, None, None].expand(3, height, width).clone()
+    frame[:, top : top + high, left : left + wide] = functional.resize(
+        pixels, [high, wide], antialias=True
+    )
+    return frame
+
+
 def warp(
     pixels: torch.Tensor,
     *,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from vlm_tune.config.data import Augment
-from vlm_tune.data.images.augment import crop_box, noisy, rand_augment, warp
+from vlm_tune.data.images.augment import crop_box, noisy, rand_augment, warp, zoomed_out
 from vlm_tune.data.types import Media, Tile
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import reason_of
@@ -314,6 +314,8 @@ def augment_pixels(pixels: torch.Tensor, augment: Augment, key: tuple[int, ...])
         pixels = functional.resized_crop(
             pixels, *crop_box(random, height, width, augment.crop), [height, width], antialias=True
         )
+    if augment.zoom_out < 1:
+        pixels = zoomed_out(pixels, augment.zoom_out, random)
     if random.random() < augment.flip:
         pixels = functional.horizontal_flip(pixels)
     if random.random() < augment.transpose and height == width:
@@ -332,6 +334,8 @@ def augment_pixels(pixels: torch.Tensor, augment: Augment, key: tuple[int, ...])
         pixels = functional.adjust_saturation(pixels, saturation)
     if augment.hue:
         pixels = functional.adjust_hue(pixels, random.uniform(-augment.hue, augment.hue))
+    if augment.grey and random.random() < augment.grey:
+        pixels = functional.rgb_to_grayscale(pixels, num_output_channels=3)
     if augment.rand_augment:
         pixels = rand_augment(pixels, augment.rand_augment, random)
     return noisy(pixels, augment.noise, random) if augment.noise else pixels
