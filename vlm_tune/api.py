@@ -162,7 +162,7 @@ def evaluate(
         caches = caches_features(stage, folder)
         return _score_rows(vlm, rows, settings, stage, caches, compile=False, show=show)
     loaded = as_recipe(find_recipe(folder) if recipe is None else recipe, overrides)
-    stage = loaded.resolved_stages()[-1][1]
+    stage = loaded.last_stage
     settings = chosen_settings(stage.evaluate, metrics, baselines)
     _check_part(stage, split)
     vlm = load_model(folder, dtype=precision, base=places)
@@ -192,7 +192,7 @@ def evaluate_model(
     `settings` replace the recipe's own, and `caches` its `train.cache_features`; with auto features
     are cached where there is room.
     """
-    stage = recipe.resolved_stages()[-1][1]
+    stage = recipe.last_stage
     rows = read_part(stage.data, split, model.processor, stage.seed)[:limit]
     chosen = settings or stage.evaluate
     caches = stage.train.cache_features if caches is None else caches
@@ -229,7 +229,7 @@ def _last_stage(
     if recipe is None:
         find_model(folder)
         recipe = recipe_above(folder)
-    return None if recipe is None else as_recipe(recipe, overrides).resolved_stages()[-1][1]
+    return None if recipe is None else as_recipe(recipe, overrides).last_stage
 
 
 def compare(

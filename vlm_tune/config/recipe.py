@@ -77,6 +77,11 @@ class Recipe(Config):
             for stage in self.stages
         ]
 
+    @property
+    def last_stage(self) -> Recipe:
+        """The complete recipe of the last stage, by whose settings the trained model is used."""
+        return self.resolved_stages()[-1][1]
+
 
 def stage_changes(stage: dict[str, Any]) -> dict[str, Any]:
     """Returns the sections that a stage changes in the common part; null sections are left out."""

@@ -81,7 +81,7 @@ def check(
             report, name, stage, processor, last=number == len(stages) - 1, show=show
         )
     trained = {part.prepared.folder: part.rows for part in report.read if part.name == "train"}
-    choices = {} if sample is not None else _feature_choices(loaded, report, processor.tokenizer)
+    choices = {} if sample is not None else _feature_choices(loaded, stages, report, processor)
     # Rows that several stages read are reported once.
     distinct: dict[Any, Part] = {}
     for part in report.read:
@@ -258,7 +258,12 @@ def _steps(part: Part) -> int:
     )
 
 
-def _feature_choices(recipe: Recipe, report: CheckReport, tokenizer: Any) -> dict[str, str]:
+def _feature_choices(
+    recipe: Recipe,
+    stages: Sequence[tuple[str, Recipe]],
+    report: CheckReport,
+    processor: Processor,
+) -> dict[str, str]:
     """The decision of each stage here to cache the tower's features or not, by the stage's name.
 
     Stages without images, and those whose model can't be built of what is on this machine, are left
@@ -271,11 +276,11 @@ def _feature_choices(recipe: Recipe, report: CheckReport, tokenizer: Any) -> dic
     }
     gpu = torch.cuda.is_available()
     choices: dict[str, str] = {}
-    for number, (name, stage) in enumerate(recipe.resolved_stages()):
+    for number, (name, stage) in enumerate(stages):
         if name not in prepared:
             continue
         try:
-            model = bare_model(recipe, tokenizer, gpu=gpu)[0]
+            model = bare_model(recipe, processor.tokenizer, gpu=gpu)[0]
             tune_bare_model(model, recipe, number)
         except ModelError:
             continue

@@ -210,7 +210,7 @@ def _validation(
     file = recipe_above(path)
     if file is None:
         return None, [], "the folder is in no run with a recipe"
-    recipe = load_recipe(file).resolved_stages()[-1][1]
+    recipe = load_recipe(file).last_stage
     try:
         rows = read_part(recipe.data, "validation", model.processor, recipe.seed)
     except DataError as error:

@@ -36,7 +36,7 @@ def probe_rows(path: Path, model: VisionLanguageNetwork) -> list[Conversation]:
     file = recipe_above(path)
     if file is None:
         return [plain_probe(model)]
-    recipe = load_recipe(file).resolved_stages()[-1][1]
+    recipe = load_recipe(file).last_stage
     try:
         rows = list(
             islice(

@@ -136,7 +136,7 @@ def _config(recipe: Recipe, section: ModelSection, tower: VisionTower) -> Vision
         template=load_template(recipe.data.template).model_dump(),
         system=recipe.data.system,
         max_length=recipe.data.max_length,
-        precision=recipe.resolved_stages()[-1][1].train.precision,
+        precision=recipe.last_stage.train.precision,
     )
 
 

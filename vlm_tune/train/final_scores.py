@@ -54,7 +54,7 @@ def save_and_score(
     Without `stage_rows` it is not scored. Rank 0 saves it, and all ranks score that hold it: every
     rank must call it. Adds scores, seconds and peak memory to `result`, on rank 0, and returns it.
     """
-    recipe = context.recipe.resolved_stages()[-1][1]
+    recipe = context.recipe.last_stage
     if context.accelerator.is_main_process:
         check_present(context.run)
         log.info("saving the model")
@@ -239,7 +239,7 @@ def write_samples(
     """Adds the model's answers to samples.json in the column `before` or `after`."""
     if not rows:
         return
-    recipe = context.recipe.resolved_stages()[-1][1]
+    recipe = context.recipe.last_stage
     path = context.run / "samples.json"
     entries = read_json(path, list, context.note, "the answers before training are lost") or []
     known = {entry["id"]: entry for entry in entries if isinstance(entry, dict) and "id" in entry}

@@ -168,7 +168,7 @@ def _train_and_score(
     run = context.run
     try:
         model, seconds, rows = _stages(context)
-        with kernel_setting(context.recipe.resolved_stages()[-1][1].train.kernels):
+        with kernel_setting(context.recipe.last_stage.train.kernels):
             result = save_and_score(context, model, rows if test else None, {"seconds": seconds})
         result["seconds_total"] = round(time.perf_counter() - started, 2)
         if context.accelerator.is_main_process:
