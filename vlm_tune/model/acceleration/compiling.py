@@ -27,13 +27,12 @@ from vlm_tune.compat import (
     default_compile_cache,
     is_kv_cache,
     recompute_operator_inputs,
-    supports_static_cache,
 )
 from vlm_tune.kernels.cpu.native import compiler
 from vlm_tune.model.acceleration.decoder_layers import DecoderLayer
 from vlm_tune.model.acceleration.interval_attention import CACHE
 from vlm_tune.model.language.base import LanguageModel
-from vlm_tune.model.language.kv_cache import layer_cache
+from vlm_tune.model.language.kv_cache import layer_cache, takes_static_cache
 from vlm_tune.model.layer_index import block_names
 from vlm_tune.model.weights import is_sharded
 from vlm_tune.resources import cache_folder
@@ -179,9 +178,8 @@ def reading(
 
 def _decodes_statically(llm: LanguageModel) -> bool:
     """Whether answers are written by decode steps whose KV cache has a fixed size."""
-    on_gpu = next(llm.parameters()).device.type == "cuda"
     continued = llm.layout == "causal" and llm.uncontinued is None
-    return on_gpu and continued and supports_static_cache(llm.model)
+    return continued and takes_static_cache(llm.model, next(llm.parameters()).device)
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:

@@ -11,8 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import pad
 
-from vlm_tune.compat import cache_name, supports_static_cache
-from vlm_tune.model.language.kv_cache import enlarge_cache, static_cache, steps_of_room
+from vlm_tune.compat import cache_name
+from vlm_tune.model.language.kv_cache import (
+    enlarge_cache,
+    static_cache,
+    steps_of_room,
+    takes_static_cache,
+)
 from vlm_tune.model.language.masks import layer_masks, tree_mask
 
 
@@ -105,8 +110,7 @@ class MaskedAttention:
             visible: bool[B, K, L], the tokens of its row that each branch sees.
             steps: The most decode steps that follow.
         """
-        # On a GPU a cache that grows costs a copy a step, and shapes that no graph is for.
-        if embeds.device.type == "cuda" and supports_static_cache(model):
+        if takes_static_cache(model, embeds.device):
             return StaticPrefill(model, body, embeds, visible_until, positions, visible, steps)
         return MaskedPrefill(model, body, embeds, visible_until, positions, visible)
 

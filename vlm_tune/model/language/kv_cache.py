@@ -8,10 +8,18 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from vlm_tune.compat import share_compiled_code
+from vlm_tune.compat import share_compiled_code, supports_static_cache
 
 ROOM = 64
 """Decode steps for which a static KV cache has room at first."""
+
+
+def takes_static_cache(model: Any, device: torch.device) -> bool:
+    """Whether a transformers model decodes on this device by a KV cache of fixed size.
+
+    On a GPU a cache that grows costs a copy a step, and shapes that no graph is for.
+    """
+    return device.type == "cuda" and supports_static_cache(model)
 
 
 def static_cache(config: Any, length: int, device: torch.device) -> Any:

@@ -9,12 +9,17 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from vlm_tune.compat import cache_name, supports_static_cache
+from vlm_tune.compat import cache_name
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.language.kv_cache import enlarge_cache, static_cache, steps_of_room
+from vlm_tune.model.language.kv_cache import (
+    enlarge_cache,
+    static_cache,
+    steps_of_room,
+    takes_static_cache,
+)
 from vlm_tune.model.language.masks import additive, packing_reason
 from vlm_tune.model.language.seq2seq_attention import Seq2SeqAttention
 from vlm_tune.model.language.seq2seq_rows import Seq2SeqRows
@@ -188,11 +193,10 @@ class Seq2SeqBranches:
         # The columns of a cache of fixed size, and how many of them are filled.
         self.columns: torch.Tensor | None = None
         self.filled = torch.zeros((), dtype=torch.int64, device=device)
-        # On a GPU a cache that grows costs a copy a step, and shapes that no graph is for.
         # The start token takes the first of as many steps as there are new tokens.
         self.steps_taken = 0
         self.steps_left = new_tokens
-        if on_gpu and supports_static_cache(llm.model):
+        if takes_static_cache(llm.model, device):
             room = steps_of_room(0, new_tokens)
             # The decoder may have more layers than the encoder, whose number the model's has.
             growing = static_cache(self.decoder.config, room, device)
