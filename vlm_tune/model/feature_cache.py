@@ -75,8 +75,7 @@ class FeatureStore:
                 ) from None
             except OSError:  # the cache may be read-only
                 continue
-        dtype = self._parts[0].dtype if self._parts else torch.float32
-        return _mapped_store, (self._paths, dtype, self._rows)
+        return _mapped_store, (self._paths, self._rows)
 
     def __call__(self, media: Media) -> torch.Tensor:
         """The features float[N, D] of an item."""
@@ -84,16 +83,14 @@ class FeatureStore:
         return self._parts[part][row]
 
 
-def _mapped(path: Path, dtype: torch.dtype) -> torch.Tensor:
-    """The features in a file [images, N, D], memory-mapped."""
+def _mapped(path: Path) -> torch.Tensor:
+    """The features in a file [images, N, D], memory-mapped, in the dtype that `STORED` says."""
     raw = torch.from_numpy(np.load(path, mmap_mode="c"))
-    return raw.view(torch.bfloat16) if dtype == torch.bfloat16 else raw
+    return raw.view(torch.bfloat16) if raw.dtype == torch.int16 else raw
 
 
-def _mapped_store(
-    paths: Sequence[Path], dtype: torch.dtype, rows: dict[Media, int]
-) -> FeatureStore:
-    return FeatureStore([_mapped(path, dtype) for path in paths], rows, paths)
+def _mapped_store(paths: Sequence[Path], rows: dict[Media, int]) -> FeatureStore:
+    return FeatureStore([_mapped(path) for path in paths], rows, paths)
 
 
 def tower_features(
@@ -259,7 +256,7 @@ class _Cache:
                     )
                     raise RecipeError([Problem(shown_path(path), message)]) from None
                 if intact:
-                    self.arrays[number] = _mapped(path, self.dtype)
+                    self.arrays[number] = _mapped(path)
                     self.paths[number] = path
                     with contextlib.suppress(OSError):  # the cache may be read-only
                         os.utime(path)
