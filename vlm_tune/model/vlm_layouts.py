@@ -90,14 +90,24 @@ class Vlm:
         )
 
 
-def find_vlm(name: str) -> Vlm | None:
-    """The vision-language model of a hub name or folder; None if there is none of a known kind."""
+def stored_config(name: str) -> dict[str, Any] | None:
+    """The config of a hub name or folder, None where it can't be read."""
     from transformers.configuration_utils import PretrainedConfig
 
     try:
-        config, _ = PretrainedConfig.get_config_dict(config_source(name))
+        return PretrainedConfig.get_config_dict(config_source(name))[0]
     except (OSError, ValueError):
         return None
+
+
+def find_vlm(name: str) -> Vlm | None:
+    """The vision-language model of a hub name or folder; None if there is none of a known kind."""
+    config = stored_config(name)
+    return None if config is None else vlm_of(name, config)
+
+
+def vlm_of(name: str, config: dict[str, Any]) -> Vlm | None:
+    """The vision-language model of this name and config; None if it is none of a known kind."""
     model_type = config.get("model_type")
     if model_type in ORIGINAL_TYPES and "mm_vision_tower" in config:
         return Vlm(name, "llava_original", config)

@@ -132,7 +132,7 @@ class Facts:
         return self.questions / self.images
 
 
-def look(sources: list[dict[str, Any]], seed: int = 0) -> Facts:
+def look(sources: list[dict[str, Any]]) -> Facts:
     """Reads rows of the sources and says what they are like.
 
     Where no row's image is in the folder of the rows, the source's `image_root` is set to a folder
@@ -140,7 +140,6 @@ def look(sources: list[dict[str, Any]], seed: int = 0) -> Facts:
 
     Args:
         sources: sources as a recipe writes them; `image_root` may be added to them.
-        seed: as for `open_source`.
 
     Raises:
         DataError: a source can't be read, no row can be used, or no row has an image.
@@ -149,7 +148,7 @@ def look(sources: list[dict[str, Any]], seed: int = 0) -> Facts:
     forms: list[str] = []
     rows = 0
     for source in sources:
-        reader, part = _read_source(source, seed)
+        reader, part = _read_source(source)
         forms.append(reader.form)
         rows += sum(chunk.rows for chunk in reader.chunks())
         _merge(seen, part)
@@ -168,19 +167,19 @@ def _names(sources: Sequence[dict[str, Any]]) -> list[str]:
     return [str(source.get("path", source.get("name"))) for source in sources]
 
 
-def _opened(source: dict[str, Any], seed: int) -> SourceReader:
-    return open_source(TypeAdapter(AnySource).validate_python(source), seed=seed)
+def _opened(source: dict[str, Any]) -> SourceReader:
+    return open_source(TypeAdapter(AnySource).validate_python(source), seed=0)
 
 
-def _read_source(source: dict[str, Any], seed: int) -> tuple[SourceReader, _Seen]:
+def _read_source(source: dict[str, Any]) -> tuple[SourceReader, _Seen]:
     """The reader of a source and its counts, with an image root that is found where needed."""
-    reader = _opened(source, seed)
+    reader = _opened(source)
     seen = _read(reader)
     if seen.rows or source["kind"] != "file":
         return reader, seen
     for root in _image_roots(source, seen):
         candidate = {**source, "image_root": root}
-        other = _opened(candidate, seed)
+        other = _opened(candidate)
         counts = _read(other)
         if counts.rows:
             source["image_root"] = root

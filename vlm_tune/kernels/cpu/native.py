@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.resources import cache_folder, chosen_kernels, kernel_choice
+from vlm_tune.resources import cache_folder, chosen_kernels, kernel_choice, usable_cores
 
 KERNELS = "kernels"
 PARTS = {
@@ -363,7 +363,7 @@ def _compile(cxx: str, name: str, flags: list[str], path: Path) -> None:
         sources = [Path(__file__).with_name(f"{file}.cpp") for file in PARTS[name]]
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         compile_one = [cxx, *flags, "-c", f"-I{root}/include"]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             jobs = [
                 pool.submit(_run, [*compile_one, str(source), "-o", to])
                 for source, to in zip(sources, objects, strict=True)

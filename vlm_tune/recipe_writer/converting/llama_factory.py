@@ -9,7 +9,7 @@ from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.paths import is_file, is_folder, shown_path
 from vlm_tune.recipe_writer.converting.arguments import Arguments
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
-from vlm_tune.recipe_writer.converting.models import Family, lora_targets, set_model
+from vlm_tune.recipe_writer.converting.models import Family, lora_rule, set_model
 from vlm_tune.recipe_writer.converting.reading import json_value
 from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources
 from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer, refuse_left
@@ -52,7 +52,7 @@ QUIET = {
     "use_unsloth", "use_unsloth_gc", "disable_gradient_checkpointing",
     "ignore_pad_token_for_loss", "print_param_status", "use_reentrant_gc", "pissa_convert",
     "video_max_pixels", "video_fps", "video_maxlen", "data_shared_file_system",
-    "predict_with_generate", "compute_accuracy", "ray_run_name",
+    "predict_with_generate", "compute_accuracy",
 }  # fmt: skip
 PREFIXES = ("shuffle", "swanlab_", "galore_", "apollo_", "badam_", "ppo_", "kto_", "ray_")
 """Settings of what is off: another key of the same name turns it on."""
@@ -247,17 +247,7 @@ def _set_tuning(conversion: Conversion, new_connector: bool) -> None:
 def _lora(conversion: Conversion) -> dict[str, Any]:
     """The keys of a LoRA rule."""
     arguments = conversion.arguments
-    rank = arguments.count("lora_rank") or 8
-    rule: dict[str, Any] = {"r": rank, "lora_alpha": arguments.count("lora_alpha") or 2 * rank}
-    dropout = arguments.number("lora_dropout")
-    if dropout:
-        rule["lora_dropout"] = dropout
-    names = arguments.names("lora_target")
-    rule["target_modules"] = lora_targets(conversion, names, "lora_target")
-    if arguments.flag("use_dora"):
-        rule["variant"] = "dora"
-    elif arguments.flag("use_rslora"):
-        rule["variant"] = "rslora"
+    rule = lora_rule(conversion, "lora_rank", "lora_target", rank=8, dropout=0.0)
     if arguments.flag("pissa_init"):
         rule["init"] = "pissa"
         iterations = arguments.number("pissa_iter")

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_tune.model.vlm_layouts import find_vlm
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
-from vlm_tune.recipe_writer.converting.models import set_model
+from vlm_tune.recipe_writer.converting.models import lora_rule, set_model
 from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources, source_of
 from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer, refuse_left
 
@@ -26,8 +26,8 @@ TEMPLATES = {
 """Our names of the conversation formats; with `plain`, captions follow images without words."""
 
 QUIET = {
-    "double_quant", "group_by_modality_length", "is_multimodal", "lazy_preprocess", "quant_type",
-    "mm_patch_merge_type", "lora_bias", "version",
+    "double_quant", "group_by_modality_length", "is_multimodal", "lazy_preprocess",
+    "mm_patch_merge_type", "lora_bias",
 }  # fmt: skip
 
 REASONS = {
@@ -120,20 +120,12 @@ def _set_tuning(conversion: Conversion) -> None:
     arguments = conversion.arguments
     projector_alone = arguments.flag("tune_mm_mlp_adapter")
     lora = arguments.flag("lora_enable")
-    rule: dict[str, Any] = {
-        "r": arguments.count("lora_r") or 64,
-        "lora_alpha": arguments.count("lora_alpha") or 16,
-        "target_modules": "all-linear",
-    }
-    dropout = arguments.number("lora_dropout")
-    if dropout is None or dropout:
-        rule["lora_dropout"] = 0.05 if dropout is None else dropout
     trains = WhatTrains(
         method="lora" if lora else "full",
         tower=arguments.flag("unfreeze_mm_vision_tower"),
         connector=projector_alone or not arguments.flag("freeze_mm_mlp_adapter"),
         llm=not projector_alone and not arguments.flag("freeze_backbone"),
-        lora=rule,
+        lora=lora_rule(conversion, "lora_r", rank=64, alpha=16),
         connector_by_lora=False,
         connector_rate=arguments.number("mm_projector_lr"),
     )

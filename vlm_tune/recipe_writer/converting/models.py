@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from vlm_tune.errors import ModelError
-from vlm_tune.model.hub import config_source
-from vlm_tune.model.vlm_layouts import find_vlm
+from vlm_tune.model.vlm_layouts import stored_config, vlm_of
 from vlm_tune.quoting import quoted
 from vlm_tune.recipe_writer.converting.conversion import Conversion
 from vlm_tune.recipe_writer.models import (
@@ -52,8 +51,8 @@ def set_model(
     if conversion.model is not None:
         return _take_users(conversion, quantize)
     name = name or LLAVA
-    config = _config(name)
-    vlm = find_vlm(name)
+    config = stored_config(name)
+    vlm = None if config is None else vlm_of(name, config)
     if vlm is not None:
         family = "llava"
         template = "vicuna" if is_causal(vlm) else "blip2"
@@ -81,16 +80,6 @@ def set_model(
         conversion.set("model.llm", {"quantize": quantize}, "its quantisation")
     conversion.draft.set("data.template", template or "vicuna", "the chat format of this model")
     return False
-
-
-def _config(name: str) -> dict[str, Any] | None:
-    """The config of a model, None where it can't be read."""
-    from transformers.configuration_utils import PretrainedConfig
-
-    try:
-        return PretrainedConfig.get_config_dict(config_source(name))[0]
-    except (OSError, ValueError):
-        return None
 
 
 def _take_users(conversion: Conversion, quantize: str | None) -> bool:
@@ -151,3 +140,43 @@ def lora_targets(conversion: Conversion, names: list[str], key: str) -> list[str
         conversion.arguments.refuse(key, names, reason)
         return "all-linear"
     return names
+
+
+def lora_rule(
+    conversion: Conversion,
+    rank_key: str,
+    targets_key: str | None = None,
+    *,
+    rank: int,
+    alpha: int | None = None,
+    dropout: float = 0.05,
+) -> dict[str, Any]:
+    """The keys of a LoRA rule that the frameworks have in common.
+
+    Args:
+        conversion: the configuration on its way.
+        rank_key: the framework's key of the rank.
+        targets_key: its key of the modules; None where it always takes all linear layers.
+        rank: its default rank.
+        alpha: its default `lora_alpha`; twice the rank if None.
+        dropout: its default dropout.
+    """
+    arguments = conversion.arguments
+    rank = arguments.count(rank_key) or rank
+    targets: list[str] | str = "all-linear"
+    if targets_key is not None:
+        targets = lora_targets(conversion, arguments.names(targets_key), targets_key)
+    rule: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": arguments.count("lora_alpha") or alpha or 2 * rank,
+        "target_modules": targets,
+    }
+    given = arguments.number("lora_dropout")
+    dropout = dropout if given is None else given
+    if dropout:
+        rule["lora_dropout"] = dropout
+    if arguments.flag("use_dora"):
+        rule["variant"] = "dora"
+    elif arguments.flag("use_rslora"):
+        rule["variant"] = "rslora"
+    return rule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
-from vlm_tune.recipe_writer.converting.models import Family, lora_targets, set_model
+from vlm_tune.recipe_writer.converting.models import Family, lora_rule, set_model
 from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources, source_of
 from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer, refuse_left
 
@@ -37,7 +37,7 @@ TEMPLATES = {"qwen": "chatml", "chatml": "chatml", "qwen2_5": "chatml", "llama3"
 QUIET = {
     "attn_impl", "add_version", "check_model", "ckpt_dir", "create_checkpoint_symlink",
     "dataset_num_proc", "dataset_shuffle", "device_map", "download_mode", "enable_cache",
-    "eval_strategy", "global_world_size", "hub", "ignore_args_error", "interleave_prob",
+    "global_world_size", "hub", "ignore_args_error", "interleave_prob",
     "load_args", "load_data_args", "load_from_cache_file", "local_repo_path",
     "local_world_size", "loss_type", "lora_bias", "lora_dtype", "bnb_4bit_compute_dtype",
     "bnb_4bit_use_double_quant", "model_dir", "model_info", "model_meta", "model_suffix",
@@ -47,8 +47,8 @@ QUIET = {
     "use_swift_lora", "val_dataset_shuffle", "vit_gradient_checkpointing",
     "metric_for_best_model", "use_chat_template", "metric",
     "router_aux_loss_coef", "hub_private_repo", "model_author", "model_name", "num_beams",
-    "temperature", "repetition_penalty", "save_strategy", "eval_dataset_args", "dataset_kwargs",
-    "logprobs", "problem_type", "lazy_tokenize", "init_weights",
+    "temperature", "repetition_penalty", "dataset_kwargs",
+    "logprobs", "problem_type", "lazy_tokenize",
 }  # fmt: skip
 PREFIXES = (
     "adalora_", "boft_", "fourier_", "galore_", "lisa_", "llamapro_", "lora_ga_", "reft_", "vera_",
@@ -204,19 +204,7 @@ def _set_tuning(conversion: Conversion, kind: str, new_connector: bool) -> None:
 def _lora(conversion: Conversion) -> dict[str, Any]:
     """The keys of a LoRA rule."""
     arguments = conversion.arguments
-    rule: dict[str, Any] = {
-        "r": arguments.count("lora_rank") or 8,
-        "lora_alpha": arguments.count("lora_alpha") or 32,
-    }
-    dropout = arguments.number("lora_dropout")
-    if dropout is None or dropout:
-        rule["lora_dropout"] = 0.05 if dropout is None else dropout
-    names = arguments.names("target_modules")
-    rule["target_modules"] = lora_targets(conversion, names, "target_modules")
-    if arguments.flag("use_dora"):
-        rule["variant"] = "dora"
-    elif arguments.flag("use_rslora"):
-        rule["variant"] = "rslora"
+    rule = lora_rule(conversion, "lora_rank", "target_modules", rank=8, alpha=32)
     ratio = arguments.number("lorap_lr_ratio")
     if ratio:
         rule["lora_plus_ratio"] = ratio

@@ -255,7 +255,7 @@ QUIET = {
     "accelerator_config", "average_tokens_across_devices", "cache_dir", "config",
     "data_seed", "dataloader_drop_last", "dataloader_persistent_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "ddp_backend", "ddp_find_unused_parameters", "disable_tqdm",
-    "do_eval", "do_train", "eval_delay", "eval_on_start", "evaluation_strategy",
+    "do_eval", "do_train", "eval_delay", "eval_on_start",
     "gradient_checkpointing_kwargs", "greater_is_better", "group_by_length", "hub_strategy",
     "hub_token", "include_num_input_tokens_seen", "include_tokens_per_second",
     "load_best_model_at_end", "local_rank", "logging_dir", "logging_first_step",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
-from vlm_tune.recipe_writer.converting.models import lora_targets, set_model
+from vlm_tune.recipe_writer.converting.models import lora_rule, set_model
 from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources, source_of
 from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer, refuse_left
 
@@ -20,8 +20,8 @@ QUIET = {
     "attn_implementation", "assistant_only_loss", "bnb_4bit_quant_storage", "completion_only_loss",
     "dataset_kwargs", "dataset_num_proc", "dataset_text_field", "eval_packing", "lora_task_type",
     "model_revision", "packing_strategy", "pad_to_multiple_of", "padding_free", "shuffle_dataset",
-    "truncation_mode", "use_bnb_nested_quant", "eval_strategy", "ignore_bias_buffers",
-    "lora_target_parameters", "pad_token", "activation_offloading", "save_strategy", "loss_type",
+    "truncation_mode", "use_bnb_nested_quant", "ignore_bias_buffers",
+    "lora_target_parameters", "pad_token", "activation_offloading", "loss_type",
 }  # fmt: skip
 
 REASONS = {
@@ -49,7 +49,7 @@ def convert(conversion: Conversion) -> None:
     usual = Defaults(learning_rate=2e-5, checkpointing=True)
     convert_trainer(conversion, usual)
     lora = arguments.flag("use_peft") or "lora_r" in arguments or four or eight
-    rule = _lora(conversion)
+    rule = lora_rule(conversion, "lora_r", "lora_target_modules", rank=16, alpha=32)
     # TRL tunes a model as a whole: PEFT's all-linear takes the tower's layers too.
     whole = not lora or (rule["target_modules"] == "all-linear" and not new)
     trains = WhatTrains(
@@ -95,23 +95,3 @@ def _source(name: str, config: str | None, split: str) -> dict[str, Any]:
     if source["kind"] == "dataset":
         source |= {"split": split} | ({"config": config} if config else {})
     return source
-
-
-def _lora(conversion: Conversion) -> dict[str, Any]:
-    """The keys of a LoRA rule."""
-    arguments = conversion.arguments
-    dropout = arguments.number("lora_dropout")
-    dropout = 0.05 if dropout is None else dropout
-    names = arguments.names("lora_target_modules")
-    rule: dict[str, Any] = {
-        "r": arguments.count("lora_r") or 16,
-        "lora_alpha": arguments.count("lora_alpha") or 32,
-        "target_modules": lora_targets(conversion, names, "lora_target_modules"),
-    }
-    if dropout:
-        rule["lora_dropout"] = dropout
-    if arguments.flag("use_dora"):
-        rule["variant"] = "dora"
-    elif arguments.flag("use_rslora"):
-        rule["variant"] = "rslora"
-    return rule
