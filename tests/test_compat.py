@@ -69,6 +69,7 @@ from vlm_tune.compat import (
     module_state,
     recompute_operator_inputs,
     register_attention,
+    remove_autocast,
     sdpa_attention,
     set_attention,
     set_lora_layer,
@@ -310,6 +311,23 @@ def test_a_later_accelerator_may_have_another_precision(tmp_path: Path) -> None:
             Accelerator(cpu=True, mixed_precision="no")
         allow_precision("no")
         assert Accelerator(cpu=True, mixed_precision="no").mixed_precision == "no"
+
+    forked(act, tmp_path)
+
+
+@calls("accelerate")
+def test_accelerates_autocast_is_removed_from_a_model(tmp_path: Path) -> None:
+    def act() -> None:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        model = accelerator.prepare_model(nn.Linear(4, 4))
+        rows = torch.ones(2, 4) / 3
+        narrow = model(rows)
+        remove_autocast(model)
+        assert "forward" not in vars(model)
+        assert not torch.equal(model(rows), narrow)
+        remove_autocast(model)  # nothing is left to remove
 
     forked(act, tmp_path)
 

@@ -199,18 +199,12 @@ def cache_name() -> str:
 
 
 def fp32_layers(model: Any) -> set[str]:
-    """The last parts of the names of the layers that a transformers model keeps in fp32.
-
-    Quantisation leaves them out.
-    """
+    """The last parts of the names of layers that transformers keeps in fp32, also if quantised."""
     return set(model._keep_in_fp32_modules or ())
 
 
 def forget_checkpoint_names(model: Any) -> None:
-    """Makes `save_pretrained` write tensors under the model's names.
-
-    Otherwise it writes them under the names of the checkpoint that the model was loaded from.
-    """
+    """Makes `save_pretrained` write tensors under the model's names, not under its checkpoint's."""
     del model._weight_conversions
 
 
@@ -348,6 +342,15 @@ def allow_precision(precision: str) -> None:
 
     if is_initialized() and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
+
+
+def remove_autocast(model: nn.Module) -> None:
+    """Removes the autocast that accelerate wrapped around a model's `forward`, if it did.
+
+    accelerate's `unwrap_model` does so too, but first imports DeepSpeed: that takes a second.
+    """
+    if vars(model).pop("_original_forward", None) is not None:
+        del model.forward
 
 
 def launched_without_others() -> bool:

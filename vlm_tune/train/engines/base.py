@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vlm_tune.compat import remove_autocast
 from vlm_tune.config.engine import AnyEngine, DeepSpeedEngine, FsdpEngine
 from vlm_tune.config.train import TrainSection
 from vlm_tune.model.acceleration.lora_layers import merge_projections
@@ -208,7 +209,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         # Removes the autocast that accelerate wrapped around `forward`: the next stage may train in
         # another precision.
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        remove_autocast(self.inner)
         self.accelerator.free_memory()
         self.model = self.inner = self.optimizer = None
 
