@@ -25,7 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "drawn": {"temperature": 1.2, "seed": 4, "logprobs": True, "num_return_sequences": 3},
     "stopped": {"stop_strings": ["e", "a b"]},
-    "penalised": {"repetition_penalty": 1.5, "logprobs": True},
+    "penalised": {"repetition_penalty": 1.5, "logprobs": True, "top_logprobs": 2},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
 }
 
@@ -76,6 +76,10 @@ def test_answers_are_the_offline_ones(
             assert (answer.ids, answer.text) == (expected.ids, expected.text)
             assert answer.finish_reason == expected.finish_reason
             assert answer.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+            for place, other in zip(
+                answer.top_logprobs or (), expected.top_logprobs or (), strict=True
+            ):
+                assert place == pytest.approx(other, rel=1e-4, abs=1e-4)
         assert listening.prompt_tokens > (4 if image else 0)
 
 

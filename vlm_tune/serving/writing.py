@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from vlm_tune.generation.answers import AnswerReader
+from vlm_tune.generation.logprobs import TokenLogprobs
 from vlm_tune.generation.picking import Picker, draws, penalised_ids
 from vlm_tune.generation.streaming import ShownText
 from vlm_tune.model.language.base import LanguageModel
@@ -40,18 +41,20 @@ class Writing:
         self._reader = AnswerReader(model.processor, decoding.stop_strings)
         self._stop_ids = frozenset(self._reader.stop_ids)
         self._shown = ShownText(self._reader)
-        self._logprobs: list[float] | None = [] if decoding.logprobs else None
+        self._logprobs: list[TokenLogprobs] = []
 
-    def write(self, token: int, logprob: float | None) -> bool:
-        """Adds a token and its log-probability, hands out new text, and returns whether it ended.
+    def write(self, token: int, logprobs: TokenLogprobs | None) -> bool:
+        """Adds a token, hands out new text, and returns whether the answer ended.
+
+        The token's log-probabilities [1] are given if they are wanted.
 
         The job may have ended otherwise, such as by being cancelled.
         """
         if self.request.ended:
             return True
         self.ids.append(token)
-        if self._logprobs is not None and logprob is not None:
-            self._logprobs.append(logprob)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
         ended = (
             token in self._stop_ids
             or len(self.ids) == self._limit
@@ -60,7 +63,8 @@ class Writing:
         if not ended:
             self._emit(self._shown.more(self.ids))
             return self.request.ended
-        answer = self._reader.answer(self.ids, self._logprobs)
+        logprobs = TokenLogprobs.stacked(self._logprobs)[0] if self._logprobs else None
+        answer = self._reader.answer(self.ids, logprobs)
         self._emit(self._shown.rest(answer))
         self.request.emit(Finished(self.number, answer, len(self.request.prompt.input_ids)))
         return True
@@ -93,8 +97,8 @@ class NextTokens:
 
     def of(
         self, hidden: torch.Tensor, writings: Sequence[Writing]
-    ) -> tuple[torch.Tensor, list[float | None]]:
-        """Tokens int64[R] by hidden states [R, E], and the log-probabilities that are wanted."""
+    ) -> tuple[torch.Tensor, list[TokenLogprobs | None]]:
+        """Tokens int64[R] by hidden states [R, E], and log-probabilities [1] that are wanted."""
         others = [row for row, writing in enumerate(writings) if writing.picker is not None]
         if not others:
             return self._likeliest(hidden), [None] * len(writings)
@@ -102,15 +106,15 @@ class NextTokens:
         plain = [row for row, writing in enumerate(writings) if writing.picker is None]
         if plain:
             tokens[plain] = self._likeliest(hidden[plain])
-        logprobs: list[float | None] = [None] * len(writings)
+        logprobs: list[TokenLogprobs | None] = [None] * len(writings)
         logits = self._llm.logits(hidden[others])
         for place, row in enumerate(others):
             writing = writings[row]
             assert writing.picker is not None
             ids = torch.tensor([[writing.ids]], dtype=torch.int64, device=hidden.device)
-            token, logprob = writing.picker.of_logits(logits[None, place : place + 1], ids)
+            token, of_token = writing.picker.of_logits(logits[None, place : place + 1], ids)
             tokens[row] = token[0, 0]
-            logprobs[row] = None if logprob is None else float(logprob)
+            logprobs[row] = None if of_token is None else of_token[0]
         return tokens, logprobs
 
     def _likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
