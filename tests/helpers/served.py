@@ -139,17 +139,17 @@ def served(
     return Server(engine, entries, settings)
 
 
-def ask(server: Server, *requests: tuple[str, str, Any], **headers: str) -> list[httpx2.Response]:
+def ask(server: Server, *requests: tuple[str, str, Any], **headers: Any) -> list[httpx2.Response]:
     """The answers to requests (method, path, JSON body or None), one after the other."""
     return run(_ask(server, requests, headers))
 
 
-def chat(server: Server, body: Any, **headers: str) -> httpx2.Response:
+def chat(server: Server, body: Any, **headers: Any) -> httpx2.Response:
     """The answer to a chat request."""
     return ask(server, ("POST", CHAT, body), **headers)[0]
 
 
-async def _ask(server: Server, requests: Any, headers: Mapping[str, str]) -> list[httpx2.Response]:
+async def _ask(server: Server, requests: Any, headers: Mapping[str, Any]) -> list[httpx2.Response]:
     async with in_process(server, headers) as client:
         return [
             await client.request(method, path, content=body, headers={"Content-Type": JSON})
@@ -162,7 +162,7 @@ async def _ask(server: Server, requests: Any, headers: Mapping[str, str]) -> lis
 JSON = "application/json"
 
 
-def in_process(server: Server, headers: Mapping[str, str] | None = None) -> httpx2.AsyncClient:
+def in_process(server: Server, headers: Mapping[str, Any] | None = None) -> httpx2.AsyncClient:
     """A client of a server that does not listen."""
     transport = httpx2.ASGITransport(server.app(), raise_app_exceptions=False)
     return httpx2.AsyncClient(transport=transport, base_url=HOST, headers=headers)

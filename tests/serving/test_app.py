@@ -181,7 +181,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "equal choices": ({"choices": ["a", "a"]}, "choices", "two or more different texts"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     "stop strings": ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4 items"),
-    "an empty stop string": ({"stop": ""}, "stop", "none empty"),
+    "an empty stop string": ({"stop": ""}, "stop", "at least 1 character"),
     "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, "", "surrogate"),
     "a long prompt": (
         {"messages": [{"role": "user", "content": "word " * 3000}]},

@@ -126,6 +126,7 @@ def _check_images(request: ChatRequest, limits: Limits) -> None:
 
 def _check_texts(request: ChatRequest, limits: Limits) -> None:
     texts = [text for message in request.messages for text in _texts(message)]
+    texts += request.choices or ()
     characters = sum(map(len, texts))
     if characters > limits.text_characters:
         raise ApiError(
@@ -134,7 +135,7 @@ def _check_texts(request: ChatRequest, limits: Limits) -> None:
             param="messages",
             code="context_length_exceeded",
         )
-    for text in (*texts, *(request.choices or ())):
+    for text in texts:
         check_text("a message", text)
 
 

@@ -19,6 +19,8 @@ MOST_MESSAGES = 1000
 """Largest number of messages of a request."""
 MOST_STOPS = 4
 """Largest number of stop strings of a request."""
+LONGEST_STOP = 100
+"""Most characters of a stop string, which is looked for after each token."""
 MOST_TOP = 20
 """Largest `top_logprobs` of a request."""
 KEY = re.compile(r"[\x21-\x7e]{1,1024}")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from vlm_tune.serving.limits import (
+    LONGEST_STOP,
     MOST_ANSWERS,
     MOST_CHOICES,
     MOST_MESSAGES,
@@ -100,8 +101,10 @@ Content = Annotated[
 ]
 
 
+StopText = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Stop = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[str], Tag("parts"), Field(max_length=MOST_STOPS)],
+    Annotated[StopText, Tag("text")]
+    | Annotated[list[StopText], Tag("parts"), Field(max_length=MOST_STOPS)],
     Discriminator(_form),
 ]
 
