@@ -11,8 +11,11 @@ import { Store } from "./store.js";
 import { Transcript } from "./transcript.js";
 
 function ModelPicker({ label, model, models, onModel }) {
-  return html`<select aria-label=${label} value=${model} onChange=${({ target }) => onModel(target.value)}>
-    ${models.map(({ id }) => html`<option key=${id} value=${id} selected=${id === model}>${id}</option>`)}
+  const change = ({ target }) => onModel(target.value);
+  return html`<select aria-label=${label} value=${model} onChange=${change}>
+    ${models.map(
+      ({ id }) => html`<option key=${id} value=${id} selected=${id === model}>${id}</option>`,
+    )}
   </select>`;
 }
 
@@ -47,7 +50,8 @@ function Notice({ notice, store }) {
   return html`<div class="notice" role="status">
     ${notice &&
     html`<p>${notice.text}</p>
-      ${notice.undo && html`<button type="button" class="quiet" onClick=${notice.undo}>Undo</button>`}
+      ${notice.undo &&
+      html`<button type="button" class="quiet" onClick=${notice.undo}>Undo</button>`}
       <${IconButton} icon="close" label="Dismiss" onClick=${() => store.set({ notice: null })} />`}
   </div>`;
 }
@@ -80,8 +84,9 @@ function App({ store }) {
         <div class="bottom">
           <${Notice} notice=${state.notice} store=${store} />
           <${Composer} key=${`${chat.id} ${state.draft?.id}`} draft=${state.draft}
-            running=${running} compares=${compares} room=${store.room} onAsk=${(question) => store.ask(question)}
-            onStop=${() => store.stop()} notify=${(text) => store.notify(text)} />
+            running=${running} compares=${compares} room=${store.room}
+            onAsk=${(question) => store.ask(question)} onStop=${() => store.stop()}
+            notify=${(text) => store.notify(text)} />
         </div>
       </main>
     </div>

@@ -33,7 +33,7 @@ import { openDB } from "./vendor/idb.js";
 /** @typedef {Record<string, number>} Options Fields of a request: temperature, top_p, ... */
 /** @typedef {{id: string, title: string, updated: number, turns: Turn[]}} Chat */
 
-/** Returns an identifier. `crypto.randomUUID` is missing on pages opened by a computer's address. */
+/** Returns an identifier. Pages that are opened by an address have no `crypto.randomUUID`. */
 export function identifier() {
   const bytes = crypto.getRandomValues(new Uint8Array(12));
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
@@ -66,6 +66,11 @@ function ended(chat) {
   return { ...chat, turns: chat.turns.map((turn) => ({ ...turn, answers: answers(turn) })) };
 }
 
+/** Returns chats in the order in which they are listed. */
+export function newestFirst(chats) {
+  return chats.toSorted((one, other) => other.updated - one.updated);
+}
+
 /** The chats of this browser. */
 export class Chats {
   #database = openDB("vlm_tune", 1, {
@@ -75,7 +80,7 @@ export class Chats {
   /** @returns {Promise<Chat[]>} The chats, the newest first. */
   async all() {
     const chats = await (await this.#database).getAll("chats");
-    return chats.map(ended).sort((one, other) => other.updated - one.updated);
+    return newestFirst(chats.map(ended));
   }
 
   /** @param {Chat} chat */

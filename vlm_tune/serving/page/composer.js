@@ -53,7 +53,7 @@ function usePictures(initial, room, notify) {
   return { pictures, dragged, add, remove, clear: () => setPictures([]) };
 }
 
-/** Whether a drag is of files, or of an image of another page; words may be dragged into a field. */
+/** Whether a drag is of files or of another page's image; words may be dragged into a field. */
 function carriesImage({ dataTransfer }) {
   return ["Files", "text/uri-list"].some((type) => dataTransfer.types.includes(type));
 }
@@ -88,7 +88,8 @@ function Thumbnails({ pictures, onRemove }) {
     ${pictures.map(
       (picture) => html`<li key=${picture.id}>
         <${Picture} picture=${picture} />
-        <span class="size">${picture.width} × ${picture.height}${picture.from && " (scaled down)"}</span>
+        <span class="size"
+          >${picture.width} × ${picture.height}${picture.from && " (scaled down)"}</span>
         <${IconButton} icon="close" label=${`Remove ${picture.name}`}
           onClick=${() => onRemove(picture.id)} /></li>`,
     )}

@@ -7,10 +7,10 @@ import { LANGUAGES, snippet } from "./snippets.js";
 
 /** The options of a request, with the limits that the server has too; an empty field sends none. */
 const OPTIONS = [
-  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.1, note: "0: the likeliest word" },
-  { name: "top_p", label: "Top p", min: 0.05, max: 1, step: 0.05, note: "1: all words" },
-  { name: "max_tokens", label: "Most tokens", min: 1, step: 1, note: "of an answer" },
-  { name: "seed", label: "Seed", min: 0, step: 1, note: "same draws again" },
+  { name: "temperature", label: "Temperature", note: "0: no draws", min: 0, max: 2, step: 0.1 },
+  { name: "top_p", label: "Top p", note: "1: all tokens", min: 0.05, max: 1, step: 0.05 },
+  { name: "max_tokens", label: "Most tokens", note: "of an answer", min: 1, step: 1 },
+  { name: "seed", label: "Seed", note: "same draws again", min: 0, step: 1 },
 ];
 const THEMES = { "": "As the system", light: "Light", dark: "Dark" };
 
@@ -21,8 +21,9 @@ function OptionField({ option, options, onChange }) {
     const { [name]: _, ...others } = options;
     onChange(target.value === "" ? others : { ...others, [name]: target.valueAsNumber });
   };
-  return html`<label>${label}<input type="number" name=${name} ...${limits} value=${options[name]}
-    placeholder="default" inputmode="decimal" onChange=${change} /><small>${note}</small></label>`;
+  return html`<label>${label}<input type="number" name=${name} ...${limits}
+    value=${options[name]} placeholder="default" inputmode="decimal" onChange=${change}
+    /><small>${note}</small></label>`;
 }
 
 function Settings({ state, store, onClose }) {
@@ -33,8 +34,9 @@ function Settings({ state, store, onClose }) {
       onChange=${(event) => store.prefer({ system: event.target.value.trim() })}></textarea></label>
     <div class="fields">
       ${OPTIONS.map(
-        (option) => html`<${OptionField} key=${option.name} option=${{ max: most[option.name], ...option }}
-          options=${state.options} onChange=${(options) => store.prefer({ options })} />`,
+        (option) => html`<${OptionField} key=${option.name}
+          option=${{ max: most[option.name], ...option }} options=${state.options}
+          onChange=${(options) => store.prefer({ options })} />`,
       )}
     </div>
     <fieldset><legend>Colours</legend>

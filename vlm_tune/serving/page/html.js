@@ -16,7 +16,6 @@ const ICONS = {
   columns: "M4 5h16v14H4zM12 5v14",
   copy: "M9 9h11v11H9zM5 15H4V4h11v1",
   edit: "M4 20l1-4L16 5l3 3L8 19zM14 7l3 3",
-  eye: "M2 12c2.5-4.5 6-7 10-7s7.5 2.5 10 7c-2.5 4.5-6 7-10 7s-7.5-2.5-10-7zM12 15a3 3 0 1 0 0-6 3 3 0 0 0 0 6",
   image: "M4 5h16v14H4zM4 17l5-5 4 4 3-3 4 4M9 9.5h.01",
   menu: "M4 7h16M4 12h16M4 17h16",
   remove: "M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13M10.5 11v5M13.5 11v5",
@@ -28,7 +27,8 @@ const ICONS = {
 
 /** An icon beside words or on a button that bears a label: nothing for a screen reader. */
 export function Icon({ name }) {
-  return html`<svg class="icon" viewBox="0 0 24 24" aria-hidden="true"><path d=${ICONS[name]} /></svg>`;
+  return html`<svg class="icon" viewBox="0 0 24 24" aria-hidden="true"
+    ><path d=${ICONS[name]} /></svg>`;
 }
 
 /** A button that shows an icon alone; `label` is its name and its tooltip. */
@@ -67,7 +67,8 @@ function useUrlOf(blob) {
 /** A picture, with the place that it takes before it has loaded. */
 export function Picture({ picture }) {
   const url = useUrlOf(picture.blob);
-  return html`<img src=${url} alt=${picture.name} width=${picture.width} height=${picture.height} />`;
+  const { name, width, height } = picture;
+  return html`<img src=${url} alt=${name} width=${width} height=${height} />`;
 }
 
 /**
@@ -93,6 +94,7 @@ export function CopyButton({ text, label }) {
     const timer = setTimeout(() => setCopied(false), 2000);
     return () => clearTimeout(timer);
   }, [copied]);
-  return html`<button type="button" class="quiet" onClick=${() => copy(text).then(() => setCopied(true))}>
+  const click = () => copy(text).then(() => setCopied(true));
+  return html`<button type="button" class="quiet" onClick=${click}>
     <${Icon} name="copy" /><span aria-live="polite">${copied ? "Copied" : label}</span></button>`;
 }

@@ -19,7 +19,7 @@ export class PictureError extends Error {}
  *
  * @param {ImageBitmap} bitmap
  * @param {number} scale
- * @param {string} type The type of the file to make; JPEG has no transparency, so its ground is white.
+ * @param {string} type Of the file to make. JPEG has no transparency: its ground is white.
  * @returns {Promise<Blob>}
  */
 async function drawn(bitmap, scale, type) {

@@ -4,7 +4,7 @@ const PLACE = "vlm_tune.preferences";
 const KEY_PLACE = "vlm_tune.key";
 const INITIAL = { model: "", other: "", system: "", options: {}, theme: "" };
 
-/** A storage that the browser may refuse, as in some private windows: then nothing is remembered. */
+/** Uses a storage that the browser may refuse, as in some private windows. */
 function attempt(action) {
   try {
     return action();

@@ -23,11 +23,26 @@ function Entry({ chat, current, store, onOpen }) {
   if (renaming) return html`<li><${TitleField} chat=${chat} onTitle=${rename} /></li>`;
   return html`<li class=${current ? "current" : ""}>
     <button type="button" class="title" aria-current=${current ? "page" : undefined}
-      title=${chat.title} onClick=${() => onOpen(chat.id)}>${chat.title}</button>
+      title=${chat.title} onClick=${onOpen}>${chat.title}</button>
     <${IconButton} icon="edit" label=${`Rename ${chat.title}`} onClick=${() => setRenaming(true)} />
     <${IconButton} icon="remove" label=${`Delete ${chat.title}`}
       onClick=${() => store.remove(chat.id)} />
   </li>`;
+}
+
+/**
+ * Moves the focus into a list that has opened; Escape closes it. Returns what gives the focus back,
+ * where it is still in the list.
+ */
+function focused(list, onClose) {
+  const opener = document.activeElement;
+  const press = (event) => event.key === "Escape" && onClose();
+  list.querySelector(".new").focus();
+  addEventListener("keydown", press);
+  return () => {
+    removeEventListener("keydown", press);
+    if (list.contains(document.activeElement)) opener.focus();
+  };
 }
 
 /** The list, which on a narrow screen opens over the conversation. */
@@ -36,8 +51,9 @@ export function Sidebar({ state, store, open, onClose }) {
     action();
     onClose();
   };
-  const press = (event) => event.key === "Escape" && onClose();
-  return html`<nav id="chats" class=${open ? "open" : ""} aria-label="Chats" onKeyDown=${press}>
+  const list = useRef(null);
+  useEffect(() => (open ? focused(list.current, onClose) : undefined), [open]);
+  return html`<nav ref=${list} id="chats" class=${open ? "open" : ""} aria-label="Chats">
       <div class="brand"><img src="icon.svg" alt="" width="28" height="28" /><b>vlm_tune</b>
         <${IconButton} icon="close" label="Close the list of chats" onClick=${onClose} /></div>
       <button type="button" class="new" onClick=${after(() => store.create())}
@@ -45,7 +61,7 @@ export function Sidebar({ state, store, open, onClose }) {
       <ul>
         ${state.chats.map(
           (chat) => html`<${Entry} key=${chat.id} chat=${chat} store=${store}
-            current=${chat.id === state.current} onOpen=${(id) => after(() => store.open(id))()} />`,
+            current=${chat.id === state.current} onOpen=${after(() => store.open(chat.id))} />`,
         )}
       </ul>
       ${state.chats.length > 0 &&

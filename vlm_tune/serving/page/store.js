@@ -1,6 +1,6 @@
 /** The page's state, and everything that changes it. */
 
-import { emptyChat, identifier, titleOf } from "./chats.js";
+import { emptyChat, identifier, newestFirst, titleOf } from "./chats.js";
 import { ask, models } from "./client.js";
 import { dataUrl } from "./pictures.js";
 import { preferences } from "./preferences.js";
@@ -149,13 +149,18 @@ export class Store {
     this.set({ chats });
   }
 
-  async #save(id) {
-    const chat = this.state.chats.find((each) => each.id === id);
+  /** Changes what the browser stores; a browser that does not is no reason to stop. */
+  async #store(change) {
     try {
-      if (chat) await this.#chats.save(chat);
+      await change;
     } catch {
-      this.notify("This browser has no room for the chat: delete some others.");
+      this.notify("This browser did not store that: it has no room left, or stores nothing here.");
     }
+  }
+
+  #save(id) {
+    const chat = this.state.chats.find((each) => each.id === id);
+    return chat ? this.#store(this.#chats.save(chat)) : undefined;
   }
 
   rename(id, title) {
@@ -168,18 +173,19 @@ export class Store {
     const removed = this.state.chats.find((chat) => chat.id === id);
     this.set({ chats: this.state.chats.filter((chat) => chat !== removed) });
     if (id === this.state.current) this.create();
-    await this.#chats.remove(id);
     this.notify(`Deleted “${removed.title}”.`, () => {
-      this.set({ chats: [removed, ...this.state.chats], current: id, notice: null });
+      const chats = newestFirst([removed, ...this.state.chats]);
+      this.set({ chats, current: id, notice: null });
       return this.#save(id);
     });
+    await this.#store(this.#chats.remove(id));
   }
 
   async clear() {
     for (const id of this.#controllers.keys()) this.stop(id);
     this.set({ chats: [], dialog: null });
     this.create();
-    await this.#chats.clear();
+    await this.#store(this.#chats.clear());
   }
 
   /** Asks a question in the chat that is shown; where two models are chosen, both. */

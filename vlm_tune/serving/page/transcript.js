@@ -10,14 +10,16 @@ function Question({ turn, last, running, onRevise, onPicture }) {
     ${turn.pictures.length > 0 &&
     html`<ul class="pictures">
       ${turn.pictures.map(
-        (picture) => html`<li key=${picture.id}><button type="button" onClick=${() => onPicture(picture)}
-          aria-label=${`Enlarge ${picture.name}`}><${Picture} picture=${picture} /></button></li>`,
+        (picture) => html`<li key=${picture.id}
+          ><button type="button" aria-label=${`Enlarge ${picture.name}`}
+            onClick=${() => onPicture(picture)}><${Picture} picture=${picture} /></button></li>`,
       )}
     </ul>`}
     ${turn.question && html`<p class="text">${turn.question}</p>`}
     ${last &&
     !running &&
-    html`<button type="button" class="quiet" onClick=${onRevise}><${Icon} name="edit" />Edit</button>`}
+    html`<button type="button" class="quiet" onClick=${onRevise}
+      ><${Icon} name="edit" />Edit</button>`}
   </article>`;
 }
 
@@ -64,7 +66,7 @@ function Answer({ answer, onCode, onRepeat }) {
   </article>`;
 }
 
-/** Scrolls to a new question, and with its answer, unless the reader has scrolled away from the end. */
+/** Scrolls to a new question and with its answer, unless the reader has scrolled away. */
 function useFollowing(turns) {
   const following = useRef(true);
   const root = document.documentElement;

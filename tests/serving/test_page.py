@@ -1,0 +1,342 @@
+"""The server's page, used in a browser: what is asked, answered, shown, stored and copied."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Route, expect
+
+from tests.helpers.page_visits import Visit, chromium, server, text_of, visit
+from tests.helpers.talkative import talkative
+from tests.helpers.tiny_models import png
+from tests.helpers.tiny_recipes import tiny_text, write_color_rows
+from vlm_tune.generation.chat import VisionLanguageModel
+
+__all__ = ["chromium"]
+QUESTION = "what color is it?"
+HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VisionLanguageModel]:
+    """Two models that answer differently."""
+    folder = tmp_path_factory.mktemp("page")
+    recipe = tiny_text("causal", write_color_rows(folder), folder / "run")
+    return {"base": talkative(recipe), "other": talkative(recipe, seed=9)}
+
+
+@pytest.fixture(scope="module")
+def url(models: dict[str, VisionLanguageModel]) -> Iterator[str]:
+    """The address of a server of both."""
+    with server(models) as address:
+        yield address
+
+
+@pytest.fixture
+def red(tmp_path: Path) -> Path:
+    """An image file; its name is one that shells and quotes trip over."""
+    path = tmp_path / "it's $HOME.png"
+    path.write_bytes(bytes(png().source))
+    return path
+
+
+def shown(answer: Locator) -> dict[str, float]:
+    """The choices of an answer with the percentages beside them, from the top."""
+    rows = answer.locator(".ranking tr").all()
+    cells = [row.locator("th, td:last-child").all_text_contents() for row in rows]
+    return {text: float(percent.removesuffix("%")) / 100 for text, percent in cells}
+
+
+def streamed(*events: dict[str, Any]) -> str:
+    """The body of a streamed answer."""
+    lines = [json.dumps(event) for event in events] + ["[DONE]"]
+    return "".join(f"data: {line}\n\n" for line in lines)
+
+
+def test_a_dropped_image_is_asked_about_and_the_chat_survives_a_reload(
+    chromium: Browser, url: str, red: Path, models: dict[str, VisionLanguageModel]
+) -> None:
+    offline = models["base"].answer(QUESTION, red.read_bytes(), max_new_tokens=9)
+    with visit(chromium, url) as visited:
+        page = visited.page
+        visited.give("drop", red)
+        visited.images(1)
+        visited.button("Settings").click()
+        page.get_by_label("Most tokens").fill("9")
+        page.keyboard.press("Escape")
+        (answer,) = visited.ask(QUESTION)
+        assert text_of(answer) == offline.text
+        assert visited.reload() == [QUESTION]
+        visited.button(QUESTION).click()
+        (answer,) = visited.answers()
+        assert text_of(answer) == offline.text
+        expect(page.locator(".question img")).to_have_js_property("naturalWidth", 32)
+
+        page.locator("nav li").hover()
+        visited.button(f"Rename {QUESTION}").click()
+        page.get_by_label("Title of the chat").fill("My red")
+        page.keyboard.press("Enter")
+        expect(visited.button("My red")).to_be_visible()
+        assert visited.reload() == ["My red"]
+        page.locator("nav li").hover()
+        visited.button("Delete My red").click()
+        expect(page.get_by_role("status")).to_contain_text("Deleted")
+        expect(page.locator("nav li")).to_have_count(0)
+        visited.button("Undo").click()
+        assert visited.reload() == ["My red"]
+        visited.button("Delete all chats").click()
+        visited.button("Delete all").click()
+        assert visited.reload() == []
+        expect(page.locator("nav li")).to_have_count(0)
+
+
+def test_two_models_answer_side_by_side_each_from_its_earlier_answers(
+    chromium: Browser, url: str, red: Path, models: dict[str, VisionLanguageModel]
+) -> None:
+    with visit(chromium, url) as visited:
+        visited.give("paste", red)
+        visited.images(1)
+        visited.button("Compare two models").click()
+        visited.button("Settings").click()
+        visited.page.get_by_label("Most tokens").fill("6")
+        visited.page.keyboard.press("Escape")
+        first = [text_of(answer) for answer in visited.ask(QUESTION, answers=2)]
+        second = [text_of(answer) for answer in visited.ask("is it blue?", answers=2)]
+        assert first[0] != first[1]
+        for name, text, later in zip(models, first, second, strict=True):
+            model = models[name]
+            assert model.chat(QUESTION, images=[red], max_new_tokens=6) == text
+            content = [{"type": "image", "image": red}, {"type": "text", "text": QUESTION}]
+            messages = [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": text},
+                {"role": "user", "content": "is it blue?"},
+            ]
+            assert model.chat(messages=messages, max_new_tokens=6) == later
+
+
+def test_choices_have_bars_with_their_probabilities(
+    chromium: Browser, url: str, red: Path, models: dict[str, VisionLanguageModel]
+) -> None:
+    choices = ["red", "blue", HOSTILE]
+    offline = models["base"].answer(QUESTION, red.read_bytes(), choices=choices)
+    assert offline.probabilities is not None
+    with visit(chromium, url) as visited:
+        visited.give("drop", red)
+        visited.images(1)
+        visited.button("Choices").click()
+        visited.page.get_by_label("Choices, one a line").fill("\n".join(["", *choices, "red "]))
+        (answer,) = visited.ask(QUESTION)
+        percentages = shown(answer)
+        assert percentages == pytest.approx(offline.probabilities, abs=6e-4)
+        assert list(percentages.values()) == sorted(percentages.values(), reverse=True)
+        bars = answer.locator(".share i").all()
+        tracks = answer.locator(".share div").all()
+        for bar, track, share in zip(bars, tracks, percentages.values(), strict=True):
+            width = "element => element.getBoundingClientRect().width"
+            assert bar.evaluate(width) == pytest.approx(share * track.evaluate(width), abs=0.5)
+
+
+@pytest.mark.parametrize("language", ["Python", "curl", "openai"])
+def test_copied_code_gets_the_answer_of_the_page(
+    chromium: Browser, url: str, red: Path, language: str
+) -> None:
+    question = "say \"it's\" `echo` $HOME \\n {x}\nJSON"
+    with visit(chromium, url, permissions=["clipboard-read", "clipboard-write"]) as visited:
+        page = visited.page
+        visited.give("drop", red)
+        visited.images(1)
+        visited.button("Settings").click()
+        page.get_by_label("Most tokens").fill("12")
+        page.keyboard.press("Escape")
+        (answer,) = visited.ask(question)
+        visited.button("Code").click()
+        page.get_by_label(language, exact=True).check()
+        visited.button("Copy code").click()
+        expect(page.get_by_text("Copied")).to_be_visible()
+        code = page.evaluate("navigator.clipboard.readText()")
+        expected = text_of(answer)
+    program = ["bash"] if language == "curl" else [sys.executable, "-"]
+    environment = {**os.environ, "no_proxy": "127.0.0.1"}
+    run = subprocess.run(
+        program, input=code, cwd=red.parent, text=True, capture_output=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    printed = json.loads(run.stdout) if language == "curl" else run.stdout
+    if language == "curl":
+        printed = printed["choices"][0]["message"]["content"] + "\n"
+    assert printed == f"{expected}\n"
+
+
+def test_the_code_of_a_later_question_has_the_chat_the_settings_and_the_key(
+    chromium: Browser, models: dict[str, VisionLanguageModel], tmp_path: Path
+) -> None:
+    with (
+        server(models, api_key="secret") as address,
+        visit(chromium, address) as visited,
+    ):
+        page = visited.page
+        key = page.get_by_label("Key", exact=True)
+        key.fill("wrong")
+        page.keyboard.press("Enter")
+        expect(page.get_by_text("The server refused this key.")).to_be_visible()
+        key.fill("secret")
+        page.keyboard.press("Enter")
+        expect(page.get_by_label("Model", exact=True)).to_have_value("base")
+        visited.button("Settings").click()
+        page.get_by_label("System text").fill("Be brief.")
+        page.get_by_label("Temperature").fill("0.5")
+        page.get_by_label("Seed").fill("3")
+        page.get_by_label("Most tokens").fill("5")
+        page.keyboard.press("Escape")
+        visited.ask("hello")
+        with page.expect_request("**/v1/chat/completions") as sent:
+            (answer,) = visited.ask("and now?")
+        visited.button("Code").last.click()
+        code = page.get_by_label("Code", exact=True).text_content() or ""
+        expected = text_of(answer)
+        request = sent.value.post_data_json
+    assert request["temperature"] == 0.5 and request["seed"] == 3
+    assert [message["role"] for message in request["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
+    assert "secret" not in code
+
+
+def test_a_large_photo_is_turned_upright_and_scaled_down(
+    chromium: Browser, url: str, tmp_path: Path
+) -> None:
+    photo = Image.new("RGB", (2600, 1300), "blue")
+    photo.paste("red", (0, 0, 1300, 1300))
+    exif = photo.getexif()
+    exif[0x0112] = 6  # its left side is the top
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    Image.new("RGBA", (8, 8)).save(tmp_path / "moving.gif")
+    (tmp_path / "notes.txt").write_text("no image")
+    with visit(chromium, url) as visited:
+        page = visited.page
+        page.locator("input[type=file]").set_input_files(
+            [tmp_path / "photo.jpg", tmp_path / "moving.gif", tmp_path / "notes.txt"]
+        )
+        visited.images(2)
+        expect(page.get_by_role("status")).to_contain_text("can't read notes.txt as an image")
+        expect(page.locator(".size").first).to_have_text("1024 × 2048 (scaled down)")
+        with page.expect_request("**/v1/chat/completions") as sent:
+            visited.ask(QUESTION)
+        parts = sent.value.post_data_json["messages"][0]["content"]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    assert urls[1].startswith("data:image/png;base64,")
+    upright = Image.open(io.BytesIO(base64.b64decode(urls[0].partition(",")[2])))
+    assert upright.size == (1024, 2048) and not upright.getexif()
+    top = upright.convert("RGB").getpixel((500, 200))
+    assert isinstance(top, tuple) and top[0] > 200 and top[2] < 60
+
+
+def test_no_more_images_are_taken_than_the_server_takes(
+    chromium: Browser, models: dict[str, VisionLanguageModel], red: Path
+) -> None:
+    with server(models, max_images=2) as address, visit(chromium, address) as visited:
+        expect(visited.page.locator(".tools")).to_contain_text("Up to 2 images")
+        visited.give("drop", red, red, red)
+        expect(visited.page.get_by_role("status")).to_contain_text("takes no more images")
+        visited.images(2)
+        visited.button(f"Remove {red.name}").first.click()
+        visited.images(1)
+        visited.ask(QUESTION)
+        expect(visited.page.locator(".tools")).to_contain_text("Up to 1 image")
+
+
+def test_markup_in_questions_and_answers_is_text(chromium: Browser, url: str) -> None:
+    pieces = [HOSTILE[:9], HOSTILE[9:]]
+    body = streamed(
+        *({"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces),
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]},
+        {"choices": [], "usage": {"completion_tokens": 7}},
+    )
+    with visit(chromium, url) as visited:
+        page = visited.page
+        page.route(
+            "**/v1/chat/completions",
+            lambda route: route.fulfill(body=body, content_type="text/event-stream"),
+        )
+        (answer,) = visited.ask(HOSTILE)
+        assert text_of(answer) == HOSTILE
+        expect(page.locator(".question .text")).to_have_text(HOSTILE)
+        expect(answer).to_contain_text("Cut at the most tokens")
+        assert page.locator(".transcript img, .transcript script").count() == 0
+        assert visited.reload() == [HOSTILE]
+        visited.button(HOSTILE).click()
+        assert page.locator("nav li img, nav li script").count() == 0
+
+
+def test_a_question_waits_for_a_busy_server(chromium: Browser, url: str) -> None:
+    refused: list[str] = []
+
+    def refuse_once(route: Route) -> None:
+        if refused:
+            route.continue_()
+            return
+        refused.append(route.request.url)
+        error = {"error": {"message": "the queue is full"}}
+        route.fulfill(status=429, headers={"Retry-After": "30"}, json=error)
+
+    with visit(chromium, url) as visited:
+        page = visited.page
+        page.clock.install()
+        page.route("**/v1/chat/completions", refuse_once)
+        page.get_by_placeholder("Ask about an image").fill(QUESTION)
+        visited.button("Send").click()
+        expect(page.locator(".answer")).to_contain_text("Asking again in 30 s")
+        page.clock.run_for(10_000)
+        expect(page.locator(".answer")).to_contain_text("Asking again in 20 s")
+        page.clock.run_for(20_000)
+        visited.answers()
+        assert len(refused) == 1
+
+
+def test_an_answer_is_stopped_and_asked_again(chromium: Browser, url: str) -> None:
+    with visit(chromium, url) as visited:
+        page = visited.page
+        page.route("**/v1/chat/completions", lambda route: None)
+        page.get_by_placeholder("Ask about an image").fill(QUESTION)
+        visited.button("Send").click()
+        expect(visited.button("Edit")).to_have_count(0)
+        with page.expect_event("requestfailed"):
+            visited.button("Stop").click()
+        visited.answers(ends="stopped")
+        page.unroute("**/v1/chat/completions")
+        visited.button("Ask again").click()
+        visited.answers()
+        visited.button("Edit").click()
+        expect(page.get_by_placeholder("Ask about an image")).to_have_value(QUESTION)
+        expect(page.locator(".answer")).to_have_count(0)
+
+
+def test_errors_are_in_plain_words(chromium: Browser, url: str) -> None:
+    with visit(chromium, url) as visited:
+        page = visited.page
+        (answer,) = visited.ask("word " * 2000, ends="failed")
+        expect(answer.get_by_role("alert")).to_contain_text("tokens")
+        page.context.set_offline(True)
+        (answer,) = visited.ask(QUESTION, ends="failed")
+        expect(answer.get_by_role("alert")).to_contain_text("The server can't be reached")
+        page.context.set_offline(False)
+        page.route(
+            "**/v1/chat/completions",
+            lambda route: route.fulfill(body="data: {}", content_type="text/event-stream"),
+        )
+        (answer,) = visited.ask(QUESTION, ends="failed")
+        expect(answer.get_by_role("alert")).to_contain_text("The connection broke")
