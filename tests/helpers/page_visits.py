@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import re
 import shutil
-import socket
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +14,10 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
+from tests.helpers.served import listening, served
 from vlm_tune.generation.chat import VisionLanguageModel
-from vlm_tune.serving.app import Served, Server
 from vlm_tune.serving.engine import BatchingEngine
 from vlm_tune.serving.limits import Limits
-from vlm_tune.serving.run import HttpServer
 
 TRANSFER = """([type, files]) => {
     const transfer = new DataTransfer();
@@ -68,30 +64,12 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def server(models: Mapping[str, VisionLanguageModel], **limits: Any) -> Iterator[str]:
-    """Serves models in a thread; yields the address."""
+def page_server(models: Mapping[str, VisionLanguageModel], **limits: Any) -> Iterator[str]:
+    """Serves models by their names; yields the address."""
     settings = Limits(**limits)
     engine = BatchingEngine(models, queue=settings.queue, batch=settings.batch)
-    served = {name: Served(model) for name, model in models.items()}
-    runner = HttpServer(Server(engine, served, settings), engine, settings)
-    begun = threading.Event()
-    loops: list[asyncio.AbstractEventLoop] = []
-
-    def started() -> None:
-        loops.append(asyncio.get_running_loop())
-        begun.set()
-
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=lambda: asyncio.run(runner.run(listening, started)))
-        thread.start()
-        assert begun.wait(60)
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            loops[0].call_soon_threadsafe(runner.stop)
-            thread.join(60)
-    assert not thread.is_alive()
+    with listening(served(models, engine, **limits), engine, **limits) as url:
+        yield url
 
 
 class Visit:
@@ -146,13 +124,27 @@ class Visit:
             expect(image).to_have_js_property("complete", True)
             assert image.evaluate("image => image.naturalWidth") > 0
 
+    @property
+    def question(self) -> Locator:
+        """The field of the question."""
+        return self.page.get_by_role("textbox", name="Question", exact=True)
+
+    def send(self, question: str) -> None:
+        """Asks."""
+        self.question.fill(question)
+        self.button("Send").click()
+
     def ask(self, question: str, *, ends: str = "done", answers: int = 1) -> list[Locator]:
         """Asks, and waits for the answers' end; returns the turn's answers."""
-        self.page.get_by_label("Question", exact=True).and_(
-            self.page.get_by_role("textbox")
-        ).fill(question)
-        self.button("Send").click()
+        self.send(question)
         return self.answers(ends=ends, count=answers)
+
+    def set(self, **options: str) -> None:
+        """Fills in fields of the settings: their labels, with _ for spaces."""
+        self.button("Settings").click()
+        for name, entry in options.items():
+            self.page.get_by_label(name.replace("_", " ")).fill(entry)
+        self.page.keyboard.press("Escape")
 
     def answers(self, *, ends: str = "done", count: int = 1) -> list[Locator]:
         """Waits until the last turn's answers have ended; returns them."""

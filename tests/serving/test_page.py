@@ -10,17 +10,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Route, expect
+from playwright.sync_api import Browser, Locator, expect
 
-from tests.helpers.page_visits import Visit, chromium, server, text_of, visit
+from tests.helpers.page_visits import chromium, page_server, text_of, visit
+from tests.helpers.served import ScriptedEngine, listening, served
 from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import png
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.serving.jobs import Overloaded
 
 __all__ = ["chromium"]
 QUESTION = "what color is it?"
@@ -38,15 +39,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VisionLanguage
 @pytest.fixture(scope="module")
 def url(models: dict[str, VisionLanguageModel]) -> Iterator[str]:
     """The address of a server of both."""
-    with server(models) as address:
+    with page_server(models) as address:
         yield address
+
+
+@pytest.fixture
+def scripted(models: dict[str, VisionLanguageModel]) -> Iterator[tuple[ScriptedEngine, str]]:
+    """An engine that answers as a test says, and the address of its server."""
+    engine = ScriptedEngine()
+    with listening(served(models, engine), engine) as address:
+        yield engine, address
 
 
 @pytest.fixture
 def red(tmp_path: Path) -> Path:
     """An image file; its name is one that shells and quotes trip over."""
     path = tmp_path / "it's $HOME.png"
-    path.write_bytes(bytes(png().source))
+    path.write_bytes(png().read())
     return path
 
 
@@ -57,10 +66,20 @@ def shown(answer: Locator) -> dict[str, float]:
     return {text: float(percent.removesuffix("%")) / 100 for text, percent in cells}
 
 
-def streamed(*events: dict[str, Any]) -> str:
-    """The body of a streamed answer."""
-    lines = [json.dumps(event) for event in events] + ["[DONE]"]
-    return "".join(f"data: {line}\n\n" for line in lines)
+def ran(language: str, code: str, folder: Path | None = None, **environment: str) -> str:
+    """The answer that copied code gets, run in a folder."""
+    run = subprocess.run(
+        ["bash"] if language == "curl" else [sys.executable, "-"],
+        input=code,
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "no_proxy": "127.0.0.1", **environment},
+    )
+    assert run.returncode == 0, run.stderr
+    if language == "curl":
+        return json.loads(run.stdout)["choices"][0]["message"]["content"]
+    return run.stdout.removesuffix("\n")
 
 
 def test_a_dropped_image_is_asked_about_and_the_chat_survives_a_reload(
@@ -71,9 +90,7 @@ def test_a_dropped_image_is_asked_about_and_the_chat_survives_a_reload(
         page = visited.page
         visited.give("drop", red)
         visited.images(1)
-        visited.button("Settings").click()
-        page.get_by_label("Most tokens").fill("9")
-        page.keyboard.press("Escape")
+        visited.set(Most_tokens="9")
         (answer,) = visited.ask(QUESTION)
         assert text_of(answer) == offline.text
         assert visited.reload() == [QUESTION]
@@ -107,9 +124,7 @@ def test_two_models_answer_side_by_side_each_from_its_earlier_answers(
         visited.give("paste", red)
         visited.images(1)
         visited.button("Compare two models").click()
-        visited.button("Settings").click()
-        visited.page.get_by_label("Most tokens").fill("6")
-        visited.page.keyboard.press("Escape")
+        visited.set(Most_tokens="6")
         first = [text_of(answer) for answer in visited.ask(QUESTION, answers=2)]
         second = [text_of(answer) for answer in visited.ask("is it blue?", answers=2)]
         assert first[0] != first[1]
@@ -151,14 +166,12 @@ def test_choices_have_bars_with_their_probabilities(
 def test_copied_code_gets_the_answer_of_the_page(
     chromium: Browser, url: str, red: Path, language: str
 ) -> None:
-    question = "say \"it's\" `echo` $HOME \\n {x}\nJSON"
+    question = 'say "it\'s" `echo` $HOME \\n {x}\nJSON'
     with visit(chromium, url, permissions=["clipboard-read", "clipboard-write"]) as visited:
         page = visited.page
         visited.give("drop", red)
         visited.images(1)
-        visited.button("Settings").click()
-        page.get_by_label("Most tokens").fill("12")
-        page.keyboard.press("Escape")
+        visited.set(Most_tokens="12")
         (answer,) = visited.ask(question)
         visited.button("Code").click()
         page.get_by_label(language, exact=True).check()
@@ -166,23 +179,14 @@ def test_copied_code_gets_the_answer_of_the_page(
         expect(page.get_by_text("Copied")).to_be_visible()
         code = page.evaluate("navigator.clipboard.readText()")
         expected = text_of(answer)
-    program = ["bash"] if language == "curl" else [sys.executable, "-"]
-    environment = {**os.environ, "no_proxy": "127.0.0.1"}
-    run = subprocess.run(
-        program, input=code, cwd=red.parent, text=True, capture_output=True, env=environment
-    )
-    assert run.returncode == 0, run.stderr
-    printed = json.loads(run.stdout) if language == "curl" else run.stdout
-    if language == "curl":
-        printed = printed["choices"][0]["message"]["content"] + "\n"
-    assert printed == f"{expected}\n"
+    assert ran(language, code, folder=red.parent) == expected
 
 
 def test_the_code_of_a_later_question_has_the_chat_the_settings_and_the_key(
-    chromium: Browser, models: dict[str, VisionLanguageModel], tmp_path: Path
+    chromium: Browser, models: dict[str, VisionLanguageModel]
 ) -> None:
     with (
-        server(models, api_key="secret") as address,
+        page_server(models, api_key="secret") as address,
         visit(chromium, address) as visited,
     ):
         page = visited.page
@@ -193,19 +197,14 @@ def test_the_code_of_a_later_question_has_the_chat_the_settings_and_the_key(
         key.fill("secret")
         page.keyboard.press("Enter")
         expect(page.get_by_label("Model", exact=True)).to_have_value("base")
-        visited.button("Settings").click()
-        page.get_by_label("System text").fill("Be brief.")
-        page.get_by_label("Temperature").fill("0.5")
-        page.get_by_label("Seed").fill("3")
-        page.get_by_label("Most tokens").fill("5")
-        page.keyboard.press("Escape")
+        visited.set(System_text="Be brief.", Temperature="0.5", Seed="3", Most_tokens="5")
         visited.ask("hello")
         with page.expect_request("**/v1/chat/completions") as sent:
             (answer,) = visited.ask("and now?")
         visited.button("Code").last.click()
         code = page.get_by_label("Code", exact=True).text_content() or ""
-        expected = text_of(answer)
         request = sent.value.post_data_json
+        assert ran("Python", code, VLM_TUNE_API_KEY="secret") == text_of(answer)
     assert request["temperature"] == 0.5 and request["seed"] == 3
     assert [message["role"] for message in request["messages"]] == [
         "system",
@@ -248,7 +247,7 @@ def test_a_large_photo_is_turned_upright_and_scaled_down(
 def test_no_more_images_are_taken_than_the_server_takes(
     chromium: Browser, models: dict[str, VisionLanguageModel], red: Path
 ) -> None:
-    with server(models, max_images=2) as address, visit(chromium, address) as visited:
+    with page_server(models, max_images=2) as address, visit(chromium, address) as visited:
         expect(visited.page.locator(".tools")).to_contain_text("Up to 2 images")
         visited.give("drop", red, red, red)
         expect(visited.page.get_by_role("status")).to_contain_text("takes no more images")
@@ -259,69 +258,64 @@ def test_no_more_images_are_taken_than_the_server_takes(
         expect(visited.page.locator(".tools")).to_contain_text("Up to 1 image")
 
 
-def test_markup_in_questions_and_answers_is_text(chromium: Browser, url: str) -> None:
-    pieces = [HOSTILE[:9], HOSTILE[9:]]
-    body = streamed(
-        *({"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces),
-        {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]},
-        {"choices": [], "usage": {"completion_tokens": 7}},
-    )
-    with visit(chromium, url) as visited:
+def test_markup_in_questions_and_answers_is_text(
+    chromium: Browser, scripted: tuple[ScriptedEngine, str]
+) -> None:
+    engine, address = scripted
+    with visit(chromium, address) as visited:
         page = visited.page
-        page.route(
-            "**/v1/chat/completions",
-            lambda route: route.fulfill(body=body, content_type="text/event-stream"),
-        )
-        (answer,) = visited.ask(HOSTILE)
+        visited.send(HOSTILE)
+        ticket = engine.ticket()
+        ticket.say(HOSTILE[:9])
+        expect(page.locator(".answer .text")).to_have_text(HOSTILE[:9])
+        expect(page.locator(".answer")).to_have_class("answer streaming")
+        ticket.say(HOSTILE[9:])
+        ticket.finish(HOSTILE)
+        (answer,) = visited.answers()
         assert text_of(answer) == HOSTILE
         expect(page.locator(".question .text")).to_have_text(HOSTILE)
-        expect(answer).to_contain_text("Cut at the most tokens")
-        assert page.locator(".transcript img, .transcript script").count() == 0
         assert visited.reload() == [HOSTILE]
         visited.button(HOSTILE).click()
-        assert page.locator("nav li img, nav li script").count() == 0
-
-
-def test_a_question_waits_for_a_busy_server(chromium: Browser, url: str) -> None:
-    refused: list[str] = []
-
-    def refuse_once(route: Route) -> None:
-        if refused:
-            route.continue_()
-            return
-        refused.append(route.request.url)
-        error = {"error": {"message": "the queue is full"}}
-        route.fulfill(status=429, headers={"Retry-After": "30"}, json=error)
-
-    with visit(chromium, url) as visited:
-        page = visited.page
-        page.clock.install()
-        page.route("**/v1/chat/completions", refuse_once)
-        page.get_by_placeholder("Ask about an image").fill(QUESTION)
-        visited.button("Send").click()
-        expect(page.locator(".answer")).to_contain_text("Asking again in 30 s")
-        page.clock.run_for(10_000)
-        expect(page.locator(".answer")).to_contain_text("Asking again in 20 s")
-        page.clock.run_for(20_000)
         visited.answers()
-        assert len(refused) == 1
+        assert page.locator("body script, body img:not([src='icon.svg'])").count() == 0
 
 
-def test_an_answer_is_stopped_and_asked_again(chromium: Browser, url: str) -> None:
-    with visit(chromium, url) as visited:
+def test_a_question_waits_for_a_busy_server(
+    chromium: Browser, scripted: tuple[ScriptedEngine, str]
+) -> None:
+    engine, address = scripted
+    engine.refusal = Overloaded("the queue is full")
+    with visit(chromium, address) as visited:
+        visited.page.clock.install()
+        visited.send(QUESTION)
+        expect(visited.page.locator(".answer")).to_contain_text("Asking again in 1 s")
+        engine.refusal = None
+        visited.page.clock.run_for(1000)
+        engine.ticket().finish("")
+        visited.answers()
+
+
+def test_an_answer_is_stopped_and_asked_again(
+    chromium: Browser, scripted: tuple[ScriptedEngine, str]
+) -> None:
+    engine, address = scripted
+    with visit(chromium, address) as visited:
         page = visited.page
-        page.route("**/v1/chat/completions", lambda route: None)
-        page.get_by_placeholder("Ask about an image").fill(QUESTION)
-        visited.button("Send").click()
+        visited.send(QUESTION)
+        engine.ticket().say("It is")
+        expect(page.locator(".answer .text")).to_have_text("It is")
         expect(visited.button("Edit")).to_have_count(0)
-        with page.expect_event("requestfailed"):
-            visited.button("Stop").click()
-        visited.answers(ends="stopped")
-        page.unroute("**/v1/chat/completions")
+        visited.button("Stop").click()
+        (answer,) = visited.answers(ends="stopped")
+        assert text_of(answer) == "It is"
+        assert engine.ticket().cancelled.wait(30)
         visited.button("Ask again").click()
-        visited.answers()
+        engine.ticket(1).say("red")
+        engine.ticket(1).finish("red")
+        (answer,) = visited.answers()
+        assert text_of(answer) == "red"
         visited.button("Edit").click()
-        expect(page.get_by_placeholder("Ask about an image")).to_have_value(QUESTION)
+        expect(visited.question).to_have_value(QUESTION)
         expect(page.locator(".answer")).to_have_count(0)
 
 
