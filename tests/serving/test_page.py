@@ -292,7 +292,8 @@ def test_a_question_waits_for_a_busy_server(
         engine.refusal = None
         visited.page.clock.run_for(1000)
         engine.ticket().finish("")
-        visited.answers()
+        (answer,) = visited.answers()
+        expect(answer).to_contain_text("The answer is empty.")
 
 
 def test_an_answer_is_stopped_and_asked_again(
@@ -319,11 +320,27 @@ def test_an_answer_is_stopped_and_asked_again(
         expect(page.locator(".answer")).to_have_count(0)
 
 
+def test_a_server_that_comes_back_is_asked_again(chromium: Browser, url: str) -> None:
+    with visit(chromium, url) as visited:
+        page = visited.page
+        page.route("**/v1/models", lambda route: route.abort())
+        page.reload()
+        expect(page.get_by_role("status")).to_contain_text("The server can't be reached")
+        visited.question.fill(QUESTION)
+        expect(visited.button("Send")).to_be_disabled()
+        page.unroute("**/v1/models")
+        visited.button("Try again").click()
+        visited.ask(QUESTION)
+
+
 def test_errors_are_in_plain_words(chromium: Browser, url: str) -> None:
     with visit(chromium, url) as visited:
         page = visited.page
         (answer,) = visited.ask("word " * 2000, ends="failed")
         expect(answer.get_by_role("alert")).to_contain_text("tokens")
+        with page.expect_request("**/v1/chat/completions") as sent:
+            visited.ask(QUESTION)
+        assert len(sent.value.post_data_json["messages"]) == 1
         page.context.set_offline(True)
         (answer,) = visited.ask(QUESTION, ends="failed")
         expect(answer.get_by_role("alert")).to_contain_text("The server can't be reached")

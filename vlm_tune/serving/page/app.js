@@ -50,8 +50,9 @@ function Notice({ notice, store }) {
   return html`<div class="notice" role="status">
     ${notice &&
     html`<p>${notice.text}</p>
-      ${notice.undo &&
-      html`<button type="button" class="quiet" onClick=${notice.undo}>Undo</button>`}
+      ${notice.action &&
+      html`<button type="button" class="quiet" onClick=${notice.action.run}
+        >${notice.action.label}</button>`}
       <${IconButton} icon="close" label="Dismiss" onClick=${() => store.set({ notice: null })} />`}
   </div>`;
 }
@@ -84,7 +85,8 @@ function App({ store }) {
         <div class="bottom">
           <${Notice} notice=${state.notice} store=${store} />
           <${Composer} key=${`${chat.id} ${state.draft?.id}`} draft=${state.draft}
-            running=${running} compares=${compares} room=${store.room}
+            running=${running} compares=${compares}
+            ready=${store.targets.length > 0} room=${store.room}
             onAsk=${(question) => store.ask(question)} onStop=${() => store.stop()}
             notify=${(text) => store.notify(text)} />
         </div>

@@ -117,7 +117,7 @@ function ChoiceField({ text, onText }) {
 }
 
 /** The form; `draft` is what stands in it at first. */
-export function Composer({ draft, running, compares, room, onAsk, onStop, notify }) {
+export function Composer({ draft, ready, running, compares, room, onAsk, onStop, notify }) {
   const [question, setQuestion] = useState(draft?.question ?? "");
   const [choiceText, setChoiceText] = useState((draft?.choices ?? []).join("\n"));
   const [choosing, setChoosing] = useState(choiceText !== "");
@@ -127,9 +127,10 @@ export function Composer({ draft, running, compares, room, onAsk, onStop, notify
   const choices = choosing ? linesOf(choiceText) : [];
   const short = choosing && choices.length < 2;
   const empty = !question.trim() && !taken.pictures.length;
+  const blocked = !ready || empty || short;
   const send = (event) => {
     event.preventDefault();
-    if (running || empty || short) return;
+    if (running || blocked) return;
     onAsk({ question: question.trim(), pictures: taken.pictures, choices });
     setQuestion("");
     taken.clear();
@@ -159,7 +160,7 @@ export function Composer({ draft, running, compares, room, onAsk, onStop, notify
       ${running
         ? html`<button type="button" class="send" aria-label="Stop" title="Stop"
             onClick=${onStop}><${Icon} name="stop" /></button>`
-        : html`<button class="send" aria-label="Send" title="Send" disabled=${empty || short}
+        : html`<button class="send" aria-label="Send" title="Send" disabled=${blocked}
           ><${Icon} name="send" /></button>`}
     </div>
   </form>`;

@@ -12,15 +12,16 @@ function userMessage(turn, urlOf) {
 }
 
 /**
- * Returns the messages before a turn. Each side of a comparison goes on from its answers; before
- * there were two, from the one. A question without an answer is left out.
+ * Returns the answer from which a side of a comparison goes on: its own, or before there were two,
+ * the one.
  */
-function earlierMessages(turns, column, urlOf) {
-  return turns.flatMap((turn) => {
-    const answer = turn.answers[column] ?? turn.answers[0];
-    if (!answer.text) return [];
-    return [userMessage(turn, urlOf), { role: "assistant", content: answer.text }];
-  });
+function answerOf(turn, column) {
+  return turn.answers[column] ?? turn.answers[0];
+}
+
+/** Returns the turns that are sent with later questions: those with an answer. */
+export function answeredTurns(turns, column) {
+  return turns.filter((turn) => answerOf(turn, column).text);
 }
 
 /**
@@ -34,7 +35,10 @@ export function requestOf(turns, column, urlOf) {
   const turn = turns.at(-1);
   const messages = [
     ...(turn.system ? [{ role: "system", content: turn.system }] : []),
-    ...earlierMessages(turns.slice(0, -1), column, urlOf),
+    ...answeredTurns(turns.slice(0, -1), column).flatMap((earlier) => [
+      userMessage(earlier, urlOf),
+      { role: "assistant", content: answerOf(earlier, column).text },
+    ]),
     userMessage(turn, urlOf),
   ];
   const choices = turn.choices.length ? { choices: turn.choices } : {};
@@ -42,6 +46,7 @@ export function requestOf(turns, column, urlOf) {
 }
 
 /** Returns the pictures that such a request sends. */
-export function picturesOf(turns) {
-  return turns.flatMap((turn) => turn.pictures);
+export function picturesOf(turns, column) {
+  const earlier = answeredTurns(turns.slice(0, -1), column);
+  return [...earlier, turns.at(-1)].flatMap((turn) => turn.pictures);
 }

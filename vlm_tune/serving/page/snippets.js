@@ -129,5 +129,5 @@ export const LANGUAGES = Object.keys(WRITERS);
  */
 export function snippet(language, turns, column, key) {
   const request = requestOf(turns, column, (picture) => picture.id);
-  return WRITERS[language]({ request, pictures: picturesOf(turns), key });
+  return WRITERS[language]({ request, pictures: picturesOf(turns, column), key });
 }

@@ -4,7 +4,7 @@ import { emptyChat, identifier, newestFirst, titleOf } from "./chats.js";
 import { ask, models } from "./client.js";
 import { dataUrl } from "./pictures.js";
 import { preferences } from "./preferences.js";
-import { picturesOf, requestOf } from "./requests.js";
+import { answeredTurns, picturesOf, requestOf } from "./requests.js";
 
 /**
  * @typedef {object} State
@@ -18,9 +18,12 @@ import { picturesOf, requestOf } from "./requests.js";
  * @property {string} theme "", "light" or "dark".
  * @property {object | null} draft A question to edit: its words, pictures and choices.
  * @property {object | null} dialog Which dialog is open, with what it shows.
- * @property {{text: string, undo?: () => void} | null} notice
+ * @property {{text: string, action?: {label: string, run: () => void}} | null} notice
  * @property {ReadonlySet<string>} running The chats that wait for answers.
  */
+
+/** Why an answer ends where it does, if it is not of itself. */
+const CUT = { length: "Cut at the most tokens an answer may have." };
 
 /** Keeps the state, tells those who subscribe of changes, and talks to the server. */
 export class Store {
@@ -63,8 +66,9 @@ export class Store {
     preferences.write(this.state);
   }
 
-  notify(text, undo) {
-    this.set({ notice: { text, undo } });
+  /** Shows a text, and a button that does something about it. */
+  notify(text, action) {
+    this.set({ notice: { text, action } });
   }
 
   /** Reads this browser's chats and the server's models. */
@@ -87,8 +91,13 @@ export class Store {
       const { model, other } = this.state;
       this.set({ models: served, model: listed(model) || served[0].id, other: listed(other) });
     } catch (error) {
-      this.notify(error.message);
+      this.notify(error.message, { label: "Try again", run: () => this.#retryModels() });
     }
+  }
+
+  #retryModels() {
+    this.set({ notice: null });
+    return this.readModels();
   }
 
   /** Calls with the API key; where the server refuses it, asks the user for another and repeats. */
@@ -131,8 +140,10 @@ export class Store {
 
   /** How many images the next question may have: the chat's earlier ones are sent with it. */
   get room() {
-    const sent = this.chat.turns.flatMap((turn) => turn.pictures).length;
-    return Math.max(0, Math.min(...this.targets.map((model) => model.max_images)) - sent);
+    const sent = (_, column) =>
+      answeredTurns(this.chat.turns, column).flatMap((turn) => turn.pictures).length;
+    const most = Math.min(...this.targets.map((model) => model.max_images));
+    return Math.max(0, most - Math.max(...this.targets.map(sent)));
   }
 
   open(id) {
@@ -173,11 +184,12 @@ export class Store {
     const removed = this.state.chats.find((chat) => chat.id === id);
     this.set({ chats: this.state.chats.filter((chat) => chat !== removed) });
     if (id === this.state.current) this.create();
-    this.notify(`Deleted “${removed.title}”.`, () => {
+    const undo = () => {
       const chats = newestFirst([removed, ...this.state.chats]);
       this.set({ chats, current: id, notice: null });
       return this.#save(id);
-    });
+    };
+    this.notify(`Deleted “${removed.title}”.`, { label: "Undo", run: undo });
     await this.#store(this.#chats.remove(id));
   }
 
@@ -249,14 +261,16 @@ export class Store {
     const begin = performance.now();
     try {
       const urls = new Map();
-      for (const picture of picturesOf(turns)) urls.set(picture, await dataUrl(picture.blob));
+      for (const picture of picturesOf(turns, column)) {
+        urls.set(picture, await dataUrl(picture.blob));
+      }
       const request = requestOf(turns, column, (picture) => urls.get(picture));
       const onText = (text) => change({ state: "streaming", text, note: "" });
       const onWait = (seconds) =>
         change({ note: `The server is busy. Asking again in ${seconds} s.` });
       const answer = await this.#withKey((key) => ask(request, { key, signal, onText, onWait }));
       const { text, tokens, ranking, finish } = answer;
-      const note = finish === "length" ? "Cut at the most tokens an answer may have." : "";
+      const note = text ? CUT[finish] : "The answer is empty.";
       const seconds = (performance.now() - begin) / 1000;
       change({ state: "done", text, tokens, ranking, note, seconds });
     } catch (error) {
