@@ -149,6 +149,7 @@ def test_choices_have_bars_with_their_probabilities(
     with visit(chromium, url) as visited:
         visited.give("drop", red)
         visited.images(1)
+        visited.set(Temperature="0.5", Most_tokens="3")
         visited.button("Choices").click()
         visited.page.get_by_label("Choices, one a line").fill("\n".join(["", *choices, "red "]))
         (answer,) = visited.ask(QUESTION)

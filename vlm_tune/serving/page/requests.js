@@ -41,8 +41,9 @@ export function requestOf(turns, column, urlOf) {
     ]),
     userMessage(turn, urlOf),
   ];
-  const choices = turn.choices.length ? { choices: turn.choices } : {};
-  return { model: turn.answers[column].model, messages, ...choices, ...turn.options };
+  // Where choices are compared, nothing is generated that options could change.
+  const fields = turn.choices.length ? { choices: turn.choices } : turn.options;
+  return { model: turn.answers[column].model, messages, ...fields };
 }
 
 /** Returns the pictures that such a request sends. */
