@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm_tune.evaluation.intervals import difference, interval
-from vlm_tune.evaluation.registry import mean
+from vlm_tune.evaluation.metric import mean
 
 MOST_QUESTIONS = 8
 RESAMPLES = 1000

@@ -23,6 +23,7 @@ from vlm_tune.errors import (
     check_counts,
 )
 from vlm_tune.evaluation.answer_files import read_answers
+from vlm_tune.evaluation.benchmarks import read_benchmarks
 from vlm_tune.evaluation.compare import Comparison
 from vlm_tune.evaluation.compare import compare as compare_answers
 from vlm_tune.evaluation.evaluate_rows import chosen_settings, evaluate_rows, read_files
@@ -115,9 +116,11 @@ def evaluate(
     *,
     split: Literal["validation", "test"] = "test",
     data: str | Path | Sequence[str | Path] | None = None,
+    benchmark: Sequence[str] | None = None,
     limit: int | None = None,
     metrics: Sequence[str] | None = None,
     baselines: Literal["auto"] | Sequence[str] | None = None,
+    answering: Literal["generate", "likelihood"] | None = None,
     dtype: str | None = None,
     base: BaseArgument = None,
     accept_other_base: bool = False,
@@ -132,42 +135,56 @@ def evaluate(
         split: the part of the recipe to score.
         data: a file, a pattern of files, or tar shards, of rows of any form, or several of these;
             scored in place of the recipe's part.
+        benchmark: local copies of public benchmarks as `"pope=FOLDER"`, scored by their own rules
+            in place of the recipe's part.
         limit: score the first rows only.
         metrics: names of metrics or `module:function`; the recipe's, or those of the rows' form,
             where not given.
         baselines: names of baselines, `auto` or []; the recipe's where not given.
+        answering: `likelihood` chooses among a row's choices; the recipe's where not given.
         dtype: bf16, fp16 or fp32; the model's own where not given.
         base: as in `merge`, like `accept_other_base`.
         show: called with every event.
 
     Raises:
-        RecipeError: the part is empty or unknown, an argument has the wrong type, the limit is
-            under 1, or a name is no metric or baseline.
+        RecipeError: the part is empty or unknown, or an argument has the wrong type or value.
         DataError: a row can't be used.
         ModelError: the model can't be loaded.
     """
-    check_path("model", model)
-    if split not in ("validation", "test"):
-        raise RecipeError([Problem("--split", f"{quoted(split)} is none of validation, test")])
-    check_count("--limit", limit)
+    folder = _model_folder(model, split, limit)
     precision = dtype_of(dtype)
     places = base_choice(base, accept_other_base)
-    folder = Path(model)
-    if data is not None:
+    if data is not None or benchmark:
         stage = _last_stage(folder, recipe, overrides)
         given = EvaluateSection() if stage is None else stage.evaluate
-        settings = chosen_settings(given, metrics, baselines)
-        rows = read_files(data)[:limit]
+        settings = chosen_settings(given, metrics, baselines, answering)
+        rows = _rows_of(data, benchmark)[:limit]
         vlm = load_model(folder, dtype=precision, base=places)
         caches = caches_features(stage, folder)
         return _score_rows(vlm, rows, settings, stage, caches, compile=False, show=show)
     loaded = as_recipe(find_recipe(folder) if recipe is None else recipe, overrides)
     stage = loaded.last_stage
-    settings = chosen_settings(stage.evaluate, metrics, baselines)
+    settings = chosen_settings(stage.evaluate, metrics, baselines, answering)
     _check_part(stage, split)
     vlm = load_model(folder, dtype=precision, base=places)
     options: dict[str, Any] = {"split": split, "limit": limit, "settings": settings, "show": show}
     return evaluate_model(vlm, loaded, caches=caches_features(stage, folder), **options)
+
+
+def _model_folder(model: str | Path, split: str, limit: int | None) -> Path:
+    """The folder of a model to score. Raises `RecipeError` for an argument of a wrong kind."""
+    check_path("model", model)
+    if split not in ("validation", "test"):
+        raise RecipeError([Problem("--split", f"{quoted(split)} is none of validation, test")])
+    check_count("--limit", limit)
+    return Path(model)
+
+
+def _rows_of(
+    data: str | Path | Sequence[str | Path] | None, benchmark: Sequence[str] | None
+) -> list[Conversation]:
+    """The rows of copies of benchmarks and of files. Raises as `evaluate`."""
+    return [*read_benchmarks(benchmark or ()), *([] if data is None else read_files(data))]
 
 
 def _check_part(stage: Recipe, split: Literal["validation", "test"]) -> None:

@@ -175,8 +175,7 @@ class TrainSteps(StageEvent):
 class Evaluation(StageEvent):
     """The scores on the validation part after a step, as `evaluation.metrics.Scores`.
 
-    `best_by` names the metric, or `loss`, that chooses the best checkpoint. An objective that
-    generates no answers has no metrics, no tokens and no groups.
+    `best_by` names the metric, or `loss`, that chooses the best checkpoint.
     """
 
     kind = "evaluate"

@@ -18,6 +18,7 @@ from vlm_tune.data.types import References
 from vlm_tune.errors import RecipeError
 from vlm_tune.evaluation.assessment import assess, better, clusters_of, compare_answers, measure
 from vlm_tune.evaluation.baselines import TITLES
+from vlm_tune.evaluation.benchmarks import BENCHMARKS
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.metrics import Answer, Scores, scores
 from vlm_tune.evaluation.registry import (
@@ -48,7 +49,8 @@ def assessed(answers: list[Answer], names: list[str] | None = None) -> Scores:
 
 
 def test_recipes_name_the_metrics_and_baselines_that_there_are() -> None:
-    assert tuple(METRICS) == NAMES
+    benchmarked = [metric.name for each in BENCHMARKS.values() for metric in each.metrics]
+    assert list(METRICS) == [*NAMES, *benchmarked]
     assert tuple(TITLES) == get_args(Baseline)
 
 

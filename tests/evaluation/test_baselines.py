@@ -167,13 +167,13 @@ def test_the_blind_model_sees_no_image(
     model = built(recipe)
     rows = rows_of(recipe)
     scores = score(model, rows, decoding=Decoding(2), loss=False)
-    prompts = []
+    blind_rows: list[Conversation] = []
 
-    def fake(asking: object, asked_prompts: list, decoding: object, **named: object) -> list[str]:
-        prompts.extend(asked_prompts)
+    def fake(asking: object, given: list[Conversation], **named: object) -> list[str]:
+        blind_rows.extend(given)
         return [row.messages[-1].text for row in rows]
 
-    monkeypatch.setattr(baseline_run, "answer_prompts", fake)
+    monkeypatch.setattr(baseline_run, "answer_rows", fake)
     settings = EvaluateSection(baselines=["blind"])
     measured, _ = measure(scores.answers, None)
 
@@ -182,7 +182,8 @@ def test_the_blind_model_sees_no_image(
 
     run = BaselineRun(model, rows, read, settings, 1e6, caches=False)
     run.add(scores, measured)
-    assert len(prompts) == len(rows)
+    assert len(blind_rows) == len(rows)
+    prompts = model.processor.prompts(blind_rows)
     assert not any(prompt.media or prompt.image_mask.any() for prompt in prompts)
     assert scores.baselines["blind"]["exact_match"]["value"] == 1.0
     assert scores.notes == ["baseline blind takes about 1,000,000 s"]
@@ -294,7 +295,7 @@ def test_baselines_that_fail_leave_the_scores_and_the_others(
     model = built(recipe)
     rows = rows_of(recipe)
     monkeypatch.setattr(baseline_run, "nearest", fails(ValueError("Input contains NaN")))
-    monkeypatch.setattr(baseline_run, "answer_prompts", fails(Interrupted("asked to stop")))
+    monkeypatch.setattr(baseline_run, "answer_rows", fails(Interrupted("asked to stop")))
     scores = run_of(model, rows, rows, baselines=["majority", "nearest", "blind"])
     assert list(scores.baselines) == ["majority"]
     assert scores.notes == [

@@ -124,7 +124,7 @@ def test_scores_of_a_model(
         named["progress"](len(prompts), len(prompts))
         return [answers[prompt.id] for prompt in prompts]
 
-    monkeypatch.setattr("vlm_tune.evaluation.evaluate.answer_prompts", fake)
+    monkeypatch.setattr("vlm_tune.evaluation.answering.answer_prompts", fake)
     steps: list[tuple[int, int]] = []
     model.train()
     scores = score(

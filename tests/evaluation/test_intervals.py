@@ -14,7 +14,7 @@ from vlm_tune.evaluation.intervals import (
     jackknife_variance,
     left_out,
 )
-from vlm_tune.evaluation.registry import mean
+from vlm_tune.evaluation.metric import mean
 
 
 @pytest.mark.parametrize(

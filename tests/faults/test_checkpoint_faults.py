@@ -291,7 +291,7 @@ def test_fault_48_a_corrupt_best_checkpoint_does_not_stop_the_stage_at_its_end(
     scores = iter([0.5, 0.9, 0.1])
     monkeypatch.setattr(
         Evaluator,
-        "_generated",
+        "_scored",
         lambda self, step: Evaluation(step=step, accuracy=next(scores), loss=1.0, n=8),
     )
     validation = [{"kind": "file", "path": str(color_rows)}]

@@ -330,7 +330,7 @@ def test_figures_that_are_missing_or_not_finite_are_left_out(run: Path) -> None:
     assert "Training time" in words
     assert not any(part in words for part in ("Test accuracy", "Test loss", "nan", "inf", "None"))
     assert [svg["aria-label"] for svg in Page((run / "report.html").read_text()).all("svg")] == [
-        "Accuracy against step",
+        "Exact match against step",
         "Learning rate and speed against step",
     ]
 

@@ -206,7 +206,7 @@ def test_the_best_checkpoint_is_what_the_run_ends_with(
     def scored(self: Any, step: int) -> Evaluation:
         return Evaluation(step=step, accuracy=next(scores), loss=1.0, n=8)
 
-    monkeypatch.setattr(Evaluator, "_generated", scored)
+    monkeypatch.setattr(Evaluator, "_scored", scored)
     recipe = runs(
         tiny_recipe, "run", evaluate__every=1, train__checkpoints={"every": 10, "keep": 1}
     )
@@ -231,7 +231,7 @@ def test_best_checkpoints_of_a_lora_stage_are_found_again(
     scores = iter([0.9, 0.1])
     monkeypatch.setattr(
         Evaluator,
-        "_generated",
+        "_scored",
         lambda self, step: Evaluation(step=step, accuracy=next(scores), loss=1.0, n=8),
     )
     text = with_tune(tiny_recipe("seq2seq"))

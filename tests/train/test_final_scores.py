@@ -63,7 +63,7 @@ def test_a_stop_during_baselines_ends_the_run_with_its_scores(
         os.kill(os.getpid(), signal.SIGINT)
         progress(1, 8)
 
-    monkeypatch.setattr(baseline_run, "answer_prompts", interrupted)
+    monkeypatch.setattr(baseline_run, "answer_rows", interrupted)
     recipe = scored_recipe(tiny_recipe, color_rows, evaluate__baselines=["majority", "blind"])
     finished = sft(recipe)
     assert finished.result["baselines"].keys() == {"majority"}

@@ -60,22 +60,39 @@ BaselinesOption = Annotated[
         "not given"
     ),
 ]
+BenchmarkOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="score on a local copy of a public benchmark by its own rules, as pope=FOLDER; "
+        "also mmbench=FILE, scienceqa, textvqa, chartqa; again for more"
+    ),
+]
+AnsweringOption = Annotated[
+    str | None,
+    typer.Option(
+        help="generate, or likelihood: rows with choices are answered by the likeliest; the "
+        "recipe's where not given"
+    ),
+]
+AnswersOption = Annotated[Path | None, typer.Option(help="write every answer to this JSONL file")]
+SplitOption = Annotated[str, typer.Option(help="test or validation")]
+RecipeOption = Annotated[
+    str | None, typer.Option(help="whose data to score on; the run's own where not given")
+]
 
 
 def evaluate(
     model: ModelArgument,
-    recipe: Annotated[
-        str | None, typer.Option(help="whose data to score on; the run's own where not given")
-    ] = None,
+    recipe: RecipeOption = None,
     set_: SetOption = None,
-    split: Annotated[str, typer.Option(help="test or validation")] = "test",
+    split: SplitOption = "test",
     data: DataOption = None,
+    benchmark: BenchmarkOption = None,
     limit: LimitOption = None,
     metrics: MetricsOption = None,
     baselines: BaselinesOption = None,
-    answers: Annotated[
-        Path | None, typer.Option(help="write every answer to this JSONL file")
-    ] = None,
+    answering: AnsweringOption = None,
+    answers: AnswersOption = None,
     dtype: DtypeOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
@@ -84,7 +101,8 @@ def evaluate(
 ) -> None:
     """Score MODEL's generated answers, with intervals and beside baselines."""
     check_choice("--split", split, ("test", "validation"))
-    part: Any = split
+    check_choice("--answering", answering or "generate", ("generate", "likelihood"))
+    choices: dict[str, Any] = {"split": split, "answering": answering}
     check_dtype(dtype)
     loaded = load(recipe, set_) if recipe else None
     if answers:
@@ -104,8 +122,9 @@ def evaluate(
             model,
             loaded,
             set_ or [],
-            split=part,
+            **choices,
             data=data,
+            benchmark=benchmark,
             limit=limit,
             metrics=names_in(metrics),
             baselines="auto" if baselines == "auto" else names_in(baselines),

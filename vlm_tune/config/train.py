@@ -148,6 +148,12 @@ METRICS = (
     "box_iou",
     "box_accuracy",
     "perplexity",
+    "text_recall_1",
+    "text_recall_5",
+    "text_recall_10",
+    "image_recall_1",
+    "image_recall_5",
+    "image_recall_10",
 )
 """The metrics that `evaluate.metrics` names; another name is a user's `module:function`."""
 
@@ -172,6 +178,11 @@ class EvaluateSection(Config):
     batch_size: PositiveInt = Field(default=64, description="rows scored together")
     max_new_tokens: PositiveInt = 32
     num_beams: Layers = 1
+    answering: Literal["generate", "likelihood"] = Field(
+        default="generate",
+        description="likelihood: rows with choices (multiple choice, classes) are answered by the "
+        "choice that the model finds likeliest, and nothing else can be answered",
+    )
     metrics: Annotated[list[str], Field(min_length=1)] | None = Field(
         default=None,
         description="what answers are scored by, as [exact_match, bleu]; a function of your own is "

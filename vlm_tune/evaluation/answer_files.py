@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_tune.data.types import References
 from vlm_tune.errors import DataError
-from vlm_tune.evaluation.metrics import Answer
+from vlm_tune.evaluation.metrics import Answer, Ranks
 
 ANSWERS_FILE = "answers.jsonl"
 """The test answers in a run's folder."""
@@ -24,6 +24,8 @@ def save_answers(path: Path, answers: Sequence[Answer]) -> None:
             entry = asdict(answer)
             if not math.isfinite(answer.loss):
                 entry["loss"] = None
+            if answer.ranks is None:
+                del entry["ranks"]
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
@@ -58,7 +60,7 @@ def answer_from(entry: dict[str, Any]) -> Answer:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in (entry.get("references") or {}).items()
     }
-    known = {field.name for field in fields(Answer)} - {"references", "images", "loss"}
+    known = {field.name for field in fields(Answer)} - {"references", "images", "loss", "ranks"}
     images = entry.get("images", [entry["image"]] if entry["image"] else [])
     loss = entry.get("loss", 0.0)
     return Answer(
@@ -66,4 +68,5 @@ def answer_from(entry: dict[str, Any]) -> Answer:
         images=tuple(images),
         references=References(**references),
         loss=math.nan if loss is None else float(loss),
+        ranks=Ranks(**entry["ranks"]) if entry.get("ranks") else None,
     )

@@ -16,6 +16,7 @@ from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.types import Conversation, Media, distinct_media
 from vlm_tune.errors import DataError, ModelError
+from vlm_tune.evaluation.answering import answer_rows
 from vlm_tune.evaluation.assessment import Measured, clusters_of, compare_answers
 from vlm_tune.evaluation.baselines import (
     Known,
@@ -28,7 +29,6 @@ from vlm_tune.evaluation.baselines import (
 )
 from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.evaluation.texts import normalise
-from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.model.feature_cache import has_features, tower_features
 from vlm_tune.model.feature_choice import trains_tower
 from vlm_tune.model.language.decoding import Decoding
@@ -133,6 +133,7 @@ class BaselineRun:
                     generated=text,
                     correct=normalise(text) == normalise(answer.expected),
                     tokens=0,
+                    ranks=None,
                 )
                 for answer, text in zip(scores.answers, texts, strict=True)
             ]
@@ -211,11 +212,13 @@ class BaselineRun:
         """
         model = self.model
         rows = [_without_images(row) for row in self.rows]
-        return answer_prompts(
+        return answer_rows(
             model,
-            model.processor.prompts(rows),
-            Decoding(self.settings.max_new_tokens, self.settings.num_beams),
+            rows,
+            decoding=Decoding(self.settings.max_new_tokens, self.settings.num_beams),
+            likelihood=self.settings.answering == "likelihood",
             fetch=PixelCache(model.processor.images),
+            cached=False,
             batch_size=self.settings.batch_size,
             progress=self.progress,
         )

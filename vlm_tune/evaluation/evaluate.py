@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from vlm_tune.config.train import Contrastive, EvaluateSection, LanguageModeling
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Media, References, distinct_media
 from vlm_tune.errors import DataError
+from vlm_tune.evaluation.answering import answer_rows
 from vlm_tune.evaluation.metrics import Answer, Losses, Scores, scores
+from vlm_tune.evaluation.registry import RETRIEVAL
+from vlm_tune.evaluation.retrieval import losses_by_source, retrieve, with_ranks
 from vlm_tune.evaluation.texts import normalise
-from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.model.acceleration.compiling import reading
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork, in_eval_mode
@@ -28,19 +31,26 @@ def score(
     *,
     decoding: Decoding,
     batch_size: int = 64,
+    answering: Literal["generate", "likelihood", "retrieve"] = "generate",
+    ranks: bool = False,
+    temperature: float = 1.0,
     features: Fetch | None = None,
     loss: bool = True,
     perplexity: bool = False,
     compile: bool | str = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Generates the last answer of every conversation and compares it with the reference.
+    """Answers the last question of every conversation and compares the answer with the reference.
 
     Args:
         model: the model; its training mode is restored at the end.
         conversations: the rows to score; each ends in the reference answer.
         decoding: how answers are generated.
         batch_size: rows per batch.
+        answering: generate answers; likelihood: choose the likeliest of a row's choices, where it
+            has some; retrieve: take the caption that is nearest to the image.
+        ranks: also rank captions and images, for the metrics of retrieval.
+        temperature: that of the contrastive loss, which is the loss with `retrieve`.
         features: cached features of a frozen tower; pixels are decoded where None.
         loss: also compute the loss of the reference answers, by source.
         perplexity: also compute it for each answer by itself, for the metric of that name.
@@ -48,39 +58,76 @@ def score(
         progress: called with the number of answered rows and their total.
 
     Raises:
-        DataError: there are no conversations, or a prompt is too long.
+        DataError: there are no conversations, a prompt is too long, or a row can't be retrieved.
     """
     if not conversations:
         raise DataError("no rows to evaluate")
-    prompts = model.processor.prompts(conversations)
-    fetch = features or PixelCache(model.processor.images)
-    with reading(model.llm, compile, len(prompts)):
-        generated = answer_prompts(
-            model,
-            prompts,
-            decoding,
-            fetch=fetch,
-            cached=features is not None,
-            batch_size=batch_size,
-            progress=progress,
+    source: dict[str, Any] = {
+        "fetch": features or PixelCache(model.processor.images),
+        "cached": features is not None,
+        "batch_size": batch_size,
+    }
+    if answering == "retrieve":
+        answers = _answers(conversations, [""] * len(conversations))
+        retrieved = retrieve(
+            model, conversations, answers, temperature=temperature, progress=progress, **source
         )
-    losses: Losses = {}
-    answers = _answers(conversations, generated)
-    if loss and not perplexity:
-        for name in dict.fromkeys(row.source_name for row in conversations):
-            rows = [row for row in conversations if row.source_name == name]
-            losses[name] = _loss(model, rows, batch_size, features, fetch)
+        answers = with_ranks(answers, retrieved, answering=True)
+        return scores(answers, losses_by_source(answers, retrieved) if loss else {})
+    likelihood = answering == "likelihood"
+    options: dict[str, Any] = {"decoding": decoding, "likelihood": likelihood, **source}
+    with reading(model.llm, compile, len(conversations)):
+        texts = answer_rows(model, conversations, progress=progress, **options)
+    answers = _answers(conversations, texts)
+    if ranks:
+        retrieved = retrieve(model, conversations, answers, temperature=temperature, **source)
+        answers = with_ranks(answers, retrieved, answering=False)
+    return _with_losses(model, conversations, answers, loss, perplexity, **source)
+
+
+def _with_losses(
+    model: VisionLanguageNetwork,
+    conversations: Sequence[Conversation],
+    answers: list[Answer],
+    loss: bool,
+    perplexity: bool,
+    *,
+    fetch: Fetch,
+    cached: bool,
+    batch_size: int,
+) -> Scores:
+    """The scores of answers, with the losses that are wanted: by source, or of each answer."""
     if perplexity:
-        row_losses = _row_losses(model, conversations, batch_size, features, fetch)
+        row_losses = _row_losses(model, conversations, batch_size, fetch, cached)
         answers = [
             replace(answer, loss=total, tokens=tokens)
             for answer, (total, tokens) in zip(answers, row_losses, strict=True)
         ]
-    if loss and perplexity:  # one pass gives both
-        for answer in answers:
-            total, tokens = losses.get(answer.source, (0.0, 0))
-            losses[answer.source] = total + answer.loss, tokens + answer.tokens
+        return scores(answers, _losses_by_source(answers) if loss else {})
+    losses: Losses = {}
+    for name in dict.fromkeys(row.source_name for row in conversations) if loss else ():
+        rows = [row for row in conversations if row.source_name == name]
+        losses[name] = _loss(model, rows, batch_size, fetch, cached)
     return scores(answers, losses)
+
+
+def score_options(
+    settings: EvaluateSection, objective: LanguageModeling | Contrastive | None
+) -> dict[str, Any]:
+    """The arguments of `score` that evaluation settings and a training objective ask for.
+
+    With `ranks` all rows have to be scored together.
+    """
+    contrastive = isinstance(objective, Contrastive)
+    names = settings.metrics or ()
+    return {
+        "decoding": Decoding(settings.max_new_tokens, settings.num_beams),
+        "batch_size": settings.batch_size,
+        "answering": "retrieve" if contrastive else settings.answering,
+        "ranks": contrastive or any(metric.name in names for metric in RETRIEVAL),
+        "temperature": objective.temperature if contrastive else 1.0,
+        "perplexity": "perplexity" in names and not contrastive,
+    }
 
 
 def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) -> list[Answer]:
@@ -108,6 +155,15 @@ def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) ->
     return answers
 
 
+def _losses_by_source(answers: Sequence[Answer]) -> Losses:
+    """The summed losses of each source's answers, and their number of tokens."""
+    losses: Losses = {}
+    for answer in answers:
+        total, tokens = losses.get(answer.source, (0.0, 0))
+        losses[answer.source] = total + answer.loss, tokens + answer.tokens
+    return losses
+
+
 def _scored(references: References) -> References:
     """The references that metrics use: a folder's thousand classes are not part of every answer."""
     if references.form != "classify":
@@ -126,8 +182,8 @@ def _batches(
     model: VisionLanguageNetwork,
     conversations: Sequence[Conversation],
     batch_size: int,
-    features: Fetch | None,
     fetch: Fetch,
+    cached: bool,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Batches of whole rows, by length, with the number of each example's conversation."""
     examples = [
@@ -142,7 +198,7 @@ def _batches(
             [example for _, example in chosen],
             model.processor.spec,
             fetch=fetch,
-            cached=features is not None,
+            cached=cached,
         )
         yield [number for number, _ in chosen], batch.to(model.device)
 
@@ -152,13 +208,13 @@ def _loss(
     model: VisionLanguageNetwork,
     conversations: Sequence[Conversation],
     batch_size: int,
-    features: Fetch | None,
     fetch: Fetch,
+    cached: bool,
 ) -> tuple[float, int]:
     """Summed cross-entropy of the reference answers, and their number of tokens."""
     total = 0.0
     count = 0
-    for _, batch in _batches(model, conversations, batch_size, features, fetch):
+    for _, batch in _batches(model, conversations, batch_size, fetch, cached):
         outcome: Any = model(batch)
         total = total + float(outcome.sum)
         count = count + outcome.count
@@ -170,12 +226,12 @@ def _row_losses(
     model: VisionLanguageNetwork,
     conversations: Sequence[Conversation],
     batch_size: int,
-    features: Fetch | None,
     fetch: Fetch,
+    cached: bool,
 ) -> list[tuple[float, int]]:
     """Summed cross-entropy of each row's reference answers, and their number of tokens."""
     losses = [(0.0, 0)] * len(conversations)
-    for numbers, batch in _batches(model, conversations, batch_size, features, fetch):
+    for numbers, batch in _batches(model, conversations, batch_size, fetch, cached):
         hidden, targets = model.llm.supervised(model.embed(batch), batch)
         counts = (batch.on_host.labels != IGNORE_INDEX).sum(1).tolist()
         rows = zip(numbers, hidden.split(counts), targets.split(counts), strict=True)

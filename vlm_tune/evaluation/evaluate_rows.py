@@ -19,16 +19,18 @@ from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.errors import DataError, Problem, RecipeError
 from vlm_tune.evaluation.assessment import assess
 from vlm_tune.evaluation.baseline_run import BaselineRun, Training, training_rows
-from vlm_tune.evaluation.evaluate import score
+from vlm_tune.evaluation.evaluate import score, score_options
 from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.evaluation.registry import check_metrics
 from vlm_tune.events import Features, Report, Scoring
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.feature_choice import caches_images
-from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import check_path
 from vlm_tune.quoting import quoted
+
+ANSWERING = ("generate", "likelihood")
+"""Ways to answer that `evaluate.answering` names."""
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +39,9 @@ def chosen_settings(
     settings: EvaluateSection,
     metrics: Sequence[str] | None,
     baselines: Literal["auto"] | Sequence[str] | None,
+    answering: str | None = None,
 ) -> EvaluateSection:
-    """The settings with the metrics and baselines of a call, where it names some.
+    """The settings with the metrics, baselines and answering of a call, where it names some.
 
     Raises `RecipeError` for a name that is none.
     """
@@ -53,6 +56,11 @@ def chosen_settings(
             raise RecipeError([Problem("--metrics", "no metric is named")])
         if names is not None:
             changes[option] = names if isinstance(names, str) else list(names)
+    if answering is not None:
+        if answering not in ANSWERING:
+            message = f"{quoted(answering)} is none of {', '.join(ANSWERING)}"
+            raise RecipeError([Problem("--answering", message)])
+        changes["answering"] = answering
     given = changes.get("baselines", "auto")
     for name in given if given != "auto" else ():
         if name not in get_args(Baseline):
@@ -123,21 +131,20 @@ def evaluate_rows(
     media = distinct_media(rows)
     cached = caches_images(model, media, caches)
     features = tower_features(model, media, computing) if cached else None
+    options = score_options(settings, None if stage is None else stage.objective)
     started = time.perf_counter()
     scores = score(
         model,
         rows,
-        decoding=Decoding(settings.max_new_tokens, settings.num_beams),
-        batch_size=settings.batch_size,
+        **options,
         features=features,
         loss=False,
-        perplexity="perplexity" in (settings.metrics or ()),
         compile=compile,
         progress=answering,
     )
     seconds = time.perf_counter() - started
     measured = assess(scores, settings.metrics)
-    if settings.baselines != []:
+    if settings.baselines != [] and options["answering"] != "retrieve":
         training = partial(_training, model, stage, settings)
         run = BaselineRun(model, rows, training, settings, seconds, caches, progress=answering)
         run.add(scores, measured)

@@ -15,6 +15,23 @@ from vlm_tune.data.types import References
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Where retrieval ranks what belongs to a row.
+
+    Attributes:
+        text: the rank, from 1, of the best of its image's captions among all captions.
+        image: the rank of the best of its caption's images among all images.
+        text_share: 1 over the number of rows with its image: what it counts among image queries.
+        image_share: 1 over the number of rows with its caption.
+    """
+
+    text: int
+    image: int
+    text_share: float
+    image_share: float
+
+
+@dataclass(frozen=True)
 class Answer:
     """One scored question.
 
@@ -31,6 +48,7 @@ class Answer:
         references: further reference answers, choices, and the row's form.
         loss: summed cross-entropy of the reference answer, where it was computed.
         tokens: the number of tokens that the loss is of; 0 where it was not computed.
+        ranks: those of retrieval, where they were computed.
     """
 
     id: str
@@ -45,6 +63,7 @@ class Answer:
     references: References = field(default_factory=References)
     loss: float = 0.0
     tokens: int = 0
+    ranks: Ranks | None = None
 
     @property
     def expectations(self) -> tuple[str, ...]:
@@ -59,8 +78,8 @@ class Scores:
     """The scores of an evaluation.
 
     `accuracy` is the share of exact matches among `n` questions, `loss` the mean over `tokens`
-    reference tokens. `by_category` and `by_source` hold {name: {accuracy, n}}, the latter with loss
-    and tokens where they were computed.
+    reference tokens, or rows for retrieval. `by_category` and `by_source` hold {name: {accuracy,
+    n}}, the latter with loss and tokens where they were computed.
 
     Attributes:
         metrics: {name: {value, low, high, n, images}}: a score (None where it is not finite), its

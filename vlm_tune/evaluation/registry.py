@@ -15,7 +15,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from vlm_tune.config.train import LOSS, EvaluateSection
 from vlm_tune.data.sources.chat_schemas import CHAT_FORMS
 from vlm_tune.errors import DataError, Problem, RecipeError
 from vlm_tune.evaluation import captions, classes
+from vlm_tune.evaluation.benchmarks import BENCHMARKS
 from vlm_tune.evaluation.boxes import box_overlap, boxes_in
 from vlm_tune.evaluation.choices import letter_place, names_choice
 from vlm_tune.evaluation.intervals import Value
+from vlm_tune.evaluation.metric import Metric, by_row
 from vlm_tune.evaluation.metrics import Answer
 from vlm_tune.evaluation.texts import anls, relaxed_match, vqa_accuracy, vqa_normalise
 from vlm_tune.quoting import quoted, reason_of
@@ -39,7 +41,7 @@ SEVERAL = 10
 
 With fewer than four even an answer that equals all of them scores under 1.
 """
-MAIN = ("box_iou", "chrf", "vqa_accuracy", "anls")
+MAIN = ("text_recall_1", "box_iou", "chrf", "vqa_accuracy", "anls")
 """The default metrics that choose the best checkpoint where most rows are scored by one of them.
 
 An exact match says little there: an answer that is nearly right counts as one that is not.
@@ -48,52 +50,9 @@ LEAST_OVERLAP = 0.5
 """The intersection over union from which a box counts as right."""
 
 
-def mean(totals: np.ndarray) -> np.ndarray:
-    """The mean of the statistics (score, 1)."""
-    return totals[..., 0] / totals[..., 1]
-
-
 def _each(score: Callable[[np.ndarray], float]) -> Value:
     """A score of one vector of sums, for arrays of them."""
     return lambda totals: np.apply_along_axis(score, -1, totals)
-
-
-def _any(answer: Answer) -> bool:
-    return True
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A way to score answers.
-
-    Attributes:
-        name: its name in recipes and results.
-        title: its name in tables.
-        statistics: of rows [N]: an array [N, S] or a sparse matrix.
-        value: the score of summed statistics.
-        applies: whether a row can be scored by it.
-        needs: what such a row has, in words.
-        top: the largest score; None where there is none.
-        log: whether the score is positive and multiplicative.
-        lower_is_better: whether less is better.
-    """
-
-    name: str
-    title: str
-    statistics: Callable[[Sequence[Answer]], Any]
-    value: Value = mean
-    applies: Callable[[Answer], bool] = _any
-    needs: str = "an answer"
-    top: float | None = 1.0
-    log: bool = False
-    lower_is_better: bool = False
-
-
-def _by_row(score: Callable[[Answer], float]) -> Callable[[Sequence[Answer]], np.ndarray]:
-    """Statistics whose mean is the score."""
-    return lambda answers: np.array(
-        [[score(answer), 1.0] for answer in answers], dtype=np.float64
-    ).reshape(-1, 2)
 
 
 def _overlap(
@@ -150,6 +109,18 @@ def _perplexity(totals: np.ndarray) -> np.ndarray:
         return np.exp(totals[..., 0] / totals[..., 1])
 
 
+def _recall(sought: str, depth: int) -> Callable[[Sequence[Answer]], np.ndarray]:
+    """Statistics of recall@`depth` of texts or images; each distinct query counts once."""
+
+    def statistics(answers: Sequence[Answer]) -> np.ndarray:
+        ranks = [answer.ranks for answer in answers]
+        shares = np.array([getattr(each, f"{sought}_share") for each in ranks])
+        hits = np.array([getattr(each, sought) <= depth for each in ranks])
+        return np.column_stack([shares * hits, shares])
+
+    return statistics
+
+
 def _class_metric(name: str, title: str, value: Value) -> Metric:
     return Metric(
         name,
@@ -162,25 +133,25 @@ def _class_metric(name: str, title: str, value: Value) -> Metric:
 
 
 _LISTED = (
-    Metric("exact_match", "exact match", _by_row(lambda answer: float(answer.correct))),
+    Metric("exact_match", "exact match", by_row(lambda answer: float(answer.correct))),
     Metric(
         "vqa_exact_match",
         "exact match (VQA's normalisation)",
-        _by_row(
+        by_row(
             lambda answer: float(vqa_normalise(answer.generated) == vqa_normalise(answer.expected))
         ),
     ),
     Metric(
         "vqa_accuracy",
         "VQA accuracy (leave one out)",
-        _by_row(lambda answer: vqa_accuracy(answer.generated, answer.references.answers)),
+        by_row(lambda answer: vqa_accuracy(answer.generated, answer.references.answers)),
         applies=lambda answer: len(answer.references.answers) > 1,
         needs="several reference `answers`",
     ),
     Metric(
         "relaxed_accuracy",
         "relaxed accuracy (5%)",
-        _by_row(
+        by_row(
             lambda answer: float(
                 any(relaxed_match(answer.generated, text) for text in answer.expectations)
             )
@@ -189,19 +160,19 @@ _LISTED = (
     Metric(
         "anls",
         "ANLS (0.5)",
-        _by_row(lambda answer: anls(answer.generated, answer.expectations)),
+        by_row(lambda answer: anls(answer.generated, answer.expectations)),
     ),
     Metric(
         "choice_letter",
         "multiple choice by letter",
-        _by_row(_right_letter),
+        by_row(_right_letter),
         applies=_has_choices,
         needs="choices",
     ),
     Metric(
         "choice_text",
         "multiple choice by text",
-        _by_row(_right_text),
+        by_row(_right_text),
         applies=_has_choices,
         needs="choices",
     ),
@@ -219,14 +190,14 @@ _LISTED = (
     Metric(
         "box_iou",
         "box overlap (IoU)",
-        _by_row(_overlap_of_boxes),
+        by_row(_overlap_of_boxes),
         applies=_has_boxes,
         needs="a box in the reference answer",
     ),
     Metric(
         "box_accuracy",
         "boxes with IoU of 0.5",
-        _by_row(lambda answer: float(_overlap_of_boxes(answer) >= LEAST_OVERLAP)),
+        by_row(lambda answer: float(_overlap_of_boxes(answer) >= LEAST_OVERLAP)),
         applies=_has_boxes,
         needs="a box in the reference answer",
     ),
@@ -244,7 +215,23 @@ _LISTED = (
         lower_is_better=True,
     ),
 )
-METRICS: dict[str, Metric] = {metric.name: metric for metric in _LISTED}
+RETRIEVAL = tuple(
+    Metric(
+        f"{sought}_recall_{depth}",
+        f"recall@{depth} of {sought}s",
+        _recall(sought, depth),
+        applies=lambda answer: answer.ranks is not None,
+        needs="a rank: retrieval compares images with captions",
+    )
+    for sought in ("text", "image")
+    for depth in (1, 5, 10)
+)
+"""Recall@K of the captions of an image, and of the images of a caption."""
+_OF_BENCHMARKS = [metric for benchmark in BENCHMARKS.values() for metric in benchmark.metrics]
+METRICS: dict[str, Metric] = {
+    metric.name: metric for metric in (*_LISTED, *RETRIEVAL, *_OF_BENCHMARKS)
+}
+"""All metrics by name; a recipe names those of `config.train.METRICS`, and benchmarks their own."""
 
 BY_FORM: dict[str, tuple[str, ...]] = {
     "caption": ("bleu", "chrf", "rouge_l", "cider"),
@@ -258,7 +245,11 @@ BY_FORM: dict[str, tuple[str, ...]] = {
 
 def default_metrics(answer: Answer) -> tuple[str, ...]:
     """The metrics that a row is scored by where the recipe names none."""
+    if answer.ranks is not None:
+        return tuple(metric.name for metric in RETRIEVAL)
     references = answer.references
+    if references.form in BENCHMARKS:
+        return tuple(metric.name for metric in BENCHMARKS[references.form].metrics)
     names = ["exact_match", *BY_FORM.get(references.form, ())]
     if len(references.answers) > 1 and references.form == "vqa":
         names.append("vqa_accuracy" if len(references.answers) >= SEVERAL else "anls")
@@ -323,7 +314,7 @@ def find_metric(name: str) -> Metric:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise _problem(f"{quoted(name)}: {module_name} has no function {quoted(function_name)}")
-    return Metric(name, name, _by_row(_user_score(name, function)), top=None)
+    return Metric(name, name, by_row(_user_score(name, function)), top=None)
 
 
 def _problem(message: str) -> RecipeError:

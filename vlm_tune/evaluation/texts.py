@@ -78,8 +78,13 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
     m counts the others that equal the prediction. Both sides are normalised always; the challenge's
     own script does so only where the references differ.
     """
-    answer = vqa_normalise(prediction)
-    equal = [vqa_normalise(reference) == answer for reference in references]
+    references = [vqa_normalise(reference) for reference in references]
+    return soft_accuracy(vqa_normalise(prediction), references)
+
+
+def soft_accuracy(answer: str, references: Sequence[str]) -> float:
+    """The share of `vqa_accuracy` for an answer and references that are normalised already."""
+    equal = [reference == answer for reference in references]
     matches = sum(equal)
     return sum(min(1.0, (matches - same) / 3) for same in equal) / len(equal)
 

@@ -14,12 +14,11 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.prepare.run import read_part
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError, ModelError, RecipeError, number_problems
-from vlm_tune.evaluation.evaluate import score
+from vlm_tune.evaluation.evaluate import score, score_options
 from vlm_tune.exporting.card import described_parts, model_card
 from vlm_tune.exporting.verify import TOLERANCE, largest_difference, observe, probe_rows
 from vlm_tune.model.base_places import AS_SAVED, BaseArgument, BaseChoice, base_choice
 from vlm_tune.model.checkpoint import find_model, load_model, save_model
-from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.lora import merge_adapter
 from vlm_tune.model.restoring import read_config
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -223,11 +222,8 @@ def _validation(
 
 
 def _accuracy(model: VisionLanguageNetwork, rows: Sequence[Conversation], recipe: Recipe) -> float:
-    settings = recipe.evaluate
-    decoding = Decoding(settings.max_new_tokens, settings.num_beams)
-    return score(
-        model, rows, decoding=decoding, batch_size=settings.batch_size, loss=False
-    ).accuracy
+    options = score_options(recipe.evaluate, recipe.objective)
+    return score(model, rows, **options, loss=False).accuracy
 
 
 def _compared(model: VisionLanguageNetwork, report: MergeReport, run: _AsTrained) -> MergeReport:

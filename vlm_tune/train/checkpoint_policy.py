@@ -78,8 +78,8 @@ class CheckpointPolicy:
         if progress.best_by != evaluation.best_by:
             progress.best_by = evaluation.best_by
             progress.best_score = None
-        sound = score is not None and math.isfinite(evaluation.loss or 0.0)
-        if sound and not self.nonfinite.in_a_row and self._better(score):
+        sound = math.isfinite(evaluation.loss or 0.0) and not self.nonfinite.in_a_row
+        if sound and score is not None and self._better(score):
             progress.best_score = score
             progress.best_step = evaluation.step
         names = ("step", "loss", "accuracy", "n", "best_by", "score")

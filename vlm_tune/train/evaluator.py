@@ -5,24 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 
-import torch
 from accelerate.utils import gather_object
 
-from vlm_tune.config.train import EvaluateSection
-from vlm_tune.data.batching.collate import collate
-from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.config.train import Contrastive, EvaluateSection, LanguageModeling
 from vlm_tune.data.types import Conversation
 from vlm_tune.evaluation.assessment import add_metrics
-from vlm_tune.evaluation.evaluate import score
+from vlm_tune.evaluation.evaluate import score, score_options
 from vlm_tune.evaluation.metrics import Scores, join_scores
 from vlm_tune.evaluation.registry import main_metric
 from vlm_tune.events import Evaluation, Scoring, StageReport
 from vlm_tune.model.acceleration.compiling import eager
 from vlm_tune.model.feature_cache import FeatureStore
-from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.engines.base import Engine
-from vlm_tune.train.objectives import Objective
 from vlm_tune.train.watchdog import Watch
 
 
@@ -31,7 +26,7 @@ class _CutShort(Exception):
 
 
 class Evaluator:
-    """Scores the model on validation rows, by generated answers or by the objective itself.
+    """Scores the model on validation rows, as its training objective is scored.
 
     `rows` are the validation part, of which the first `settings.limit` are scored, and `features`
     the cached features of their images. `stop` says whether this process is asked to stop,
@@ -42,7 +37,7 @@ class Evaluator:
         self,
         model: VisionLanguageNetwork,
         engine: Engine,
-        objective: Objective,
+        objective: LanguageModeling | Contrastive,
         settings: EvaluateSection,
         rows: Sequence[Conversation],
         features: FeatureStore | None,
@@ -63,7 +58,6 @@ class Evaluator:
         self.watch = watch
         self.stop = stop
         self.any_stops = any_stops
-        self._pixels = PixelCache(model.processor.images)
 
     def evaluation(self, step: int, *, compiled: bool) -> Evaluation | None:
         """The scores after a step; None if the run is asked to stop meanwhile.
@@ -73,16 +67,17 @@ class Evaluator:
         """
         self.watch.at(f"the evaluation of step {step}", (step, 3))
         with self.engine.inference(), eager() if compiled else contextlib.nullcontext():
-            evaluation = self._generated(step) if self.objective.generates else self._matched(step)
+            evaluation = self._scored(step)
         self.model.train()
         return evaluation
 
-    def _generated(self, step: int) -> Evaluation | None:
-        """Scores of generated answers; None if the run is asked to stop meanwhile."""
+    def _scored(self, step: int) -> Evaluation | None:
+        """Scores of the rows; None if the run is asked to stop meanwhile."""
         settings = self.settings
+        options = score_options(settings, self.objective)
         # Where weights are gathered as modules run, all ranks must run the same modules equally
-        # often: they score the same rows.
-        together = self.engine.sharded
+        # often: they score the same rows. Retrieval ranks all rows together.
+        together = self.engine.sharded or options["ranks"]
         mine = (
             self.rows
             if together
@@ -101,10 +96,8 @@ class Evaluator:
                 scores = score(
                     self.model,
                     mine,
-                    decoding=Decoding(settings.max_new_tokens, settings.num_beams),
-                    batch_size=settings.batch_size,
+                    **options,
                     features=self.features,
-                    perplexity="perplexity" in (settings.metrics or ()),
                     progress=progress,
                 )
         shards = gather_object([(scores, bool(mine) and scores is None)])
@@ -116,24 +109,3 @@ class Evaluator:
         add_metrics(joined, settings.metrics)
         best_by = main_metric(joined.answers, settings)
         return Evaluation(step=step, best_by=best_by, **joined.summary())
-
-    @torch.no_grad()
-    def _matched(self, step: int) -> Evaluation:
-        """Loss and accuracy, over the whole validation part, of an objective without generation."""
-        self.model.eval()
-        examples = [example for row in self.rows for example in self.model.processor.examples(row)]
-        batch = collate(
-            examples,
-            self.model.processor.spec,
-            fetch=self.features or self._pixels,
-            cached=self.features is not None,
-        )
-        batch = batch.to(self.accelerator.device)
-        with self.accelerator.autocast():
-            loss = self.objective(self.model, batch)
-        return Evaluation(
-            step=step,
-            accuracy=0.0 if loss.correct is None else int(loss.correct) / max(loss.count, 1),
-            n=loss.count,
-            loss=float(loss.sum) / max(loss.count, 1),
-        )

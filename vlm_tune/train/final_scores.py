@@ -21,7 +21,7 @@ from vlm_tune.evaluation import metrics
 from vlm_tune.evaluation.answer_files import ANSWERS_FILE, save_answers
 from vlm_tune.evaluation.assessment import Measured, assess
 from vlm_tune.evaluation.baseline_run import BaselineRun, Training, training_rows
-from vlm_tune.evaluation.evaluate import score
+from vlm_tune.evaluation.evaluate import score, score_options
 from vlm_tune.evaluation.metrics import Answer, Scores
 from vlm_tune.events import FinalScores, Scoring
 from vlm_tune.model.checkpoint import find_model, save_model
@@ -127,7 +127,7 @@ def _add_baselines(
     One that fails, or that the run is asked to stop in, is left out with a note.
     """
     settings = recipe.evaluate
-    if settings.baselines == []:
+    if settings.baselines == [] or recipe.objective.kind == "contrastive":
         return
     log.info("computing baselines")
     few = settings.baselines == "auto"
@@ -138,7 +138,7 @@ def _add_baselines(
             lambda: Training() if train is None else training_rows(train, few=few),
             settings,
             # Baselines are computed on rank 0 alone.
-            seconds * (context.accelerator.num_processes if _shares(context) else 1),
+            seconds * (context.accelerator.num_processes if _shares(context, recipe) else 1),
             _caches(context, recipe),
             DTYPES[recipe.train.precision],
             lambda done, of: _progress(context, done, of, STOPPED_BASELINES),
@@ -151,8 +151,13 @@ def _caches(context: Context, recipe: Recipe) -> bool:
     return context.caches if setting == "auto" else setting
 
 
-def _shares(context: Context) -> bool:
-    """Whether each rank scores a share of the rows: of a sharded model rank 0 has all weights."""
+def _shares(context: Context, recipe: Recipe) -> bool:
+    """Whether each rank scores a share of the rows.
+
+    Of a sharded model rank 0 has all weights, and retrieval ranks all rows together.
+    """
+    if score_options(recipe.evaluate, recipe.objective)["ranks"]:
+        return False
     return context.accelerator.num_processes > 1 and not shards(context.section)
 
 
@@ -173,7 +178,7 @@ def _together(
     accelerator = context.accelerator
     main = accelerator.is_main_process
     media = distinct_media(rows)
-    if not _shares(context):
+    if not _shares(context, recipe):
         return _score_rows(context, model, rows, recipe, media) if main else None
     ranks = accelerator.num_processes
     share = rows[accelerator.process_index :: ranks]
@@ -202,7 +207,6 @@ def _score_rows(
     Features are cached where those of the last stage are. `media` are those of all ranks' rows: the
     ranks share the work, and the files are those that one process looks for, as `eval` does.
     """
-    settings = recipe.evaluate
     cached = bool(media) and _caches(context, recipe)
     with context.accelerator.autocast():
         autocast = DTYPES[recipe.train.precision]
@@ -212,12 +216,10 @@ def _score_rows(
         return score(
             model,
             rows,
-            decoding=Decoding(settings.max_new_tokens, settings.num_beams),
-            batch_size=settings.batch_size,
+            **score_options(recipe.evaluate, recipe.objective),
             features=features,
             loss=False,
             compile=recipe.train.compile,
-            perplexity="perplexity" in (settings.metrics or ()),
             progress=lambda done, of: _progress(context, done, of),
         )
 
@@ -248,6 +250,7 @@ def write_samples(
             model,
             rows,
             decoding=Decoding(recipe.evaluate.max_new_tokens),
+            answering=recipe.evaluate.answering,
             batch_size=16,
             loss=False,
         ).answers

@@ -19,21 +19,14 @@ from vlm_tune.transfer import to_device
 
 @dataclass
 class Loss:
-    """A loss summed over `count` items (tokens, or rows).
-
-    `correct`, an int64 scalar, is the number of items predicted correctly, where that is known.
-    """
+    """A loss summed over `count` items (tokens, or rows)."""
 
     sum: torch.Tensor
     count: int
-    correct: torch.Tensor | None = None
 
 
 class LanguageModelingObjective:
     """Cross-entropy over the supervised tokens."""
-
-    def __init__(self, config: LanguageModeling) -> None:
-        self.generates = True
 
     def count(self, batch: Batch) -> int:
         """Number of supervised tokens."""
@@ -53,7 +46,6 @@ class ContrastiveObjective:
 
     def __init__(self, config: Contrastive) -> None:
         self.temperature = config.temperature
-        self.generates = False
 
     def count(self, batch: Batch) -> int:
         """Number of rows that have a caption."""
@@ -87,13 +79,13 @@ class ContrastiveObjective:
         similarity = vectors.images[images] @ vectors.captions[distinct].T / self.temperature
         similarity = similarity.masked_fill(~same, float("-inf"))
         loss = cross_entropy(similarity, targets, reduction="sum")
-        return Loss(loss, len(rows), (similarity.argmax(1) == targets).sum())
+        return Loss(loss, len(rows))
 
 
 Objective = LanguageModelingObjective | ContrastiveObjective
 
 OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    "language_modeling": LanguageModelingObjective,
+    "language_modeling": lambda config: LanguageModelingObjective(),
     "contrastive": ContrastiveObjective,
 }
 

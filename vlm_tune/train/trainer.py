@@ -115,7 +115,7 @@ class StageLoop:
         self.evaluator = Evaluator(
             model,
             engine,
-            self.objective,
+            recipe.objective,
             recipe.evaluate,
             data.validation,
             data.validation_features,
