@@ -47,6 +47,9 @@ ON_CUDA = {"eager": "vlm_tune_cuda_eager", "sdpa": "vlm_tune_cuda_sdpa"}
 CACHE = "branch_cache"
 """The keyword by which the handle of a KV cache reaches the attention through a model's layers."""
 
+OTHER_SCORES = ("softcap", "s_aux", "position_bias")
+"""Arguments of transformers' attention functions that change scores, which sdpa may not take."""
+
 UNSUPPORTED = (
     "sliding_window",
     "attn_logit_softcapping",
@@ -209,6 +212,10 @@ def attend(
         options["is_causal"] = True
         return sdpa_attention(module, query, key, value, None, scaling=scaling, **options)
     if not isinstance(attention_mask, BlockMask) and not is_interval_mask(attention_mask):
+        if query.shape[2] == 1 and not any(options.get(name) is not None for name in OTHER_SCORES):
+            # In a decode step it attends by groups of heads, where the eager function would copy
+            # keys and values for every head.
+            fallback = sdpa_attention
         return fallback(module, query, key, value, attention_mask, scaling=scaling, **options)
     dtype = compute_dtype(query)
     query, key, value = (each.to(dtype) for each in (query, key, value))
