@@ -9,7 +9,8 @@ with `--http` a server by the `openai` client. The same questions are answered o
 `VisionLanguageModel.answer` and by transformers' `generate` of the same LLM from the same
 embeddings. All answers are compared with those of `answer_batch`, which fp32 must give again.
 
-On a machine that others use too, one thread (`--threads 1`) measures steadier ratios.
+On a machine that others use too, one thread (`--threads 1`) and tokens by CPU seconds give steadier
+ratios; a server's CPU seconds are not this process's.
 """
 
 from __future__ import annotations
@@ -207,41 +208,37 @@ def ask_openai(client: Any, question: Question, exchange: Exchange) -> None:
     exchange.first = exchange.first or exchange.ended
 
 
-def by_clients(
-    ask: Ask, asked: Sequence[Question], options: argparse.Namespace
-) -> tuple[list[Exchange], float]:
-    """The exchanges of clients at once, and the time at which they began."""
+def by_clients(ask: Ask, asked: Sequence[Question], options: argparse.Namespace) -> list[Exchange]:
+    """The exchanges of clients at once."""
     numbers = iter(range(10**9))
     lock = threading.Lock()
-    started = time.perf_counter()
 
     def client(_: int) -> list[Exchange]:
         exchanges: list[Exchange] = []
-        while time.perf_counter() - started < options.warm_up + options.seconds:
+        while True:
             with lock:
-                number = next(numbers) % len(asked)
-            exchange = Exchange(number, time.perf_counter())
-            ask(asked[number], exchange)
+                number = next(numbers)
+            if number >= options.answers:
+                return exchanges
+            exchange = Exchange(number % len(asked), time.perf_counter())
+            ask(asked[exchange.question], exchange)
             exchanges.append(exchange)
-        return exchanges
 
     with ThreadPoolExecutor(options.clients) as pool:
         parts = list(pool.map(client, range(options.clients)))
-    return [exchange for part in parts for exchange in part], started
+    return [exchange for part in parts for exchange in part]
 
 
-def alone(model: VisionLanguageModel, asked: Sequence[Question]) -> tuple[int, float]:
-    """The tokens of answers by one question at a time, and the seconds."""
-    started = time.perf_counter()
-    tokens = sum(
+def alone(model: VisionLanguageModel, asked: Sequence[Question]) -> int:
+    """The number of tokens of the answers by one question at a time."""
+    return sum(
         len(model.answer(each.text, [each.image], max_new_tokens=each.new_tokens).ids)
         for each in asked
     )
-    return tokens, time.perf_counter() - started
 
 
 @torch.inference_mode()
-def by_transformers(model: VisionLanguageModel, asked: Sequence[Question]) -> tuple[int, float]:
+def by_transformers(model: VisionLanguageModel, asked: Sequence[Question]) -> int:
     """As `alone`, by transformers' `generate`."""
     from vlm_tune.data.batching.collate import collate
     from vlm_tune.generation.answers import up_to_stop
@@ -251,7 +248,6 @@ def by_transformers(model: VisionLanguageModel, asked: Sequence[Question]) -> tu
     spec = model.processor.spec
     stops = model.processor.stop_ids
     tokens = 0
-    started = time.perf_counter()
     for number, each in enumerate(asked):
         (prompt,) = model.processor.prompts([request_conversation(number + 1, each.request())])
         batch = collate([prompt], spec, fetch=model.processor.images)
@@ -260,7 +256,24 @@ def by_transformers(model: VisionLanguageModel, asked: Sequence[Question]) -> tu
             model.embed(batch), batch.attention_mask, decoding, spec.pad_id, stops
         )
         tokens += len(up_to_stop(ids[0].tolist(), stops))
-    return tokens, time.perf_counter() - started
+    return tokens
+
+
+class Watch:
+    """The time since it was started, of the clock and of this process's threads."""
+
+    def __init__(self) -> None:
+        self._clock = time.perf_counter()
+        self._cpu = time.process_time()
+
+    def rates(self, answers: int, tokens: int) -> dict[str, float]:
+        """Answers and tokens by time."""
+        seconds = time.perf_counter() - self._clock
+        return {
+            "answers_per_s": answers / seconds,
+            "tokens_per_s": tokens / seconds,
+            "tokens_per_cpu_s": tokens / (time.process_time() - self._cpu),
+        }
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -278,17 +291,14 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     by_transformers(model, few[:2])
     rates: dict[str, dict[str, float]] = {}
     for name, side in (("one at a time", alone), ("transformers", by_transformers)):
-        tokens, seconds = side(model, few)
-        rates[name] = {"answers_per_s": len(few) / seconds, "tokens_per_s": tokens / seconds}
+        watch = Watch()
+        rates[name] = watch.rates(len(few), side(model, few))
         print(f"{name}: {rates[name]}", flush=True)
     with (server if options.http else engine_itself)(model, options) as ask:
-        exchanges, started = by_clients(ask, asked, options)
-    begin = started + options.warm_up
-    inside = [each for each in exchanges if begin < each.ended < begin + options.seconds]
-    rates["clients"] = {
-        "answers_per_s": len(inside) / options.seconds,
-        "tokens_per_s": sum(each.tokens for each in inside) / options.seconds,
-    }
+        watch = Watch()
+        exchanges = by_clients(ask, asked, options)
+        tokens = sum(each.tokens for each in exchanges)
+        rates["clients"] = watch.rates(len(exchanges), tokens)
     print(f"{options.clients} clients: {rates['clients']}", flush=True)
     checked = sorted({each.question for each in exchanges})
     expected: dict[int, str] = {}
@@ -308,11 +318,12 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "different": sum(each.text != expected[each.question] for each in exchanges),
         "tokens_an_answer": statistics.mean(each.tokens for each in exchanges),
         "rates": rates,
-        "to_one_at_a_time": rates["clients"]["tokens_per_s"]
-        / rates["one at a time"]["tokens_per_s"],
-        "to_transformers": rates["clients"]["tokens_per_s"] / rates["transformers"]["tokens_per_s"],
-        "first_token_s": percentiles([each.first - each.asked for each in inside]),
-        "whole_s": percentiles([each.ended - each.asked for each in inside]),
+        "times_as_fast": {
+            name: {unit: rates["clients"][unit] / rates[name][unit] for unit in rates[name]}
+            for name in ("one at a time", "transformers")
+        },
+        "first_token_s": percentiles([each.first - each.asked for each in exchanges]),
+        "whole_s": percentiles([each.ended - each.asked for each in exchanges]),
         "threads": torch.get_num_threads(),
     }
 
@@ -331,8 +342,7 @@ def main() -> None:
     add("--alone", type=int, default=24, help="questions that are asked one at a time")
     add("--clients", type=int, default=64)
     add("--batch", type=int, default=64, help="the most answers that are written at a time")
-    add("--warm-up", type=float, default=20, help="seconds before those that count")
-    add("--seconds", type=float, default=60)
+    add("--answers", type=int, default=256, help="questions that the clients ask in all")
     add("--http", action="store_true", help="ask a server by the openai client")
     add("--threads", type=int, default=os.cpu_count())
     add("--cache", type=Path, default=cache_folder("throughput"))
