@@ -70,6 +70,18 @@ def test_an_answer_is_the_models(model: VisionLanguageModel, server: Server) -> 
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
+def test_the_likeliest_tokens_of_each_place(model: VisionLanguageModel, server: Server) -> None:
+    body = with_images(RED, max_tokens=6, logprobs=True, top_logprobs=3)
+    content = chat(server, body).json()["choices"][0]["logprobs"]["content"]
+    answer = model.answer("What color?", RED, max_new_tokens=6, logprobs=True, top_logprobs=3)
+    assert answer.top_logprobs is not None and content
+    for token, tops in zip(content, answer.top_logprobs, strict=True):
+        shown = [top["logprob"] for top in token["top_logprobs"]]
+        assert shown == pytest.approx(list(tops.values()), abs=1e-4)
+        # Greedy: the token is the likeliest one.
+        assert {**token["top_logprobs"][0], "top_logprobs": token["top_logprobs"]} == token
+
+
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "drawn": (
         {"temperature": 1.5, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 5},
@@ -179,7 +191,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "settings of choices": ({"choices": ["a", "b"], "seed": 1, "top_k": 3}, "top_k", "no effect"),
     "one choice": ({"choices": ["a"]}, "choices", "at least 2 items"),
     "equal choices": ({"choices": ["a", "a"]}, "choices", "two or more different texts"),
-    "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+    "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "beside logprobs"),
     "stop strings": ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4 items"),
     "an empty stop string": ({"stop": ""}, "stop", "at least 1 character"),
     "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, "", "surrogate"),

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from vlm_tune.data.types import Conversation, Media, Message
-from vlm_tune.errors import ArgumentError
 from vlm_tune.generation.choices import check_not_generated, choices_of_each
 from vlm_tune.generation.requests import check_text
 from vlm_tune.model.language.decoding import Decoding
@@ -72,8 +71,6 @@ def decoding_of(request: ChatRequest, limits: Limits) -> Decoding:
         name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         message = f"{name} is at most {limits.max_tokens:,} on this server, got {tokens:,}"
         raise ApiError(400, message, param=name)
-    if request.top_logprobs and not request.logprobs:
-        raise ArgumentError("top_logprobs needs logprobs: set it to true")
     settings: dict[str, Any] = {
         "max_new_tokens": tokens,
         "num_beams": request.num_beams,
@@ -81,6 +78,7 @@ def decoding_of(request: ChatRequest, limits: Limits) -> Decoding:
         "num_return_sequences": request.n,
         "stop_strings": request.stop,
         "logprobs": request.logprobs,
+        "top_logprobs": request.top_logprobs,
     }
     temperature = _temperature(request)
     if temperature > 0:

@@ -18,6 +18,7 @@ from vlm_tune.serving.wire import (
     Delta,
     Logprobs,
     TokenLogprob,
+    TopLogprob,
     Usage,
 )
 
@@ -25,12 +26,30 @@ WINDOW = 8
 """Tokens before one that are decoded with it: its text may depend on them."""
 
 
-def token_texts(processor: Processor, ids: Sequence[int]) -> Iterator[str]:
-    """The text that each id adds to an answer; of part of a character it is U+FFFD."""
-    for place in range(len(ids)):
+def token_logprobs(processor: Processor, answer: Answer) -> Iterator[TokenLogprob]:
+    """The tokens of an answer that has their log-probabilities.
+
+    A token's text is what it adds to the answer; of part of a character it is U+FFFD.
+    """
+    ids = answer.ids
+    likeliest = answer.top_logprobs or ({},) * len(ids)
+    for place, (logprob, tops) in enumerate(zip(answer.logprobs or (), likeliest, strict=True)):
         before = ids[max(place - WINDOW, 0) : place]
-        text = processor.raw_text([*before, ids[place]])
-        yield text[len(processor.raw_text(before)) :]
+        start = len(processor.raw_text(before))
+
+        def top(
+            token: int, logprob: float, before: Sequence[int] = before, start: int = start
+        ) -> TopLogprob:
+            text = processor.raw_text([*before, token])[start:]
+            return TopLogprob(token=text, logprob=logprob, bytes=_bytes(text))
+
+        this = top(ids[place], logprob)
+        yield TokenLogprob(
+            token=this.token,
+            logprob=logprob,
+            bytes=this.bytes,
+            top_logprobs=[top(*each) for each in tops.items()],
+        )
 
 
 def _bytes(text: str) -> list[int] | None:
@@ -83,14 +102,7 @@ class Reply:
     def _logprobs_of(self, answer: Answer) -> Logprobs | None:
         if not self._logprobs or answer.logprobs is None:
             return None
-        texts = token_texts(self._processor, answer.ids)
-        return Logprobs(
-            content=[
-                TokenLogprob(token=text, logprob=logprob, bytes=_bytes(text), top_logprobs=[])
-                for text, logprob in zip(texts, answer.logprobs, strict=True)
-            ],
-            refusal=None,
-        )
+        return Logprobs(content=list(token_logprobs(self._processor, answer)), refusal=None)
 
     def usage(self) -> Usage:
         """The numbers of tokens; a prompt counts once, however many answers it has."""

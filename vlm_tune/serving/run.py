@@ -45,11 +45,13 @@ class Started:
         url: Its address.
         models: The names of what it serves.
         keyed: Whether requests need a key.
+        one_by_one: Reasons for which a model's requests are answered one at a time, by its name.
     """
 
     url: str
     models: tuple[str, ...]
     keyed: bool
+    one_by_one: Mapping[str, str]
 
 
 def serve(
@@ -76,7 +78,7 @@ def serve(
         host: the address to listen at; 0.0.0.0 is every one of the machine's.
         port: the port; 0 takes a free one.
         name: the name under which requests ask for the model; its folder's where not given.
-        adapters: further models by name, such as other runs over the same base.
+        adapters: further runs over the same base, by name; the base is in memory once.
         limits: what the server accepts; the defaults of `Limits` where not given.
         dtype: bf16, fp16 or fp32; the models' own where not given.
         base: as in `merge`, like `accept_other_base`.
@@ -92,16 +94,13 @@ def serve(
     limits = limits or Limits()
     # A port that is in use is an error before models are loaded.
     with _bound(host, port) as listening:
-        models = {
-            each: VisionLanguageModel.from_pretrained(
-                folder,
-                dtype=dtype,
-                base=base,
-                accept_other_base=accept_other_base,
-                device=device,
-            )
-            for each, folder in folders.items()
-        }
+        models = _loaded(
+            folders,
+            dtype=dtype,
+            base=base,
+            accept_other_base=accept_other_base,
+            device=device,
+        )
         engine = BatchingEngine(models, queue=limits.queue, batch=limits.batch)
         first = next(iter(models))
         served = {
@@ -109,7 +108,8 @@ def serve(
         }
         server = HttpServer(Server(engine, served, limits), engine, limits)
         address = listening.getsockname()[:2]
-        event = Started(_url(*address), tuple(models), limits.api_key is not None)
+        keyed = limits.api_key is not None
+        event = Started(_url(*address), tuple(models), keyed, engine.one_by_one)
         asyncio.run(server.run(listening, lambda: started(event) if started else None))
 
 
@@ -129,6 +129,13 @@ def _named_folders(
             message = f"expected a name of letters, digits and .:_-, got {quoted(each)}"
             raise RecipeError([Problem(option, message)])
     return folders
+
+
+def _loaded(folders: Mapping[str, Path], **options: Any) -> dict[str, VisionLanguageModel]:
+    """The models of folders, by name; all but the first share its base."""
+    (name, folder), *others = folders.items()
+    model = VisionLanguageModel.from_pretrained(folder, **options)
+    return {name: model, **{each: model.load_adapter(place, each) for each, place in others}}
 
 
 @contextmanager

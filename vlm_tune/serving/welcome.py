@@ -31,5 +31,9 @@ def welcome(started: Started, host: str) -> str:
             f"note: whoever reaches {host} may use it; --api-key, or the environment variable "
             f"VLM_TUNE_API_KEY, sets a key"
         )
+    lines += [
+        f"note: requests to {each} are answered one at a time: {reason}"
+        for each, reason in started.one_by_one.items()
+    ]
     lines.append("stop it with Ctrl-C")
     return "\n".join(lines)

@@ -231,7 +231,10 @@ class ChatRequest(Strict):
     logprobs: Annotated[
         bool | None, Field(description="Whether tokens come with their log-probabilities.")
     ] = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_TOP)] = None
+    top_logprobs: Annotated[
+        int | None,
+        Field(ge=0, le=MOST_TOP, description="Likeliest tokens in each place, with logprobs."),
+    ] = None
     choices: Annotated[
         Annotated[list[str], Field(min_length=2, max_length=MOST_CHOICES)] | None,
         Field(description="Texts of which the likeliest is the answer, with all probabilities."),
