@@ -140,6 +140,25 @@ def test_two_models_answer_side_by_side_each_from_its_earlier_answers(
             assert model.chat(messages=messages, max_new_tokens=6) == later
 
 
+def test_a_question_by_itself_has_the_images_and_not_the_words_before_it(
+    chromium: Browser, url: str, red: Path
+) -> None:
+    with visit(chromium, url) as visited:
+        page = visited.page
+        visited.give("drop", red)
+        visited.images(1)
+        visited.set(Most_tokens="6")
+        visited.ask("say something")
+        visited.button("Settings").click()
+        page.get_by_label("Each question by itself").check()
+        page.keyboard.press("Escape")
+        with page.expect_request("**/v1/chat/completions") as sent:
+            visited.ask(QUESTION)
+        (message,) = sent.value.post_data_json["messages"]
+        assert [part["type"] for part in message["content"]] == ["image_url", "text"]
+        assert message["content"][1]["text"] == QUESTION
+
+
 def test_choices_have_bars_with_their_probabilities(
     chromium: Browser, url: str, red: Path, models: dict[str, VisionLanguageModel]
 ) -> None:

@@ -28,6 +28,7 @@ import { openDB } from "./vendor/idb.js";
  * @property {string[]} choices Texts of which the likeliest is the answer.
  * @property {string} system
  * @property {Options} options
+ * @property {boolean} alone Whether it is asked without the questions and answers before it.
  * @property {Answer[]} answers One, or two side by side.
  */
 /** @typedef {Record<string, number>} Options Fields of a request: temperature, top_p, ... */

@@ -39,6 +39,10 @@ function Settings({ state, store, onClose }) {
           onChange=${(options) => store.prefer({ options })} />`,
       )}
     </div>
+    <label class="check"><input type="checkbox" checked=${state.alone}
+      onChange=${({ target }) => store.prefer({ alone: target.checked })}
+      />Each question by itself<small>with the chat's images, without the words before it: for
+      models that were trained on single questions</small></label>
     <fieldset><legend>Colours</legend>
       <div class="segments">
         ${Object.entries(THEMES).map(

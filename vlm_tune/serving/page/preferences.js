@@ -2,7 +2,7 @@
 
 const PLACE = "vlm_tune.preferences";
 const KEY_PLACE = "vlm_tune.key";
-const INITIAL = { model: "", other: "", system: "", options: {}, theme: "" };
+const INITIAL = { model: "", other: "", system: "", options: {}, alone: false, theme: "" };
 
 /** Uses a storage that the browser may refuse, as in some private windows. */
 function attempt(action) {
@@ -19,8 +19,8 @@ export const preferences = {
     return { ...INITIAL, ...attempt(() => JSON.parse(text)) };
   },
 
-  write({ model, other, system, options, theme }) {
-    const text = JSON.stringify({ model, other, system, options, theme });
+  write({ model, other, system, options, alone, theme }) {
+    const text = JSON.stringify({ model, other, system, options, alone, theme });
     attempt(() => localStorage.setItem(PLACE, text));
   },
 

@@ -1,13 +1,13 @@
 /** What is asked of the server for a turn of a chat: bodies of `/v1/chat/completions`. */
 
 /** Returns a user's message; `urlOf` gives a picture's URL. */
-function userMessage(turn, urlOf) {
-  if (!turn.pictures.length) return { role: "user", content: turn.question };
-  const content = turn.pictures.map((picture) => ({
+function userMessage(question, pictures, urlOf) {
+  if (!pictures.length) return { role: "user", content: question };
+  const content = pictures.map((picture) => ({
     type: "image_url",
     image_url: { url: urlOf(picture) },
   }));
-  if (turn.question) content.push({ type: "text", text: turn.question });
+  if (question) content.push({ type: "text", text: question });
   return { role: "user", content };
 }
 
@@ -25,7 +25,8 @@ export function answeredTurns(turns, column) {
 }
 
 /**
- * Returns the request that answers a turn.
+ * Returns the request that answers a turn: one that stands alone has the chat's images, but not
+ * its words.
  *
  * @param {import("./chats.js").Turn[]} turns The chat up to the turn that is asked, its last.
  * @param {number} column Which of its answers.
@@ -33,13 +34,14 @@ export function answeredTurns(turns, column) {
  */
 export function requestOf(turns, column, urlOf) {
   const turn = turns.at(-1);
+  const earlier = turn.alone ? [] : answeredTurns(turns.slice(0, -1), column);
   const messages = [
     ...(turn.system ? [{ role: "system", content: turn.system }] : []),
-    ...answeredTurns(turns.slice(0, -1), column).flatMap((earlier) => [
-      userMessage(earlier, urlOf),
-      { role: "assistant", content: answerOf(earlier, column).text },
+    ...earlier.flatMap((each) => [
+      userMessage(each.question, each.pictures, urlOf),
+      { role: "assistant", content: answerOf(each, column).text },
     ]),
-    userMessage(turn, urlOf),
+    userMessage(turn.question, turn.alone ? picturesOf(turns, column) : turn.pictures, urlOf),
   ];
   // Where choices are compared, nothing is generated that options could change.
   const fields = turn.choices.length ? { choices: turn.choices } : turn.options;

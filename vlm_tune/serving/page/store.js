@@ -15,6 +15,7 @@ import { answeredTurns, picturesOf, requestOf } from "./requests.js";
  * @property {string} other The one beside it; "" for none.
  * @property {string} system What the models read before the first question.
  * @property {import("./chats.js").Options} options Fields of every request.
+ * @property {boolean} alone Whether questions are asked without those before them.
  * @property {string} theme "", "light" or "dark".
  * @property {object | null} draft A question to edit: its words, pictures and choices.
  * @property {object | null} dialog Which dialog is open, with what it shows.
@@ -202,9 +203,9 @@ export class Store {
 
   /** Asks a question in the chat that is shown; where two models are chosen, both. */
   async ask({ question, pictures, choices }) {
-    const { model, other, system, options } = this.state;
+    const { model, other, system, options, alone } = this.state;
     const answers = (other ? [model, other] : [model]).map(waiting);
-    const turn = { question, pictures, choices, system, options, answers };
+    const turn = { question, pictures, choices, system, options, alone, answers };
     const { id, title, turns } = this.chat;
     const chat = {
       id,

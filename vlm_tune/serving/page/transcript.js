@@ -41,8 +41,10 @@ function Ranking({ ranking }) {
 
 function figuresOf({ tokens, seconds, ranking }) {
   if (!seconds) return "";
-  const time = `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
-  return ranking || !tokens ? time : `${tokens} tokens in ${time}`;
+  const long = `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
+  const time = seconds < 1 ? `${Math.ceil(1000 * seconds)} ms` : long;
+  if (ranking || !tokens) return time;
+  return tokens === 1 ? `1 token in ${time}` : `${tokens} tokens in ${time}`;
 }
 
 function Answer({ answer, onCode, onRepeat }) {
