@@ -8,6 +8,7 @@ Shapes: S supervised positions, E width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -99,19 +100,46 @@ def choose(
     Raises:
         DataError: a question with a choice is too long.
     """
-    examples: list[Example] = []
-    for question, texts in zip(questions, choices, strict=True):
-        examples += answered(model, question, texts)
-    counts = [len(texts) for texts in choices]
-    collated = {"fetch": fetch, "cached": cached}
-    logprobs = _logprobs(model, examples, counts, batch_size, collated)
-    answers: list[Answer] = []
-    start = 0
-    for texts in choices:
-        end = start + len(texts)
-        answers.append(_likeliest(model, texts, examples[start:end], logprobs[start:end]))
-        start = end
-    return answers
+    examples = [
+        answered(model, question, texts) for question, texts in zip(questions, choices, strict=True)
+    ]
+    logprobs = _logprobs_by_question(model, examples, fetch, cached, batch_size)
+    return [_likeliest(model, *each) for each in zip(choices, examples, logprobs, strict=True)]
+
+
+@torch.inference_mode()
+def choice_logprobs(
+    model: VisionLanguageNetwork,
+    questions: Sequence[Conversation],
+    choices: Sequence[Sequence[str]],
+    *,
+    fetch: Fetch,
+    cached: bool = False,
+    batch_size: int = 32,
+) -> list[list[list[float]]]:
+    """The log-probabilities of the tokens of each question's choices, the answer's end included.
+
+    The arguments are those of `choose`; raises as that.
+    """
+    examples = [
+        answered(model, question, texts) for question, texts in zip(questions, choices, strict=True)
+    ]
+    return _logprobs_by_question(model, examples, fetch, cached, batch_size)
+
+
+def _logprobs_by_question(
+    model: VisionLanguageNetwork,
+    examples: Sequence[Sequence[Example]],
+    fetch: Fetch,
+    cached: bool,
+    batch_size: int,
+) -> list[list[list[float]]]:
+    """The log-probabilities of the supervised tokens of each question's examples."""
+    together = [example for of_question in examples for example in of_question]
+    counts = [len(of_question) for of_question in examples]
+    logprobs = _logprobs(model, together, counts, batch_size, {"fetch": fetch, "cached": cached})
+    ends = list(itertools.accumulate(counts))
+    return [logprobs[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
 def answered(
