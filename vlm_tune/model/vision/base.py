@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.grid = config.grid
         self.image_size = image_size
+        self.is_pretrained = bool(getattr(config, "pretrained", None))
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.register_buffer(
@@ -50,6 +51,19 @@ class VisionTower(nn.Module):
             torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1),
             persistent=False,
         )
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode as in torch, but batch norms of a pretrained tower stay in eval mode.
+
+        Statistics of a few images are worse than those they bring, and make a row's loss depend on
+        the rows beside it.
+        """
+        super().train(mode)
+        if mode and self.is_pretrained:
+            for module in self.modules():
+                if getattr(module, "running_mean", None) is not None:
+                    module.eval()
+        return self
 
     def maps(self, pixels: torch.Tensor) -> FeatureMaps:
         """Feature maps of normalised pixels float[B, 3, H, W]."""
