@@ -1,4 +1,4 @@
-"""Weights that are moved out of memory: the same values, read when they are wanted."""
+"""Weights moved out of memory, or left mapped: the same values, read when they are wanted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from vlm_tune.memory_plan.plan import resident
-from vlm_tune.model.weights import page_out
+from vlm_tune.model.weights import (
+    own_memory,
+    page_out,
+    read_safetensors,
+    release_mapped,
+    write_safetensors,
+)
 from vlm_tune.train.allocator import return_freed_memory, trim_heap
 
 MB = 1 << 20
@@ -102,3 +108,52 @@ def test_where_the_file_can_not_be_written_nothing_changes(tmp_path: Path) -> No
     with pytest.raises(OSError, match="No such file"):
         page_out(module, tmp_path / "missing")
     assert [parameter.data_ptr() for parameter in module.parameters()] == places
+
+
+def mapped(folder: Path) -> nn.Module:
+    """Two layers of 4 MB, mapped from a safetensors file."""
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(2)))
+    write_safetensors(module.state_dict(), folder / "weights.safetensors")
+    tensors = read_safetensors(folder / "weights.safetensors")
+    module.load_state_dict(tensors, assign=True)
+    return module
+
+
+def test_mapped_weights_that_were_read_are_released_and_read_again(tmp_path: Path) -> None:
+    module = mapped(tmp_path)
+    total = sum(parameter.double().sum() for parameter in module.parameters())
+    assert resident_bytes(module[0].weight) >= 4 * MB
+    release_mapped(module)
+    assert resident_bytes(module[0].weight) == 0
+    assert sum(parameter.double().sum() for parameter in module.parameters()) == total
+
+
+def test_a_mapping_that_was_written_is_not_released(tmp_path: Path) -> None:
+    module = mapped(tmp_path)
+    with torch.no_grad():
+        module[0].weight[5, 7] = 3.0
+    release_mapped(module)
+    assert module[0].weight[5, 7] == 3.0
+
+
+def test_weights_in_other_memory_and_other_modules_mappings_stay(tmp_path: Path) -> None:
+    module = mapped(tmp_path)
+    other = frozen()
+    assert module[0].weight.double().sum() != 0
+    before = resident_bytes(module[0].weight)
+    values = [parameter.clone() for parameter in other.parameters()]
+    release_mapped(other)
+    assert resident_bytes(module[0].weight) == before
+    assert all(map(torch.equal, other.parameters(), values))
+
+
+def test_copied_weights_leave_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm_tune.model.weights.RELEASED", MB)
+    module = mapped(tmp_path)
+    file = str(tmp_path / "weights.safetensors")
+    values = [parameter.clone() for parameter in module.parameters()]
+    assert file in Path("/proc/self/maps").read_text()
+    own_memory(module)
+    assert file not in Path("/proc/self/maps").read_text()
+    assert all(map(torch.equal, module.parameters(), values))

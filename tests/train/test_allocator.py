@@ -215,6 +215,7 @@ def test_a_run_trains_in_the_range_and_shuts_it(tiny_recipe: Callable[..., str])
         parsed(
             with_tune(tiny_recipe("causal")),
             train__log_every=1,
+            train__batch_size=8,
             evaluate__samples=0,
             data__validation=[],
         ),

@@ -50,7 +50,7 @@ from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vision.registry import architecture, build_tower, meta_tower
 from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
-from vlm_tune.model.weights import CPU, load_into, read_safetensors
+from vlm_tune.model.weights import CPU, load_into, read_safetensors, release_mapped
 from vlm_tune.precision import DTYPES
 from vlm_tune.quoting import quoted
 
@@ -126,6 +126,7 @@ def bases_of(model: VisionLanguageNetwork, *, bare: bool = False) -> dict[str, B
         bases["llm"] = llm_base(model.config.llm)
     if "tower" not in model.changed:
         bases["tower"] = tower_base(model.config.model.tower, model.tower)
+        release_mapped(model.tower)  # all weights were read
     return bases
 
 
@@ -260,7 +261,9 @@ def assemble(
         )
     if config.llm.words:
         make_room(language, len(tokenizer))
-    llm, connector, tokens = _connected(config.model, tower.measure(), language)
+    measured = tower.measure()
+    release_mapped(tower)  # measuring has read all weights
+    llm, connector, tokens = _connected(config.model, measured, language)
     if words is not None:
         _connect_words(config, connector, tokenizer, words)
     template = ChatTemplate.model_validate(config.template)
@@ -310,6 +313,7 @@ def _connected(
         # Before a connector's blocks are inserted into its layers: they may still be of another
         # dtype.
         llm.check()
+        release_mapped(llm)  # the check has read all weights
     with torch.device("meta"):
         check_memory(build_connector(section.connector, measured[1], llm.width), "model.connector")
     connector = build_connector(section.connector, measured[1], llm.width)

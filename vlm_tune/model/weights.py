@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import ctypes
 import hashlib
 import json
 import mmap
+import re
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +26,8 @@ from vlm_tune.quoting import reason_of
 
 MAX_HEADER = 100_000_000
 CPU = torch.device("cpu")
+MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)")
+"""A mapping in /proc/self/smaps: its addresses and the inode of its file; its sizes follow."""
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:
@@ -260,16 +266,58 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+RELEASED = 64_000_000
+"""Bytes of weights that are copied before the pages that they were mapped to are released."""
+
+
 @torch.no_grad()
 def own_memory(module: nn.Module) -> None:
     """Copies every parameter on the CPU to anonymous memory.
 
-    While one parameter is still a mapping of its file, all of the file's touched pages stay in
-    memory.
+    While one parameter is still a mapping of its file, the file's touched pages stay in memory, so
+    they are released on the way.
     """
+    copied = 0
     for parameter in module.parameters():
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
+            copied += parameter.nbytes
+            if copied > RELEASED:
+                release_mapped(module)
+                copied = 0
+
+
+def release_mapped(module: nn.Module) -> None:
+    """Releases the memory of a module's weights that are mapped from files.
+
+    Their pages are read from the file again when they are touched. A mapping of which a page was
+    written stays as it is, as does all where the system has no `/proc/self/smaps`.
+    """
+    places = sorted(
+        parameter.data_ptr() for parameter in module.parameters() if parameter.device.type == "cpu"
+    )
+    libc = ctypes.CDLL(None)
+    for start, end in _unwritten_files():
+        first = bisect.bisect_left(places, start)
+        if first < len(places) and places[first] < end:
+            libc.madvise(
+                ctypes.c_void_p(start),
+                ctypes.c_size_t(end - start),
+                ctypes.c_int(mmap.MADV_DONTNEED),
+            )
+
+
+def _unwritten_files() -> Iterator[tuple[int, int]]:
+    """The address ranges of this process's mapped files of which no page was written."""
+    span: tuple[int, int] | None = None
+    with contextlib.suppress(OSError), open("/proc/self/smaps", errors="replace") as lines:
+        for line in lines:
+            if match := MAPPING.match(line):
+                span = (int(match[1], 16), int(match[2], 16)) if match[3] != "0" else None
+            elif span is not None and line.startswith("Anonymous:"):
+                if line.split()[1] == "0":
+                    yield span
+                span = None
 
 
 ALIGNMENT = 64

@@ -194,8 +194,8 @@ def stage_loop(
 def _place_weights(context: Context, model: VisionLanguageNetwork, *, unused_tower: bool) -> bool:
     """Moves parts that the engine does not place to the device, on a CPU all into own memory.
 
-    Returns whether the tower is left where it is, to be paged out once its features are cached: a
-    tower that no step runs (`unused_tower`) needs no memory then.
+    Returns whether that waits until the tower's features are cached: a tower that no step runs
+    (`unused_tower`) is paged out then, and never in memory beside the language model.
     """
     accelerator = context.accelerator
     if shards(context.section):
@@ -205,8 +205,8 @@ def _place_weights(context: Context, model: VisionLanguageNetwork, *, unused_tow
         return False
     # With several processes the engines broadcast the tower's weights.
     pages_out = accelerator.num_processes == 1 and unused_tower
-    for part in (model.connector, model.llm) if pages_out else (model,):
-        own_memory(part)
+    if not pages_out:
+        own_memory(model)
     keep_freed_memory()
     return pages_out
 
@@ -224,7 +224,7 @@ def _stage_data(
 ) -> StageData:
     """Computes the features if they are `cached`, and makes the feed.
 
-    With `pages_out` the tower then leaves memory.
+    With `pages_out` the tower then leaves memory, and the other parts are copied to their own.
     """
     accelerator = context.accelerator
     features, held_out = None, None
@@ -233,10 +233,14 @@ def _stage_data(
             recipe, model, rows.train.media, rows.validation, report
         )
     if pages_out:
+        return_freed_memory()  # weights that stay leave no holes in what the tower's pass took
         try:
             page_out(model.tower, cache_folder("features"))
         except OSError:  # no room for the file
             own_memory(model.tower)
+        own_memory(model.connector)
+        own_memory(model.llm)
+        keep_freed_memory()
     if accelerator.device.type == "cpu":
         trim_heap()
     cost = image_cost(model, cached=features is not None)
