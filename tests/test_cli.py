@@ -332,6 +332,23 @@ def test_output_in_another_encoding_has_numbers_for_what_it_can_not_hold() -> No
     assert done.stdout.splitlines()[1] == b"\\u5927"
 
 
+def test_commands_that_train_or_answer_import_no_package_that_they_do_without() -> None:
+    code = """
+import sys
+from vlm_tune.cli.options import quiet_libraries
+quiet_libraries()
+import vlm_tune.api
+loaded = {name.partition(".")[0] for name in sys.modules}
+unused = {"scipy", "sklearn", "pandas", "matplotlib", "datasets", "deepspeed", "trl", "timm"}
+assert not loaded & unused, loaded & unused
+import torch
+assert "triton" not in loaded or torch.cuda.is_available()
+import scipy.optimize  # what needs it gets it
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
 def test_sft_output_is_the_recipes_output(
     tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
