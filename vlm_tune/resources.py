@@ -26,10 +26,11 @@ KERNEL_CHOICES = ("auto", "reference", "emulate")
 emulates the instructions that the CPU lacks.
 """
 
-KERNELS = 128
+KERNELS = 64
 """oneDNN's compiled kernels that a process caches.
 
-They last for some steps: a step has about thirty kinds of matrix product.
+They are those of a step, which has about thirty kinds of matrix product: a batch of another length
+needs others.
 """
 
 KERNEL_BYTES = 800_000
