@@ -129,6 +129,22 @@ def test_answers_do_not_depend_on_what_else_is_there(
         assert_same(listening, offline(model, listening.job))
 
 
+@both_llms
+@pytest.mark.parametrize("kind", ["qformer-text", "fusion-gate", "resampler"])
+def test_connectors_that_read_the_question_answer_together(
+    llm: str, kind: str, tiny_recipe: Recipes
+) -> None:
+    model = talkative(with_connector(tiny_recipe(llm), kind))
+    driver = Driver(model, batch=4)
+    prompts = ["what color is it?", "is it red?", "what color is it?"]
+    jobs = [driver.submit(job_of(each, IMAGES[0], max_new_tokens=5))[0] for each in prompts]
+    driver.scheduler.step()
+    jobs.append(driver.submit(job_of("is it blue?", IMAGES[:2], max_new_tokens=5))[0])
+    driver.finish()
+    for listening in jobs:
+        assert_same(listening, offline(model, listening.job))
+
+
 def test_an_image_is_read_once_for_many_questions(tiny_recipe: Recipes) -> None:
     model = talkative(tiny_recipe("causal"))
     driver = Driver(model, batch=8)
