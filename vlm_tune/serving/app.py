@@ -8,7 +8,6 @@ import mimetypes
 import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,12 +124,11 @@ class Server:
             )
         return Watch(app, self._metrics)
 
-    def _routes(self, files: Mapping[str, Path]) -> FastAPI:
-        @asynccontextmanager
-        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-            yield
-            self._pool.shutdown(wait=False, cancel_futures=True)
+    def close(self) -> None:
+        """Ends the threads that read requests; called once none comes any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _routes(self, files: Mapping[str, Path]) -> FastAPI:
         # The schema's own pages load scripts from elsewhere.
         app = FastAPI(
             title="vlm_tune",
@@ -138,7 +136,6 @@ class Server:
             summary="Chat with vision-language models, as OpenAI's API does.",
             docs_url=None,
             redoc_url=None,
-            lifespan=lifespan,
             exception_handlers={
                 HTTPException: _answer_error,
                 VlmTuneError: _answer_error,

@@ -168,7 +168,7 @@ class HttpServer:
     """
 
     def __init__(self, server: Server, engine: Engine, limits: Limits) -> None:
-        self._load = server.load
+        self._server = server
         self._engine = engine
         self._limits = limits
         self._uvicorn = _Uvicorn(
@@ -177,7 +177,7 @@ class HttpServer:
                 http=_PromptProtocol,
                 loop="asyncio",
                 ws="none",
-                lifespan="on",
+                lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -197,7 +197,10 @@ class HttpServer:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._signalled)
         started()
-        await self._uvicorn.serve(sockets=[listening])
+        try:
+            await self._uvicorn.serve(sockets=[listening])
+        finally:
+            self._server.close()
 
     def _signalled(self) -> None:
         """Begins to stop. A second signal has its usual effect, and ends the process."""
@@ -208,14 +211,14 @@ class HttpServer:
     def stop(self) -> None:
         """Takes no more requests, and stops once those in progress are answered; in the loop."""
         if self._stopping is None:
-            self._load.draining = True
+            self._server.load.draining = True
             self._stopping = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
         try:
             await asyncio.to_thread(self._engine.close, self._limits.drain)
             async with asyncio.timeout(CLOSE_SECONDS):
-                while self._load.requests:
+                while self._server.load.requests:
                     await asyncio.sleep(0.02)
         except TimeoutError:
             pass
