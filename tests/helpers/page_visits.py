@@ -51,12 +51,17 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
+MOST_SECONDS = 60
+"""The longest that anything on the page is waited for, on a machine that does much else."""
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """The browser. Its driver's event loop is that of this thread, so it ends with the module."""
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("needs Chromium")
+    expect.set_options(timeout=1000 * MOST_SECONDS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path)
         yield browser
@@ -163,7 +168,7 @@ def visit(browser: Browser, url: str, form: str = "desktop", **options: Any) -> 
     no request to another host.
     """
     context = browser.new_context(**FORMS[form], **options)
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(1000 * MOST_SECONDS)
     visited = Visit(context.new_page(), url)
     yield visited
     context.close()
