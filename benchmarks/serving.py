@@ -64,10 +64,10 @@ class Question:
 
 @dataclass
 class Exchange:
-    """A question that was asked, its answer, and when things happened."""
+    """A question that was chosen, its answer, and when things happened."""
 
     question: int
-    asked: float
+    begun: float
     first: float = 0.0
     ended: float = 0.0
     text: str = ""
@@ -119,13 +119,13 @@ def model_and_images(options: argparse.Namespace) -> tuple[VisionLanguageModel, 
 def questions(images: Sequence[Path], count: int, tokenizer: Any) -> list[Question]:
     """Questions of 10 to 200 tokens."""
     rng = random.Random(0)
-    asked = []
+    chosen = []
     for number in range(count):
         length = rng.randint(10, 200)
         ids = tokenizer(" ".join(rng.choices(WORDS, k=length))).input_ids[:length]
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        asked.append(Question(text, images[number % len(images)], rng.randint(16, 64)))
-    return asked
+        chosen.append(Question(text, images[number % len(images)], rng.randint(16, 64)))
+    return chosen
 
 
 def job_of(question: Question, number: int) -> Job:
@@ -208,7 +208,7 @@ def ask_openai(client: Any, question: Question, exchange: Exchange) -> None:
     exchange.first = exchange.first or exchange.ended
 
 
-def by_clients(ask: Ask, asked: Sequence[Question], options: argparse.Namespace) -> list[Exchange]:
+def by_clients(ask: Ask, chosen: Sequence[Question], options: argparse.Namespace) -> list[Exchange]:
     """The exchanges of clients at once."""
     numbers = iter(range(10**9))
     lock = threading.Lock()
@@ -220,8 +220,8 @@ def by_clients(ask: Ask, asked: Sequence[Question], options: argparse.Namespace)
                 number = next(numbers)
             if number >= options.answers:
                 return exchanges
-            exchange = Exchange(number % len(asked), time.perf_counter())
-            ask(asked[exchange.question], exchange)
+            exchange = Exchange(number % len(chosen), time.perf_counter())
+            ask(chosen[exchange.question], exchange)
             exchanges.append(exchange)
 
     with ThreadPoolExecutor(options.clients) as pool:
@@ -229,16 +229,16 @@ def by_clients(ask: Ask, asked: Sequence[Question], options: argparse.Namespace)
     return [exchange for part in parts for exchange in part]
 
 
-def alone(model: VisionLanguageModel, asked: Sequence[Question]) -> int:
+def alone(model: VisionLanguageModel, chosen: Sequence[Question]) -> int:
     """The number of tokens of the answers by one question at a time."""
     return sum(
         len(model.answer(each.text, [each.image], max_new_tokens=each.new_tokens).ids)
-        for each in asked
+        for each in chosen
     )
 
 
 @torch.inference_mode()
-def by_transformers(model: VisionLanguageModel, asked: Sequence[Question]) -> int:
+def by_transformers(model: VisionLanguageModel, chosen: Sequence[Question]) -> int:
     """As `alone`, by transformers' `generate`."""
     from vlm_tune.data.batching.collate import collate
     from vlm_tune.generation.answers import up_to_stop
@@ -248,7 +248,7 @@ def by_transformers(model: VisionLanguageModel, asked: Sequence[Question]) -> in
     spec = model.processor.spec
     stops = model.processor.stop_ids
     tokens = 0
-    for number, each in enumerate(asked):
+    for number, each in enumerate(chosen):
         (prompt,) = model.processor.prompts([request_conversation(number + 1, each.request())])
         batch = collate([prompt], spec, fetch=model.processor.images)
         decoding = Decoding(max_new_tokens=each.new_tokens)
@@ -285,8 +285,8 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Measures all sides and compares the answers."""
     model, images = model_and_images(options)
-    asked = questions(images, options.questions, model.processor.tokenizer)
-    few = asked[: options.alone]
+    chosen = questions(images, options.questions, model.processor.tokenizer)
+    few = chosen[: options.alone]
     alone(model, few[:2])
     by_transformers(model, few[:2])
     rates: dict[str, dict[str, float]] = {}
@@ -296,16 +296,16 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{name}: {rates[name]}", flush=True)
     with (server if options.http else engine_itself)(model, options) as ask:
         watch = Watch()
-        exchanges = by_clients(ask, asked, options)
+        exchanges = by_clients(ask, chosen, options)
         tokens = sum(each.tokens for each in exchanges)
         rates["clients"] = watch.rates(len(exchanges), tokens)
     print(f"{options.clients} clients: {rates['clients']}", flush=True)
     checked = sorted({each.question for each in exchanges})
     expected: dict[int, str] = {}
-    for new_tokens in sorted({asked[number].new_tokens for number in checked}):
-        numbers = [number for number in checked if asked[number].new_tokens == new_tokens]
+    for new_tokens in sorted({chosen[number].new_tokens for number in checked}):
+        numbers = [number for number in checked if chosen[number].new_tokens == new_tokens]
         answers = model.answer_batch(
-            [asked[number].request() for number in numbers], max_new_tokens=new_tokens
+            [chosen[number].request() for number in numbers], max_new_tokens=new_tokens
         )
         expected |= {number: each.text for number, each in zip(numbers, answers, strict=True)}
     return {
@@ -322,8 +322,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             name: {unit: rates["clients"][unit] / rates[name][unit] for unit in rates[name]}
             for name in ("one at a time", "transformers")
         },
-        "first_token_s": percentiles([each.first - each.asked for each in exchanges]),
-        "whole_s": percentiles([each.ended - each.asked for each in exchanges]),
+        "first_token_s": percentiles([each.first - each.begun for each in exchanges]),
+        "whole_s": percentiles([each.ended - each.begun for each in exchanges]),
         "threads": torch.get_num_threads(),
     }
 

@@ -109,11 +109,11 @@ def answer_all(
     memory: list[int] = []
     for number in range(1, options.requests + 1):
         places.acquire()
-        asked = Asked(places, errors)
-        ticket = engine.submit(random_job(rng, images), asked)
+        place = Asked(places, errors)
+        ticket = engine.submit(random_job(rng, images), place)
         if number % 10 == 0:
             ticket.cancel()
-            asked.end()
+            place.end()
         if number % (options.requests // 10) == 0:
             memory.append(resident())
             print(f"{number} questions: {memory[-1] / 2**20:.0f} MiB", flush=True)
