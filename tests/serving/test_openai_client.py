@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import shlex
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -175,3 +179,22 @@ def test_an_error_within_a_stream(model: VisionLanguageModel) -> None:
         stream = client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
         with pytest.raises(openai.APIError, match="the server failed"):
             list(stream)
+
+
+def test_the_docs_examples_run(
+    model: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path("docs/serving.md").read_text(encoding="utf-8")
+    (curl,) = re.findall(r"^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (python,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("bird.png").write_bytes(RED)
+    engine = BatchingEngine({"mine": model}, queue=4, batch=2)
+    with listening(served({"mine": model}, engine), engine) as url:
+        command = shlex.split(curl.replace("http://127.0.0.1:8000", url))
+        assert command[0] == "curl" and command[1] == f"{url}/v1/chat/completions"
+        reply = httpx2.post(command[1], json=json.loads(command[-1]), timeout=60).json()
+        names: dict[str, Any] = {}
+        exec(python.replace("http://127.0.0.1:8000", url), names)
+    assert reply["choices"][0]["message"]["role"] == "assistant"
+    assert names["reply"].choices[0].message.content in ("heron", "stork")
