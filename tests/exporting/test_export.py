@@ -191,7 +191,8 @@ def test_an_adapter_opens_in_plain_peft(
     model.save_pretrained(tmp_path / "saved")
     report = export(tmp_path / "saved", tmp_path / "adapter", format="adapter")
     assert report.difference is not None and report.difference <= 1e-5
-    assert len(report.notes) == 1 and "repetition_penalty 1.5" in report.notes[0]
+    assert len(report.notes) == 2 and "repetition_penalty 1.5" in report.notes[0]
+    assert "LoRA alone, and not the connector or the tower's weights: serve" in report.notes[1]
     factory: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSeq2SeqLM
     theirs = PeftModel.from_pretrained(
         factory.from_pretrained(base), str(tmp_path / "adapter")

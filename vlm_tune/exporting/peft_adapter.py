@@ -100,12 +100,32 @@ def export_adapter(
         report = ExportReport(
             str(output), "adapter", "fp32", [], sum(map(torch.numel, tensors.values())), None, None
         )
+        unserved = _server_notes(folder)
         if verify:
             difference, allowed, rows, notes = verify_adapter(folder, path, source, base)
             report = replace(report, difference=difference, allowed=allowed, rows=rows, notes=notes)
+        report = replace(report, notes=[*report.notes, *unserved])
         return report, _adapter_card(path, config, report)
 
     return commit_export(output, write)
+
+
+def _server_notes(folder: Path) -> list[str]:
+    """A note on what was tuned and a server of PEFT adapters, such as vLLM, does not load."""
+    saved = read_json(folder / "adapter_config.json").get("modules_to_save")
+    parts = applying(
+        ((folder / "connector.safetensors").is_file(), "the connector"),
+        ((folder / "tower.safetensors").is_file(), "the tower's weights"),
+        ((folder / "tower_adapter").is_dir(), "the tower's LoRA"),
+        (bool(saved), "the LLM's rows that were trained whole"),
+    )
+    if not parts:
+        return []
+    return [
+        f"a server of adapters, such as vLLM, loads the LLM's LoRA alone, and not "
+        f"{' or '.join(parts)}: serve a merged model instead, as `vlm-tune merge` or "
+        f"`vlm-tune export --format llava` write it"
+    ]
 
 
 def _add_own_weights(folder: Path, source: Path) -> None:
