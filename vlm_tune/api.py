@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -301,6 +301,7 @@ def predict(
     max_new_tokens: int | None = None,
     num_beams: int | None = None,
     batch_size: int | None = None,
+    json_schema: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     base: BaseArgument = None,
     accept_other_base: bool = False,
@@ -313,40 +314,39 @@ def predict(
         data: a file, a pattern of files, or tar shards, of rows in any form, also without answers.
         output: the JSONL file to write; an existing file of answers is replaced.
         limit: answer the first rows only.
-        max_new_tokens: longest answer in tokens; the run's recipe sets this and the next two where
-            they are not given.
+        max_new_tokens: longest answer; the run's recipe sets this and the next two by default.
         num_beams: 1 is greedy.
         batch_size: rows per batch.
+        json_schema: a JSON schema that every answer follows.
         dtype: bf16, fp16 or fp32; the model's own where not given.
         base: as in `merge`, like `accept_other_base`.
         show: called with every event.
 
     Raises:
         RecipeError: an argument has the wrong type, or the output can't be written.
+        ArgumentError: no answer can follow the schema.
         DataError: a row can't be used; raised before the model is loaded.
         ModelError: the model can't be loaded.
     """
     for name, value in (("model", model), ("data", data), ("output", output)):
         check_path(name, value)
-    check_counts(
-        limit=limit, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size
-    )
+    counts = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "batch_size": batch_size}
+    check_counts(limit=limit, **counts)
     precision = dtype_of(dtype)
     stage = _last_stage(Path(model), None, ())
     settings = EvaluateSection() if stage is None else stage.evaluate
+    tokens = max_new_tokens or settings.max_new_tokens
+    decoding = Decoding(tokens, num_beams or settings.num_beams, json_schema=json_schema)
     check_writable(output, "the file of answers", mark=ANSWERS)
     log.info("reading the rows")
     rows, unanswered = read_path(str(data), seed=0, unanswered=True)
     log.info("loading the model")
-    vlm = load_model(Path(model), dtype=precision, base=base_choice(base, accept_other_base))
     return write_answers(
-        vlm,
+        load_model(Path(model), dtype=precision, base=base_choice(base, accept_other_base)),
         rows[:limit],
         unanswered,
         Path(output),
-        decoding=Decoding(
-            max_new_tokens or settings.max_new_tokens, num_beams or settings.num_beams
-        ),
+        decoding=decoding,
         batch_size=batch_size or settings.batch_size,
         progress=lambda done, of: show(Scoring(done, of)) if show else None,
     )

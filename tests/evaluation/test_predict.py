@@ -14,8 +14,9 @@ import pytest
 import vlm_tune
 from tests.helpers.tiny_models import built, cli, parsed
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
+from vlm_tune.cli.options import read_schema
 from vlm_tune.data.sources.registry import read_path
-from vlm_tune.errors import DataError, RecipeError, VlmTuneError
+from vlm_tune.errors import ArgumentError, DataError, RecipeError, VlmTuneError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.checkpoint import save_model
 from vlm_tune.saved_models import which_model
@@ -201,3 +202,22 @@ def test_arguments_of_another_kind_are_refused_by_name(misuse: Any) -> None:
     assert 0 < len(str(caught.value)) < 600
     if isinstance(caught.value, RecipeError):
         assert all(problem.where for problem in caught.value.problems)
+
+
+def test_answers_follow_a_schema(folder: Path, tmp_path: Path) -> None:
+    """A schema in a file is read before the model, and every answer is JSON of it."""
+    questions = [{"image": "red.png", "question": question} for question in ("hello", "and now?")]
+    rows = write(folder / "schema_rows.jsonl", *questions)
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, 23]}, "minItems": 2, "maxItems": 2}')
+    output = tmp_path / "answers.jsonl"
+    command = ["predict", str(folder / "model"), "--data", str(rows), "--output", str(output)]
+    cli(*command, "--json-schema", str(schema), "--max-new-tokens", "40")
+    answers = [json.loads(json.loads(line)["answer"]) for line in output.read_text().splitlines()]
+    assert len(answers) == 2 and all(set(answer) <= {1, 23} for answer in answers)
+    with pytest.raises(ArgumentError, match=r"json_schema: no answer can follow it: Invalid type"):
+        vlm_tune.predict(folder / "model", rows, output, json_schema={"type": "arry"})
+    for text, message in (("[1]", "holds no JSON object"), ("{", "can't be read")):
+        schema.write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            read_schema(schema)

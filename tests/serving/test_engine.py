@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "drawn": {"temperature": 1.2, "seed": 4, "logprobs": True, "num_return_sequences": 3},
     "stopped": {"stop_strings": ["e", "a b"]},
     "penalised": {"repetition_penalty": 1.5, "logprobs": True, "top_logprobs": 2},
+    "JSON": {"json_schema": {"type": "array", "items": {"enum": ["red", 7, None]}}},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
 }
 

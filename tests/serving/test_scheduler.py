@@ -32,6 +32,7 @@ WAYS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 1, "logprobs": True},
     {"repetition_penalty": 1.4, "logprobs": True},
     {"stop_strings": ["e", "a b"]},
+    {"json_schema": {"type": "array", "items": {"type": "integer"}}, "logprobs": True},
     {"num_beams": 2},
 ]
 

@@ -15,17 +15,25 @@ from vlm_tune.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    JsonSchemaOption,
     ModelArgument,
     bases_by_part,
     check_dtype,
     print_json,
     quiet_libraries,
+    read_schema,
     use_device,
 )
 
 if TYPE_CHECKING:
     from vlm_tune.model.language.decoding import Settings
 
+SystemOption = Annotated[
+    str | None, typer.Option(help="the system text; the model's where not given")
+]
+MaxNewTokensOption = Annotated[
+    int, typer.Option(min=1, max=MOST_TOKENS, help="longest answer in tokens")
+]
 TemperatureOption = Annotated[
     float, typer.Option(min=0, max=100, help="sampling temperature; 0 is greedy")
 ]
@@ -53,17 +61,14 @@ def chat(
     prompt: Annotated[
         str | None, typer.Option(help="the question; without it, ask in the terminal")
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="the system text; the model's where not given")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST_TOKENS, help="longest answer in tokens")
-    ] = 128,
+    system: SystemOption = None,
+    max_new_tokens: MaxNewTokensOption = 128,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = None,
     choices: ChoicesOption = None,
+    json_schema: JsonSchemaOption = None,
     dtype: DtypeOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
@@ -78,6 +83,7 @@ def chat(
         "top_p": top_p,
         "top_k": top_k,
         "seed": seed,
+        "json_schema": read_schema(json_schema),
     }
     texts = None if choices is None else [text.strip() for text in choices.split(",")]
     use_device(device)

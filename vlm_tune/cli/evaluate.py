@@ -15,6 +15,7 @@ from vlm_tune.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    JsonSchemaOption,
     ModelArgument,
     SetOption,
     bases_by_part,
@@ -25,6 +26,7 @@ from vlm_tune.cli.options import (
     print_json,
     print_text,
     quiet_libraries,
+    read_schema,
     use_device,
 )
 from vlm_tune.events import LoadedModel
@@ -193,6 +195,7 @@ def predict(
         int | None,
         typer.Option(min=1, max=MOST_TOKENS, help="rows a batch; the recipe's where not given"),
     ] = None,
+    json_schema: JsonSchemaOption = None,
     dtype: DtypeOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
@@ -201,6 +204,7 @@ def predict(
 ) -> None:
     """Write MODEL's answers to the rows of a file, without scoring them."""
     check_dtype(dtype)
+    schema = read_schema(json_schema)
     check_writable(output, "the file of answers", mark=ANSWERS)
     use_device(device)
     quiet_libraries()
@@ -219,6 +223,7 @@ def predict(
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             batch_size=batch_size,
+            json_schema=schema,
             dtype=dtype,
             base=bases_by_part(base),
             accept_other_base=accept_other_base,

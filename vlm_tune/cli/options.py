@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import os
 import re
 import sys
@@ -15,7 +16,8 @@ import typer
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.quoting import cut, escaped_lines, json_line, quoted
+from vlm_tune.paths import shown_path
+from vlm_tune.quoting import cut, escaped_lines, json_line, quoted, reason_of
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")
@@ -56,6 +58,9 @@ DeviceOption = Annotated[
         "where one is"
     ),
 ]
+JsonSchemaOption = Annotated[
+    Path | None, typer.Option(help="a file with a JSON schema that every answer follows")
+]
 MOST_TOKENS = 1_000_000
 """Largest answer length that an option accepts, in tokens."""
 
@@ -83,6 +88,25 @@ def load(name: str, overrides: list[str] | None, *, quiet: bool = False) -> Reci
         None if quiet else lambda text: typer.echo(f"note: {text}", err=True)
     )
     return load_recipe(path, overrides or [], note=note)
+
+
+def read_schema(path: Path | None) -> dict[str, Any] | None:
+    """Reads a JSON schema; None where there is no file of one.
+
+    Raises `RecipeError` for a file that can't be read or holds no JSON object.
+    """
+    if path is None:
+        return None
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(
+            [Problem("--json-schema", f"{shown_path(path)} can't be read: {reason_of(error)}")]
+        ) from None
+    if not isinstance(schema, dict):
+        message = f"{shown_path(path)} holds no JSON object, and a schema is one"
+        raise RecipeError([Problem("--json-schema", message)])
+    return schema
 
 
 def use_device(device: str | None) -> None:

@@ -19,6 +19,7 @@ from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.packing import Tree, trees
 from vlm_tune.data.types import Batch, Example
 from vlm_tune.generation.answers import Answer, AnswerReader
+from vlm_tune.generation.constraints import JsonConstraint, json_constraint
 from vlm_tune.generation.continuing import Continuation, look_interval
 from vlm_tune.generation.generating import generated
 from vlm_tune.generation.picking import Picker, draws, penalised_ids
@@ -80,7 +81,8 @@ def prompt_answers(
     samples = decoding.num_return_sequences if decoding.samples else 1
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     reader = AnswerReader(model.processor, decoding.stop_strings)
-    job = _Job(model, repeated, decoding, reader, samples, fetch, cached)
+    constraint = json_constraint(model.processor, decoding, model.llm.vocabulary)
+    job = _Job(model, repeated, decoding, reader, samples, fetch, cached, constraint)
     groups: list[list[Answer]] = [[] for _ in repeated]
     done = 0
     rows = prompt_rows(model, repeated, decoding)
@@ -168,6 +170,7 @@ class _Job:
     samples: int
     fetch: Fetch
     cached: bool
+    constraint: JsonConstraint | None
 
     def batch(self, rows: Sequence[Tree], *, pad_left: bool = False) -> Batch:
         """The rows as a batch on the model's device."""
@@ -194,6 +197,7 @@ class _Job:
             ],
             np.array(numbers) if self.decoding.samples else None,
             self.model.device,
+            self.constraint,
         )
 
     def continued(self, rows: Sequence[Tree]) -> list[list[Answer]]:

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from vlm_tune.data.types import Example
+from vlm_tune.generation.constraints import JsonBranches, JsonConstraint
 from vlm_tune.generation.logprobs import TokenLogprobs
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding, largest
@@ -55,6 +56,7 @@ class Picker:
         prompts: Sequence[Sequence[Sequence[int]]],
         numbers: np.ndarray | None,
         device: torch.device,
+        constraint: JsonConstraint | None = None,
     ) -> None:
         """Makes a picker.
 
@@ -64,6 +66,7 @@ class Picker:
             prompts: For each row and branch the `penalised_ids`.
             numbers: The branches' `draws` [B, K, N].
             device: The device of the logits.
+            constraint: The `json_constraint` of the settings.
         """
         from transformers import (
             LogitsProcessorList,
@@ -74,8 +77,11 @@ class Picker:
             TopPLogitsWarper,
         )
 
+        assert (constraint is None) == (decoding.json_schema is None)
         self.llm = llm
         self.decoding = decoding
+        self.constraint = constraint
+        self.answers: JsonBranches | None = None
         self.numbers = None if numbers is None else torch.from_numpy(numbers).to(device)
         self.prompts: torch.Tensor | None = None
         if decoding.repetition_penalty != 1:
@@ -113,6 +119,10 @@ class Picker:
     ) -> tuple[torch.Tensor, TokenLogprobs | None]:
         """As `of_hidden`, by logits fp32[B, K, V]."""
         scores = self.penalised(logits.flatten(0, 1), written.flatten(0, 1))
+        if self.constraint is not None:
+            if self.answers is None:
+                self.answers = JsonBranches(self.constraint, *logits.shape[:2])
+            scores = self.answers.masked(scores, written)
         if self.numbers is None:
             tokens = largest(scores)
         else:
@@ -148,6 +158,8 @@ class Picker:
             self.numbers = self.numbers[rows, places]
         if self.prompts is not None:
             self.prompts = self.prompts[rows, places]
+        if self.answers is not None:
+            self.answers.select(places)
 
 
 def _padded(prompts: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from vlm_tune.data.packing import Tree
 from vlm_tune.data.types import Example
 from vlm_tune.generation.answering import continuation_of, continues
 from vlm_tune.generation.answers import Answer, AnswerReader
+from vlm_tune.generation.constraints import json_constraint
 from vlm_tune.generation.continuing import Continuation
 from vlm_tune.generation.generating import generated
 from vlm_tune.generation.picking import Picker, draws, penalised_ids
@@ -58,7 +59,8 @@ def picker_of(model: VisionLanguageNetwork, prompt: Example, decoding: Decoding)
     ids = penalised_ids(model.llm, prompt, decoding)
     if numbers is not None:
         numbers = numbers[None, None]
-    return Picker(model.llm, decoding, [[ids]], numbers, model.device)
+    constraint = json_constraint(model.processor, decoding, model.llm.vocabulary)
+    return Picker(model.llm, decoding, [[ids]], numbers, model.device, constraint)
 
 
 def pieces(continuation: Continuation, reader: AnswerReader) -> Pieces:

@@ -13,6 +13,7 @@ from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.types import Example, Media
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.generation.choices import choices_of_each
+from vlm_tune.generation.constraints import json_constraint
 from vlm_tune.serving.jobs import Closing, Failed, Finished, Job, JobEvent, Listener
 from vlm_tune.serving.prefixes import Beginning, beginning_of, image_digest
 
@@ -26,6 +27,7 @@ class Request:
         prompt: The laid out conversation.
         images: Its images.
         answers: The number of answers that end it.
+        constraint: The `json_constraint` of its settings.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Request:
         self.model = model
         self.prompt = prompt
         self.images = images
+        self.constraint = json_constraint(model.processor, job.decoding, model.llm.vocabulary)
         self.answers = 1 if job.choices else job.decoding.num_return_sequences
         self._listener = listener
         self._ended = False
@@ -126,7 +129,8 @@ def request_of(
     Raises:
         DataError: The prompt is longer than the model takes, or an image can't be decoded.
         ModelError: The model has no positions for a prompt of this length.
-        ArgumentError: The choices are no list of different texts.
+        ArgumentError: The choices are no list of different texts, or no answer can follow a
+            `json_schema`.
     """
     if job.choices:
         choices_of_each(list(job.choices), 1)

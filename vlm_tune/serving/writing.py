@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 import torch
 
+from vlm_tune.errors import VlmTuneError
 from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.generation.logprobs import TokenLogprobs
 from vlm_tune.generation.picking import Picker, draws, penalised_ids
 from vlm_tune.generation.streaming import ShownText
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.serving.jobs import Finished, Piece
+from vlm_tune.serving.jobs import Failed, Finished, Piece
 from vlm_tune.serving.request import Request
 
 
@@ -84,6 +85,7 @@ def _picker(request: Request, number: int) -> Picker:
         [[penalised_ids(llm, request.prompt, decoding)]],
         None if numbers is None else numbers[None, None],
         request.model.device,
+        request.constraint,
     )
 
 
@@ -112,7 +114,12 @@ class NextTokens:
             writing = writings[row]
             assert writing.picker is not None
             ids = torch.tensor([[writing.ids]], dtype=torch.int64, device=hidden.device)
-            token, of_token = writing.picker.of_logits(logits[None, place : place + 1], ids)
+            try:
+                token, of_token = writing.picker.of_logits(logits[None, place : place + 1], ids)
+            except VlmTuneError as error:  # of this job alone
+                writing.request.emit(Failed(error))
+                tokens[row] = 0
+                continue
             tokens[row] = token[0, 0]
             logprobs[row] = None if of_token is None else of_token[0]
         return tokens, logprobs

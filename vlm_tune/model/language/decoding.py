@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
 import torch
 
 from vlm_tune.errors import ArgumentError
+from vlm_tune.model.language.json_schema import json_grammar
 from vlm_tune.quoting import quoted
 
 MOST = 1_000_000
@@ -51,6 +52,7 @@ class Settings(TypedDict, total=False):
     seed: int | None
     logprobs: bool
     top_logprobs: int
+    json_schema: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Decoding:
         logprobs: Whether log-probabilities of the tokens are returned.
         top_logprobs: The number of likeliest tokens, up to 20, whose log-probabilities are returned
             for each token of an answer, beside `logprobs`.
+        json_schema: A JSON schema that the answer's text follows, unless `max_new_tokens` ends it.
 
     Raises:
         ArgumentError: A setting is of the wrong type, out of range, or without effect beside the
@@ -94,6 +97,7 @@ class Decoding:
     seed: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
+    json_schema: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         check_count("max_new_tokens", self.max_new_tokens)
@@ -122,6 +126,8 @@ class Decoding:
                 f"{quoted(self.stop_strings)}"
             )
         object.__setattr__(self, "stop_strings", tuple(stops))
+        if self.json_schema is not None:
+            json_grammar(self.json_schema)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -150,6 +156,8 @@ class Decoding:
             raise ArgumentError("top_logprobs are returned beside logprobs: set logprobs=True")
         if self.logprobs and self.num_beams > 1:
             raise ArgumentError("logprobs are those of greedy search or of draws: set num_beams 1")
+        if self.json_schema is not None and self.num_beams > 1:
+            raise ArgumentError("json_schema is for greedy search and draws: set num_beams 1")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Decoding:
@@ -175,7 +183,12 @@ class Decoding:
     @property
     def plain(self) -> bool:
         """Whether each token is the argmax of the logits and nothing else is asked of them."""
-        return not (self.samples or self.logprobs or self.repetition_penalty != 1)
+        return not (
+            self.samples
+            or self.logprobs
+            or self.repetition_penalty != 1
+            or self.json_schema is not None
+        )
 
 
 def check_count(name: str, value: Any, most: int = MOST) -> None:

@@ -1,0 +1,36 @@
+"""JSON schemas as grammars of llguidance, which say what tokens an answer may go on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_tune.errors import ArgumentError
+from vlm_tune.quoting import quoted, reason_of
+
+GRAMMAR = 'start: " "? answer\nanswer: %json '
+"""A grammar in Lark's notation; a tokenizer's word may begin with a space."""
+SPACE = {"whitespace_pattern": " "}
+"""At most one space between the tokens of JSON: any number of them would not end."""
+
+
+def json_grammar(schema: Any) -> str:
+    """The grammar of the JSON texts that fit a schema.
+
+    Raises:
+        ArgumentError: The schema is no mapping, or none that JSON can hold, nothing fits it, or it
+            has a keyword that can't be followed token by token.
+    """
+    from llguidance import LLMatcher
+
+    if not isinstance(schema, Mapping):
+        raise ArgumentError(f"json_schema is a JSON schema as a mapping, got {quoted(schema)}")
+    try:
+        text = json.dumps({**schema, "x-guidance": SPACE})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArgumentError(f"json_schema can't be written as JSON: {reason_of(error)}") from None
+    fault = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(text))
+    if fault:
+        raise ArgumentError(f"json_schema: no answer can follow it: {' '.join(fault.split())}")
+    return LLMatcher.grammar_from_lark(GRAMMAR + text)
