@@ -229,4 +229,5 @@ class FinalScores(Event):
     skipped: dict[str, str] | None = None
     classes: dict[str, Any] | None = None
     baselines: dict[str, dict[str, dict[str, Any]]] | None = None
+    also: dict[str, dict[str, Any]] | None = None
     notes: list[str] | None = None

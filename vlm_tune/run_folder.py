@@ -37,6 +37,8 @@ FILES = (
     *RESULTS,
     RECIPE,
 )
+ALSO = "also"
+"""The folder with answers to rows of other tasks, before and after training."""
 STAGE_FILES = ("trace.jsonl", "nonfinite.jsonl", "done.json")
 MODEL = "model"
 WRITTEN = ".recipe.yaml"
@@ -197,6 +199,9 @@ def remove_written(run: Path) -> None:
     """Removes the files that a run wrote to its folder; other files and their folders stay."""
     for name in FILES:
         (run / name).unlink(missing_ok=True)
+    for path in (run / ALSO).glob("*.jsonl"):
+        path.unlink()
+    _remove_empty(run / ALSO)
     remove_model(run / MODEL)
     for stage in _folders(run / "stages", r"\d+-"):
         for name in STAGE_FILES:

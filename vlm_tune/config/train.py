@@ -9,6 +9,7 @@ from pydantic import Field
 from vlm_tune.config.base import (
     Config,
     Decay,
+    HomePath,
     Layers,
     LearningRate,
     NonNegativeInt,
@@ -197,6 +198,11 @@ class EvaluateSection(Config):
         default="auto",
         description="what the score is compared with: answers without training; auto: those that "
         "are cheap, [] none",
+    )
+    also: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], HomePath] = Field(
+        default={},
+        description="files of rows of other tasks, by a name each, that are scored before and "
+        "after training: how much the model forgets",
     )
     samples: NonNegativeInt = Field(
         default=12, description="number of answers in the report before and after training"

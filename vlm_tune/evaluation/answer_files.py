@@ -32,15 +32,22 @@ def save_answers(path: Path, answers: Sequence[Answer]) -> None:
 def read_answers(run: Path) -> list[Answer]:
     """Reads a run's test answers. Raises `DataError` where there are none or a line is damaged."""
     path = run / ANSWERS_FILE
-    try:
-        # Not splitlines(): JSON strings may hold U+2028 and others at which it splits.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError):
+    if not path.is_file():
         raise DataError(
             f"has no {ANSWERS_FILE}, which a run writes once its test part is scored; "
             "to compare models on a file of rows give --data",
             source=str(run),
-        ) from None
+        )
+    return load_answers(path)
+
+
+def load_answers(path: Path) -> list[Answer]:
+    """Reads a file of answers. Raises `DataError` where it has none or a line is damaged."""
+    try:
+        # Not splitlines(): JSON strings may hold U+2028 and others at which it splits.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"can't be read: {error}", source=str(path)) from None
     answers = []
     for number, line in enumerate(lines, 1):
         if not line:

@@ -27,6 +27,7 @@ from vlm_tune.rendering.report_scores import (
     media_named,
     metric_rows,
     number_of,
+    other_rows,
     score_notes,
     worst_answers,
 )
@@ -64,6 +65,7 @@ def write_report(run: Path) -> Path:
             kind: group_table(result, result.get(f"by_{kind}")) for kind in ("category", "source")
         },
         "baselines": baseline_rows(result),
+        "others": other_rows(result),
         "classes": class_tables(result),
         "worst": worst,
         "worst_note": worst_note,

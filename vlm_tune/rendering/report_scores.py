@@ -154,6 +154,41 @@ def baseline_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def paired_rows(metrics: Any) -> list[list[str]]:
+    """Each compared metric's title, both scores, difference, interval, p-value and rows."""
+    rows = []
+    for name, entry in metrics.items() if isinstance(metrics, dict) else ():
+        if not isinstance(entry, dict):
+            continue
+        scores = [
+            _shown(name, side.get("value")) if isinstance(side := entry.get(key), dict) else ""
+            for key in ("first", "second")
+        ]
+        ends = ("difference_low", "difference_high")
+        p = number_of(entry.get("p"))
+        rows.append(
+            [
+                metric_title(name),
+                *scores,
+                _shown(name, entry.get("difference"), signed=True),
+                _ends(name, entry, ends, signed=True),
+                "" if p is None else chance(p),
+                count_of(entry.get("n")),
+            ]
+        )
+    return rows
+
+
+def other_rows(result: dict[str, Any]) -> list[list[str]]:
+    """The scores on other tasks before and after training: the task, then as `paired_rows`."""
+    also = result.get("also")
+    return [
+        [str(task), *row]
+        for task, compared in (also.items() if isinstance(also, dict) else ())
+        for row in paired_rows(compared.get("metrics") if isinstance(compared, dict) else None)
+    ]
+
+
 def score_notes(result: dict[str, Any]) -> list[str]:
     """Lines on metrics and baselines that the scores lack."""
     notes, skipped = result.get("notes"), result.get("skipped")

@@ -54,7 +54,7 @@ def chance(p: float | None) -> str:
 
 def score_tables(summary: Mapping[str, Any]) -> list[Table]:
     """The tables of a summary of `Scores`: metrics, groups, and baselines where there are some."""
-    tables = [_metrics(summary), _groups(summary), *_baselines(summary)]
+    tables = [_metrics(summary), _groups(summary), *_baselines(summary), _others(summary)]
     return [table for table in tables if table is not None]
 
 
@@ -163,6 +163,32 @@ def _baselines(summary: Mapping[str, Any]) -> Iterator[Table]:
             yield table
 
 
+def _others(summary: Mapping[str, Any]) -> Table | None:
+    """Scores on other tasks before and after training."""
+    table = _table(
+        "other tasks, before and after training",
+        ["task", "metric"],
+        ["before", "after", "change", "95% interval", "p", "rows"],
+    )
+    for task, compared in (summary.get("also") or {}).items():
+        for name, entry in compared["metrics"].items():
+            table.add_row(Text(escaped(task)), *_paired(name, entry))
+    return table if table.row_count else None
+
+
+def _paired(name: str, entry: Mapping[str, Any]) -> list[Text | str]:
+    """The cells of a paired comparison: metric, both scores, difference, interval, p and rows."""
+    return [
+        Text(escaped(metric_title(name))),
+        amount(name, entry["first"]["value"]),
+        amount(name, entry["second"]["value"]),
+        amount(name, entry["difference"], signed=True),
+        ends(name, entry["difference_low"], entry["difference_high"], signed=True),
+        chance(entry["p"]),
+        f"{entry['n']:,}",
+    ]
+
+
 # --- comparisons ----------------------------------------------------------------------------------
 
 
@@ -175,15 +201,7 @@ def print_comparison(console: Console, comparison: Comparison, flips: int) -> No
     _print_lines(console, lines)
     table = _table("paired scores", ["metric"], ["A", "B", "B less A", "95% interval", "p", "rows"])
     for name, entry in comparison.metrics.items():
-        table.add_row(
-            Text(escaped(metric_title(name))),
-            amount(name, entry["first"]["value"]),
-            amount(name, entry["second"]["value"]),
-            amount(name, entry["difference"], signed=True),
-            ends(name, entry["difference_low"], entry["difference_high"], signed=True),
-            chance(entry["p"]),
-            f"{entry['n']:,}",
-        )
+        table.add_row(*_paired(name, entry))
     console.print(table)
     _print_lines(
         console,

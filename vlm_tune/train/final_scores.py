@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,14 @@ from vlm_tune.precision import DTYPES
 from vlm_tune.resources import peak_resident_memory
 from vlm_tune.run_folder import check_present, finished_stages
 from vlm_tune.train.engines.base import shards
+from vlm_tune.train.forgetting import answer_before, compare_after
 from vlm_tune.train.resuming import read_json
 from vlm_tune.train.stage import Context
 from vlm_tune.train.stage_data import StageRows
 
 STOPPED = "stopped: the model is trained, the test part is not scored yet; --resume does that"
 
+BEFORE = "stopped before training; --resume starts the run"
 STOPPED_BASELINES = "the run was asked to stop"
 
 log = logging.getLogger(__name__)
@@ -73,7 +75,8 @@ def save_and_score(
                 context, model, rows, stage_rows.train, recipe, scores, measured, seconds
             )
             result |= _summary(scores)
-            context.report(FinalScores(**scores.summary()))
+            result |= _others_after(context, model, recipe, scores)
+            context.report(FinalScores(**scores.summary(), also=result.get("also")))
             result["seconds_test"] = round(time.perf_counter() - started, 2)
     result["seconds"] = round(result["seconds"], 2)
     result["peak_memory_mb"] = peak_memory_mb()
@@ -143,6 +146,37 @@ def _add_baselines(
             DTYPES[recipe.train.precision],
             lambda done, of: _progress(context, done, of, STOPPED_BASELINES),
         ).add(scores, measured)
+
+
+def answer_others(
+    context: Context, model: VisionLanguageNetwork, rows: Mapping[str, Sequence[Conversation]]
+) -> None:
+    """Answers rows of other tasks before training. Raises `Interrupted` if asked to stop."""
+    recipe = context.recipe.resolved_stages()[-1][1]
+    with _autocast(context, model.device):
+        answer_before(
+            context.run, model, recipe, rows, lambda done, of: _progress(context, done, of, BEFORE)
+        )
+
+
+def _others_after(
+    context: Context, model: VisionLanguageNetwork, recipe: Recipe, scores: Scores
+) -> dict[str, Any]:
+    """The scores on other tasks beside those before training, where there are some.
+
+    A task that fails, or that the run is asked to stop in, is left out with a note in `scores`.
+    """
+    if not recipe.evaluate.also:
+        return {}
+    with context.accelerator.autocast():
+        compared, notes = compare_after(
+            context.run,
+            model,
+            recipe,
+            lambda done, of: _progress(context, done, of, STOPPED_BASELINES),
+        )
+    scores.notes += notes
+    return {"also": compared, **({"notes": scores.notes} if scores.notes else {})}
 
 
 def _caches(context: Context, recipe: Recipe) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,8 @@ from vlm_tune.train.checkpoint import Progress, last_checkpoint, read_progress
 from vlm_tune.train.deterministic import determinism, nondeterministic
 from vlm_tune.train.engines.registry import engine_of
 from vlm_tune.train.environment import environment
-from vlm_tune.train.final_scores import save_and_score, write_result, write_samples
+from vlm_tune.train.final_scores import answer_others, save_and_score, write_result, write_samples
+from vlm_tune.train.forgetting import other_rows
 from vlm_tune.train.resuming import (
     changed_data,
     damaged_only,
@@ -308,6 +309,7 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, StageRows]:
         read_rows(context, number, name, stage, processor)
         for number, (name, stage) in enumerate(stages)
     ]
+    others = other_rows(stages[-1][1])
     log.info("making the model")
     samples = rows[-1].samples
     if main:
@@ -318,7 +320,7 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, StageRows]:
     if checkpoint:
         model, progress = _resumed_model(context, checkpoint)
     else:
-        model, progress = _new_model(context, texts, samples), Progress()
+        model, progress = _new_model(context, texts, samples, others), Progress()
     for (_, stage), stage_rows in zip(
         stages[progress.stage :], rows[progress.stage :], strict=True
     ):
@@ -358,9 +360,12 @@ def _resumed_model(context: Context, checkpoint: Path) -> tuple[VisionLanguageMo
 
 
 def _new_model(
-    context: Context, texts: list[Conversation], samples: list[Conversation]
+    context: Context,
+    texts: list[Conversation],
+    samples: list[Conversation],
+    others: Mapping[str, list[Conversation]],
 ) -> VisionLanguageModel:
-    """The recipe's model before its first step, which answers the report's samples."""
+    """The recipe's model before its first step, which answers samples and rows of other tasks."""
     main = context.accelerator.is_main_process
     if main:
         write_data(context.run, context.data)
@@ -374,6 +379,8 @@ def _new_model(
     if main and samples:
         log.info("answering the report's samples before training")
         write_samples(context, model, samples, "before")
+    if main and others:
+        answer_others(context, model, others)
     return model
 
 
