@@ -67,6 +67,7 @@ from vlm_tune.compat import (
     launched_without_others,
     link_zero_state,
     module_state,
+    onednn_linear,
     recompute_operator_inputs,
     register_attention,
     remove_autocast,
@@ -625,3 +626,13 @@ def test_chrf_statistics_add_up_to_sacrebleus_score() -> None:
         == CHRF().sentence_score(predictions[0], references[0]).score
     )
     assert CHRF().corpus_score(predictions, filled).score == chrf_score(whole)  # type: ignore[arg-type]
+
+
+def test_onednn_multiplies_as_torch_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, weight, bias = (
+        torch.randn(*shape, generator=generator) for shape in ((2, 9, 24), (40, 24), (40,))
+    )
+    for given in ((rows, weight), (rows, weight, bias)):
+        expected = torch.nn.functional.linear(*given)
+        torch.testing.assert_close(onednn_linear(*given), expected)

@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 HARMLESS = ("transformers.configuration_utils", "bitsandbytes.backends.cpu.ops")
-"""Loggers whose warnings are harmless.
-
-They warn of a config.json of our own type, and of a 4-bit kernel that is not installed.
-"""
+"""Loggers of harmless warnings: of config.json's type, which is ours, and of no 4-bit kernel."""
 
 
 @contextmanager
@@ -48,10 +45,7 @@ def without_harmless_warnings() -> Iterator[None]:
 
 
 def forget_members(archive: tarfile.TarFile) -> None:
-    """Drops the headers that an open archive keeps of all members read so far.
-
-    Its `next` goes on as before. Python 3.13 has `stream=True` for that.
-    """
+    """Drops the headers that an open archive keeps of read members; 3.13 has `stream=True`."""
     vars(archive)["members"].clear()
 
 
@@ -184,6 +178,13 @@ def flex_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 @cache
+def onednn_linear(rows: Any, weight: Any, bias: Any = None) -> Any:
+    """`torch.nn.functional.linear` of fp32 on a CPU by oneDNN, and not by MKL."""
+    import torch
+
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
 def cache_name() -> str:
     """Returns transformers' name of the KV cache, as an argument and in outputs.
 

@@ -22,6 +22,7 @@ from vlm_tune.data.types import Example, Media
 from vlm_tune.generation.answering import shares_prefix
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.generation.chat_session import prompt_rest
+from vlm_tune.model.acceleration.onednn_products import OneDnnProducts
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.row_buffers import Prefix
 from vlm_tune.serving.jobs import Failed
@@ -112,7 +113,7 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> None:
         """Prefills the prompts that came, and writes a token of every answer."""
-        with self._model.evaluating():
+        with self._model.evaluating(), OneDnnProducts():
             self._join()
             if not self._writings:
                 return
