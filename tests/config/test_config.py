@@ -806,3 +806,10 @@ def test_a_tilde_is_the_home_folder_wherever_a_recipe_has_a_path(
         parse_recipe(SMALL.replace("runs/small", "~nobody-of-this-name/runs")).output
         == "~nobody-of-this-name/runs"
     )
+
+
+def test_other_tasks_have_names_that_files_can_have() -> None:
+    good = f"{SMALL}\nevaluate: {{also: {{words.v1: words.jsonl}}}}"
+    assert parse_recipe(good).evaluate.also == {"words.v1": "words.jsonl"}
+    ((_, message),) = problems(good.replace("words.v1", "'../words'"))
+    assert "a name has letters, digits, _, . and - alone" in message

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from vlm_tune.config.base import (
     Config,
@@ -164,6 +165,13 @@ LOSS = "loss"
 Baseline = Literal["majority", "same_question", "nearest", "probe", "blind"]
 
 
+def file_name(name: str) -> str:
+    """The name of a task, of which files are named. Raises `ValueError` for other characters."""
+    if re.fullmatch(r"[A-Za-z0-9_.-]+", name) is None:
+        raise ValueError("a name has letters, digits, _, . and - alone")
+    return name
+
+
 class EvaluateSection(Config):
     """Settings of the evaluation during training and after it."""
 
@@ -199,7 +207,7 @@ class EvaluateSection(Config):
         description="what the score is compared with: answers without training; auto: those that "
         "are cheap, [] none",
     )
-    also: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], HomePath] = Field(
+    also: dict[Annotated[str, AfterValidator(file_name)], HomePath] = Field(
         default={},
         description="files of rows of other tasks, by a name each, that are scored before and "
         "after training: how much the model forgets",

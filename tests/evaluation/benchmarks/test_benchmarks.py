@@ -1,8 +1,8 @@
 """Local copies of public benchmarks are read in their layouts and scored by their own rules.
 
-Expected scores were computed by the benchmarks' own scripts (LLaVA's eval_pope, m4c_evaluator and
-eval_science_qa; ScienceQA's evaluate_acc; VLMEvalKit's multiple_choice; pix2struct's
-relaxed_correctness) from the same answers.
+Expected scores follow by hand from the rules of the benchmarks' own scripts: LLaVA's eval_pope,
+m4c_evaluator and eval_science_qa; ScienceQA's evaluate_acc; VLMEvalKit's multiple_choice;
+pix2struct's relaxed_correctness.
 """
 
 from __future__ import annotations
