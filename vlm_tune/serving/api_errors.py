@@ -124,7 +124,7 @@ def api_error(error: Exception) -> ApiError:
         case ArgumentError():
             message = _in_request_names(str(error))
             # Messages about a setting begin with its name.
-            name = message.partition(" ")[0]
+            name = re.split(r"\W", message, maxsplit=1)[0]
             return ApiError(400, message, param=name if name in ChatRequest.model_fields else None)
         case DataError():
             return ApiError(400, error.message, param="messages", code=error.kind)
