@@ -393,6 +393,9 @@ def test_fault_65_every_route_but_health_needs_the_key(
             ask(server, (method, path, None), Authorization=key)[0].status_code for key in wrong
         }
         assert statuses == ({200} if path == "/health" else {401}), path
+    # A body is neither read nor counted without the key.
+    for path in ("/health", "/"):
+        assert ask(server, ("POST", path, {}))[0].status_code == 401, path
     # The page's files hold no secrets: a browser can't send a key for them.
     assert [
         each.status_code for each in ask(server, ("GET", "/", None), ("GET", "/index.html", None))
@@ -417,19 +420,31 @@ def test_fault_65_pages_of_other_sites_are_refused(serving: Callable[..., Server
         "localhost.evil.example",
         "127.0.0.1.evil.example",
         "box.example.evil",
+        "[",
+        "a]b",
     ):
         assert chat(server, question(), Host=host).status_code == 403
     origins = {"http://localhost:8000": 200, "https://friend.example": 200, "null": 403}
-    origins |= {"http://evil.example": 403, "http://localhost:9000": 403}
+    origins |= {"http://evil.example": 403, "http://localhost:9000": 403, "http://[": 403}
     for origin, status in origins.items():
         response = chat(server, question(), Host="localhost:8000", Origin=origin)
         assert response.status_code == status, origin
     (preflight,) = ask(
         server,
         ("OPTIONS", CHAT, None),
-        **{"Origin": "https://friend.example", "Access-Control-Request-Method": "POST"},
+        **{
+            "Origin": "https://friend.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization, content-type, x-stainless-lang",
+        },
     )
+    assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://friend.example"
+    # The friend's page sees why it was refused.
+    keyed = serving(api_key="right", cors=("https://friend.example",))
+    refused = chat(keyed, question(), Origin="https://friend.example")
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "https://friend.example"
     assert "access-control-allow-origin" not in chat(serving(), question()).headers
     # A form of another site can't send JSON.
     (form,) = ask(serving(), ("POST", CHAT, None), **{"Content-Type": "text/plain"})

@@ -120,7 +120,9 @@ class Server:
                 app,
                 allow_origins=self._limits.cors,
                 allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type"],
+                # Clients in browsers send headers of their own, as openai's X-Stainless-Lang.
+                allow_headers=["*"],
+                expose_headers=["Retry-After"],
             )
         return Watch(app, self._metrics)
 

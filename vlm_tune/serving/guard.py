@@ -45,8 +45,8 @@ class Guard:
         app: The application behind it.
         limits: What the server accepts.
         load: What it has to do; requests are counted in it.
-        public: Paths that need no key beside `/health`: files of the page, which holds no secrets
-            and asks for the key.
+        public: Paths whose GET needs no key, beside `/health`: files of the page, which holds no
+            secrets and asks for the key.
     """
 
     def __init__(
@@ -65,10 +65,17 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # Answered here, within the middleware of CORS: pages of allowed origins see errors, too.
+        try:
+            await self._pass_on(scope, receive, send)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if self._key is None:
             self._check_browser(headers)
-        elif scope["path"] != HEALTH and scope["path"] not in self._public:
+        elif not self._is_public(scope):
             self._check_key(headers)
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
@@ -86,6 +93,11 @@ class Guard:
             self._load.requests -= 1
             self._load.body_bytes -= len(body)
 
+    def _is_public(self, scope: Scope) -> bool:
+        """Whether a request needs no key. One with a body, which is read and counted, does."""
+        path = scope["path"]
+        return scope["method"] == "GET" and (path == HEALTH or path in self._public)
+
     def _check_browser(self, headers: Headers) -> None:
         """Refuses pages of other sites, which a browser on this machine or network may show.
 
@@ -93,17 +105,17 @@ class Guard:
         are of a list. With a key, which no other site has, there is no need of this.
         """
         host = headers.get("host", "localhost")
-        name = (urlsplit(f"//{host}").hostname or "").rstrip(".").lower()
+        name = _host_name(host)
         if not (name in self._names or name.endswith(".localhost") or _is_address(name)):
             message = (
-                f"this server is not known as {quoted(name)}: start it with --hostname and that "
-                f"name, or with --api-key"
+                f"this server is not known as {quoted(name or host)}: start it with --hostname and "
+                f"that name, or with --api-key"
             )
             raise ApiError(403, message, code="unknown_host")
         origin = headers.get("origin")
         if origin is None or origin in self._limits.cors:
             return
-        if urlsplit(origin).netloc != host:
+        if origin.partition("://")[2] != host:
             message = f"pages of {quoted(origin)} may not use this server: start it with --cors"
             raise ApiError(403, message, code="unknown_origin")
 
@@ -168,6 +180,14 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replayed
+
+
+def _host_name(host: str) -> str:
+    """The name, or the address, in a header `Host`; empty where there is none."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").rstrip(".").lower()
+    except ValueError:
+        return ""
 
 
 def _is_address(name: str) -> bool:
