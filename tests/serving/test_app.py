@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from tests.helpers.served import (
     CHAT,
@@ -23,11 +24,12 @@ from tests.helpers.served import (
 from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import png
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
-from vlm_tune.errors import DataError
+from vlm_tune.errors import DataError, ModelError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving.app import Server
 from vlm_tune.serving.engine import BatchingEngine
 from vlm_tune.serving.jobs import Overloaded
+from vlm_tune.serving.wire import ChatRequest
 
 RED, BLUE = png((200, 30, 30)).read(), png((20, 30, 200)).read()
 
@@ -187,6 +189,13 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "a penalty": ({"presence_penalty": 0.5}, "presence_penalty", "less than or equal to 0"),
     "a type": ({"temperature": "hot"}, "temperature", "valid number"),
     "not a number": ({"top_p": float("nan")}, "top_p", "finite"),
+    "a long field": ({"x" * 1000: 1}, "x" * 200 + "... (1,000 characters)", "unknown field"),
+    "many fields": ({str(name): 1 for name in range(200)}, "", "the body has more than 100 fields"),
+    "a message's fields": (
+        {"messages": [{"role": "user", **{str(name): 1 for name in range(200)}}]},
+        "messages.0",
+        "more than 100 fields",
+    ),
     "a role": ({"messages": [{"role": "tool", "content": ""}]}, "messages.0.role", "got 'tool'"),
     "no role": ({"messages": [{"content": ""}]}, "messages.0.role", "is missing"),
     "a part's text": (
@@ -244,6 +253,24 @@ def test_a_wrong_request_is_an_error_that_names_the_field(server: Server, name: 
     error = response.json()["error"]
     assert response.status_code == 400 and error["type"] == "invalid_request_error"
     assert (error["param"] or "") == param and text in error["message"]
+    assert (error["code"] == "context_length_exceeded") == (name == "a long prompt")
+
+
+def test_wrong_parts_are_not_all_listed() -> None:
+    """A list of the faults of many parts takes long, and much memory."""
+    message = {"role": "user", "content": [{"type": "text", "text": 1}] * 500}
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate({"model": "tiny", "messages": [message] * 500})
+    assert caught.value.error_count() == 1
+
+
+def test_a_prompt_beyond_the_models_positions_is_an_error_of_the_request(
+    model: VisionLanguageModel, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(vars(model.llm), "longest", 5)
+    response = chat(server, question("word " * 20))
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_harmless_fields_of_openai_change_nothing(server: Server) -> None:
@@ -272,13 +299,19 @@ ENGINE_ERRORS: list[tuple[Exception, int, str]] = [
     (Overloaded("full"), 429, "rate_limit_exceeded"),
     (DataError("image 1: can't be decoded", kind="image_unreadable"), 400, "image_unreadable"),
     (ZeroDivisionError("secret"), 500, "internal_error"),
+    (ModelError("secret"), 500, "internal_error"),
 ]
 
 
 @pytest.mark.parametrize(("error", "status", "code"), ENGINE_ERRORS, ids=lambda each: str(each))
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_of_the_engine(
-    model: VisionLanguageModel, error: Exception, status: int, code: str, stream: bool
+    model: VisionLanguageModel,
+    error: Exception,
+    status: int,
+    code: str,
+    stream: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Before the first piece an error is the response's status, also of a stream."""
     engine = ScriptedEngine()
@@ -286,6 +319,7 @@ def test_errors_of_the_engine(
     response = chat(served(model, engine), question(stream=stream))
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert "secret" not in response.text
+    assert (f"{type(error).__name__} on a request" in caplog.text) == (status == 500)
 
 
 def test_metrics_count_requests_and_tokens(server: Server) -> None:

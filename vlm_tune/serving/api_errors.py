@@ -11,9 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from vlm_tune.errors import ArgumentError, DataError
-from vlm_tune.quoting import cut, quoted
+from vlm_tune.quoting import QUOTED_NAME, cut, quoted
 from vlm_tune.serving.jobs import Closing, Overloaded
-from vlm_tune.serving.wire import REFUSED, ChatRequest
+from vlm_tune.serving.limits import MOST_FIELDS
+from vlm_tune.serving.wire import MANY_FIELDS, REFUSED, ChatRequest
 
 RETRY_AFTER = {"Retry-After": "1"}
 """Headers of an answer that asks the client to come again, after a second."""
@@ -26,6 +27,8 @@ REQUEST_NAMES = {
     "json_schema": "response_format",
 }
 """Fields of a request by the names that the settings of generation have in Python."""
+CODES = {"overlong": "context_length_exceeded"}
+"""OpenAI's codes by the kinds of data errors that it has one for; clients look for them."""
 
 
 class ApiError(HTTPException):
@@ -51,7 +54,7 @@ class ApiError(HTTPException):
         super().__init__(status, message, dict(headers or {}))
         self.message = cut(message, MESSAGE)
         self.type = kind
-        self.param = param
+        self.param = None if param is None else cut(param)
         self.code = code
 
     def body(self) -> dict[str, Any]:
@@ -127,7 +130,8 @@ def api_error(error: Exception) -> ApiError:
             name = re.split(r"\W", message, maxsplit=1)[0]
             return ApiError(400, message, param=name if name in ChatRequest.model_fields else None)
         case DataError():
-            return ApiError(400, error.message, param="messages", code=error.kind)
+            code = CODES.get(error.kind, error.kind)
+            return ApiError(400, error.message, param="messages", code=code)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return internal()
@@ -149,6 +153,9 @@ def invalid_request(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     kind = str(first["type"])
     place = _place(first["loc"], body, kind)
     param = ".".join(place)
+    if kind == MANY_FIELDS:
+        message = f"{cut(param) or 'the body'} has more than {MOST_FIELDS} fields"
+        return ApiError(400, message, param=param or None)
     if kind == "extra_forbidden":
         reason = _reason(place[-1]) if len(place) == 1 else ""
         return ApiError(400, f"unknown field {cut(param)}{reason}", param=param)
@@ -171,6 +178,9 @@ def invalid_request(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
 
 def _reason(name: str) -> str:
     """The reason for which a field is unknown, or the nearest known name."""
+    # The search takes long for a long name, which is near to none.
+    if len(name) > QUOTED_NAME:
+        return ""
     near = difflib.get_close_matches(name, ChatRequest.model_fields, 1)
     return REFUSED.get(name, f"; did you mean {near[0]}?" if near else "")
 

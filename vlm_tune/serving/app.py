@@ -317,7 +317,10 @@ def _error_event(error: ApiError) -> ServerSentEvent:
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
-    return api_error(error).response()
+    answer = api_error(error)
+    if answer.status_code == 500:
+        log_failure(error)
+    return answer.response()
 
 
 async def _answer_failure(_: Request, error: Exception) -> Response:

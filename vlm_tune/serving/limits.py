@@ -17,6 +17,8 @@ MOST_CHOICES = 256
 """Largest number of `choices` of a request."""
 MOST_MESSAGES = 1000
 """Largest number of messages of a request."""
+MOST_FIELDS = 100
+"""Largest number of fields of an object in a request."""
 MOST_STOPS = 4
 """Largest number of stop strings of a request."""
 LONGEST_STOP = 100

@@ -11,6 +11,7 @@ import torch
 
 from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.types import Example, Media
+from vlm_tune.errors import DataError, ModelError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.generation.choices import choices_of_each
 from vlm_tune.generation.constraints import json_constraint
@@ -127,13 +128,16 @@ def request_of(
     `computed` are the digests of images whose features are there.
 
     Raises:
-        DataError: The prompt is longer than the model takes, or an image can't be decoded.
-        ModelError: The model has no positions for a prompt of this length.
+        DataError: The prompt is longer than the model takes or has positions for, or an image can't
+            be decoded.
         ArgumentError: The choices are no list of different texts, or no answer can follow a
             `json_schema`.
     """
     if job.choices:
         choices_of_each(list(job.choices), 1)
     (prompt,) = model.processor.prompts([job.conversation])
-    model.llm.check_length(model.llm.virtual + len(prompt.input_ids))
+    try:
+        model.llm.check_length(model.llm.virtual + len(prompt.input_ids))
+    except ModelError as error:
+        raise DataError(str(error), kind="overlong") from None
     return Request(job, model, prompt, PromptImages(prompt, model, computed), listener)

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from vlm_tune.serving.limits import (
     LONGEST_STOP,
     MOST_ANSWERS,
     MOST_CHOICES,
+    MOST_FIELDS,
     MOST_MESSAGES,
     MOST_STOPS,
     MOST_TOP,
@@ -47,12 +49,22 @@ REFUSED = {
 }
 """Fields of other servers that are refused unless they are empty, each with the reason."""
 EMPTY: tuple[Any, ...] = (None, [], {})
+MANY_FIELDS = "many_fields"
+"""pydantic's type of the error of an object with too many fields."""
 
 
 class Strict(BaseModel):
     """A part of a request: of the stated types, without other fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_few_fields(cls, fields: Any) -> Any:
+        """Refuses objects of very many fields: each unknown one would be an error to list."""
+        if isinstance(fields, Mapping) and len(fields) > MOST_FIELDS:
+            raise PydanticCustomError(MANY_FIELDS, "too many fields")
+        return fields
 
 
 def _form(content: Any) -> str:
@@ -91,12 +103,14 @@ class ImagePart(Strict):
 
 
 Text = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts"), Field(max_length=1000)],
+    Annotated[str, Tag("text")]
+    | Annotated[list[TextPart], Tag("parts"), Field(max_length=1000, fail_fast=True)],
     Discriminator(_form),
 ]
 Part = Annotated[TextPart | ImagePart, Discriminator("type")]
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts"), Field(max_length=1000)],
+    Annotated[str, Tag("text")]
+    | Annotated[list[Part], Tag("parts"), Field(max_length=1000, fail_fast=True)],
     Discriminator(_form),
 ]
 
@@ -199,7 +213,12 @@ class ChatRequest(Strict):
     ]
     messages: Annotated[
         list[ChatMessage],
-        Field(description="The conversation.", min_length=1, max_length=MOST_MESSAGES),
+        Field(
+            description="The conversation.",
+            min_length=1,
+            max_length=MOST_MESSAGES,
+            fail_fast=True,
+        ),
     ]
     stream: Annotated[
         bool | None, Field(description="Whether the answer comes in pieces, as events.")

@@ -159,6 +159,7 @@ class Processor:
                 raise DataError(
                     f"{len(example.input_ids)} tokens, more than {self.spec.max_length}",
                     row=example.id,
+                    kind="overlong",
                 )
 
     @property
