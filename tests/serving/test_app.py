@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving.app import Server
 from vlm_tune.serving.engine import BatchingEngine
 from vlm_tune.serving.jobs import Overloaded
+from vlm_tune.serving.replies import token_logprobs
 from vlm_tune.serving.wire import ChatRequest
 
 RED, BLUE = png((200, 30, 30)).read(), png((20, 30, 200)).read()
@@ -151,6 +153,22 @@ def test_a_stream_adds_up_to_the_answers(model: VisionLanguageModel, server: Ser
         ]
         assert mine[-1]["logprobs"] == choice["logprobs"]
     assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_written_out_apart_from_the_event_loop(
+    server: Server, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a long answer take seconds, in which no other request would be served."""
+    threads: list[threading.Thread] = []
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return token_logprobs(*arguments)
+
+    monkeypatch.setattr("vlm_tune.serving.replies.token_logprobs", noted)
+    assert chat(server, question(logprobs=True, max_tokens=2, stream=stream)).status_code == 200
+    assert len(threads) == 1 and threads[0] is not threading.main_thread()
 
 
 def test_models_are_listed(model: VisionLanguageModel) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 
 import httpx2
 import pytest
+import typer
 
 from tests.helpers.forked_runs import ended, start, until
 from tests.helpers.served import CHAT, events_of, question
 from tests.helpers.talkative import talkative
-from tests.helpers.tiny_models import with_tune
+from tests.helpers.tiny_models import built, parsed, with_tune
 from vlm_tune import serve
+from vlm_tune.cli.entry import app
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving.limits import Limits
@@ -119,10 +121,38 @@ def test_what_can_not_be_served_is_an_error_before_a_model_is_loaded(tmp_path: P
         serve(nothing, name="a/b")
     with pytest.raises(RecipeError, match="two models are named 'none'"):
         serve(nothing, adapters={"none": nothing})
-    with pytest.raises(RecipeError, match="--port: can't listen at 'no host'"):
-        serve(nothing, host="no host")
+    for host in ("no host", "ü" * 64, "a\0b"):
+        with pytest.raises(RecipeError, match="--port: can't listen at "):
+            serve(nothing, host=host)
+    # An empty one would be every address of the machine.
+    with pytest.raises(RecipeError, match="--host: expected an address"):
+        serve(nothing, host="")
     with pytest.raises(ModelError):
         serve(nothing, port=0)
+
+
+def test_a_port_that_is_taken_while_models_are_loaded_is_an_error(
+    tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = built(parsed(tiny_recipe("causal")))
+
+    def load(*_: Any, **__: Any) -> dict[str, VisionLanguageModel]:
+        taken.listen()
+        return {"tiny": model}
+
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("vlm_tune.serving.run._loaded", load)
+        with pytest.raises(RecipeError, match=rf"--port: can't listen .* port {port}: address"):
+            serve(tmp_path, name="tiny", port=port)
+
+
+def test_two_adapters_of_one_name_are_an_error(tmp_path: Path) -> None:
+    arguments = ["serve", str(tmp_path), "--adapter", "a=one", "--adapter", "a=two"]
+    with pytest.raises(typer.BadParameter, match="two adapters are named 'a'"):
+        app(arguments, standalone_mode=False)
 
 
 def test_limits_out_of_range_are_all_named() -> None:

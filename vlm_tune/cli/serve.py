@@ -108,7 +108,7 @@ def serve(
     """Serve MODEL by HTTP: OpenAI's API, and a page to ask it in a browser."""
     check_dtype(dtype)
     check_choice("--engine", engine, ("vlm_tune", "vllm"))
-    adapters = dict(map(_named, adapter or []))
+    adapters = _named(adapter or [])
     _prepare(device)
     from vlm_tune.serving.limits import Limits
 
@@ -152,12 +152,17 @@ def _prepare(device: str | None) -> None:
     logging.getLogger("vlm_tune.serving").setLevel(logging.INFO)
 
 
-def _named(text: str) -> tuple[str, Path]:
-    """The name and the folder of `NAME=FOLDER`."""
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise typer.BadParameter(f"{text!r} is not NAME=FOLDER", param_hint="--adapter")
-    return name, Path(folder)
+def _named(texts: list[str]) -> dict[str, Path]:
+    """The folders of `NAME=FOLDER` by their names."""
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise typer.BadParameter(f"{text!r} is not NAME=FOLDER", param_hint="--adapter")
+        if name in folders:
+            raise typer.BadParameter(f"two adapters are named {name!r}", param_hint="--adapter")
+        folders[name] = Path(folder)
+    return folders
 
 
 def _hand_over(
@@ -180,4 +185,6 @@ def _hand_over(
         raise ModelError("vLLM is not installed: `pip install vllm`, or leave --engine vllm out")
     if limits.api_key is not None:
         os.environ["VLLM_API_KEY"] = limits.api_key
+    # A redirect could lead from a host of --allow-host to any other.
+    os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
     os.execvp("vllm", command)

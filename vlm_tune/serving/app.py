@@ -6,11 +6,11 @@ import asyncio
 import json
 import mimetypes
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -46,10 +46,11 @@ from vlm_tune.serving.wire import (
 )
 from vlm_tune.version import __version__
 
+T = TypeVar("T")
 PAGE = Path(__file__).with_name("page")
 """The folder of the page's files, which are served from `/` on."""
 READERS = 4
-"""Threads that read images and lay prompts out."""
+"""Threads that read images, lay prompts out and write answers."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     # It also takes the place of FastAPI's own error of 422, which there is none of.
     "default": {"model": ErrorBody, "description": "Another error."},
@@ -233,7 +234,8 @@ class Server:
                 chunks = self._chunks(reply, until(events, deadline), usage=usage)
                 return EventStream(chunks, exchange, self._limits.send_seconds)
             await while_there(request, collect(reply, until(events, deadline)))
-            return reply.completion()
+            text = await self._apart(lambda: reply.completion().model_dump_json())
+            return Response(text, media_type="application/json")
         except TimeoutError:
             raise timed_out(self._limits.timeout) from None
         finally:
@@ -251,7 +253,7 @@ class Server:
                 if isinstance(event, Piece):
                     yield ServerSentEvent(reply.piece(event.answer, event.text))
                     continue
-                for chunk in reply.end(event):
+                for chunk in await self._apart(lambda event=event: list(reply.end(event))):
                     yield ServerSentEvent(chunk)
             if usage:
                 yield ServerSentEvent(reply.last())
@@ -263,6 +265,14 @@ class Server:
                 log_failure(error)
             yield _error_event(answer)
         yield ServerSentEvent("[DONE]")
+
+    async def _apart(self, work: Callable[[], T]) -> T:
+        """What a function returns in a thread.
+
+        The log-probabilities of a long answer's tokens take seconds to write out, in which the
+        event loop serves others.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     async def _counted(
         self, name: str, first: Piece | Finished, events: AsyncIterator[Piece | Finished]

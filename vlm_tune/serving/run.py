@@ -92,6 +92,8 @@ def serve(
     check_path("model", model)
     folders = _named_folders(model, name, adapters or {})
     limits = limits or Limits()
+    if not host:
+        raise RecipeError([Problem("--host", "expected an address, such as 127.0.0.1")])
     # A port that is in use is an error before models are loaded.
     with _bound(host, port) as listening:
         models = _loaded(
@@ -101,6 +103,9 @@ def serve(
             accept_other_base=accept_other_base,
             device=device,
         )
+        # Another server may have come to listen at the port while the models were loaded.
+        with _port_problems(host, port):
+            listening.listen(limits.requests)
         engine = BatchingEngine(models, queue=limits.queue, batch=limits.batch)
         first = next(iter(models))
         served = {
@@ -144,13 +149,21 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        with _port_problems(host, port):
             bound.bind((host, port))
-        except (OSError, OverflowError) as error:
-            why = reason(error) if isinstance(error, OSError) else str(error)
-            message = f"can't listen at {quoted(host)}, port {port}: {why}"
-            raise RecipeError([Problem("--port", message)]) from None
         yield bound
+
+
+@contextmanager
+def _port_problems(host: str, port: int) -> Iterator[None]:
+    """Errors of an address within the block are problems of the option."""
+    try:
+        yield
+    # The name of a host that can't be encoded is a ValueError, or a TypeError.
+    except (OSError, OverflowError, ValueError, TypeError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        message = f"can't listen at {quoted(host)}, port {quoted(port)}: {why}"
+        raise RecipeError([Problem("--port", message)]) from None
 
 
 def _url(host: str, port: int) -> str:
@@ -188,10 +201,9 @@ class HttpServer:
         self._stopping: asyncio.Task[None] | None = None
 
     async def run(self, listening: socket.socket, started: Callable[[], None]) -> None:
-        """Answers requests at a bound socket until the server was stopped."""
+        """Answers requests at a socket that listens until the server was stopped."""
         # Its debug messages quote answers.
         logging.getLogger("sse_starlette").setLevel(logging.INFO)
-        listening.listen(self._limits.requests)
         loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
