@@ -173,7 +173,8 @@ def test_fault_60_a_host_that_does_not_answer_is_given_up() -> None:
 def test_fault_60_addresses_that_are_not_public() -> None:
     inner = """127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0
         224.0.0.1 255.255.255.255 ::1 :: fe80::1 fe80::1%eth0 fc00::1 ff02::1 ::ffff:127.0.0.1
-        ::ffff:8.8.8.8 64:ff9b::7f00:1 2002:7f00:1:: 2001:0:7f00:1::1 localhost 127.1 0x7f000001"""
+        ::ffff:8.8.8.8 64:ff9b::7f00:1 64:ff9b:1::1 ::127.0.0.1 fec0::1
+        2002:7f00:1:: 2001:0:7f00:1::1 localhost 127.1 0x7f000001"""
     assert [address for address in inner.split() if is_public(address)] == []
     assert is_public(PUBLIC) and is_public("2606:4700:4700::1111")
 

@@ -30,13 +30,21 @@ def test_the_command_of_an_export(export: Path, tmp_path: Path) -> None:
     command = vllm_command(export, adapters={}, limits=Limits(), **DEFAULTS)
     assert command[:3] == ["vllm", "serve", str(export)]
     assert "--served-model-name shown --max-num-seqs 32" in " ".join(command)
+    # No host is allowed, while vLLM itself allows all.
+    assert "--allowed-media-domains none.invalid" in " ".join(command)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 24}))
-    limits = Limits(image_root=tmp_path, cors=("https://a.example",), api_key="secret")
+    limits = Limits(
+        image_root=tmp_path,
+        cors=("https://a.example",),
+        api_key="secret",
+        allow_hosts=("b.example", "c.example"),
+    )
     options = DEFAULTS | {"name": "mine", "dtype": "bf16", "adapters": {"more": tmp_path}}
     text = " ".join(vllm_command(export, limits=limits, **options))
     assert "--served-model-name mine" in text and "--dtype bfloat16" in text
     assert f"--enable-lora --max-lora-rank 32 --lora-modules more={tmp_path}" in text
     assert f"--allowed-local-media-path {tmp_path}" in text and "secret" not in text
+    assert "--allowed-media-domains b.example c.example --" in text
 
 
 def test_other_folders_are_refused_with_the_way_to_an_export(export: Path, tmp_path: Path) -> None:
@@ -63,6 +71,8 @@ def test_the_command_line_becomes_vllms(
 
     monkeypatch.setattr(os, "execvp", become)
     monkeypatch.setenv("VLLM_API_KEY", "")
+    monkeypatch.setenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "1")
     app(arguments, standalone_mode=False)
     assert became[0][:2] == ["vllm", "serve"] and "9000" in became[0]
     assert os.environ["VLLM_API_KEY"] == "secret"
+    assert os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"

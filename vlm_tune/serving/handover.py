@@ -13,6 +13,8 @@ from vlm_tune.serving.limits import Limits
 
 KINDS = ("llava", "llava_next")
 """Model types of `vlm-tune export`'s folders that vLLM serves."""
+NO_HOST = "none.invalid"
+"""A host that no network has (RFC 2606)."""
 
 
 def vllm_command(
@@ -43,6 +45,8 @@ def vllm_command(
     command += ["--limit-mm-per-prompt", json.dumps({"image": limits.max_images})]
     if dtype is not None:
         command += ["--dtype", {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]]
+    # Without a list vLLM fetches images from every host.
+    command += ["--allowed-media-domains", *(limits.allow_hosts or (NO_HOST,))]
     if limits.image_root is not None:
         command += ["--allowed-local-media-path", str(limits.image_root)]
     if limits.cors:

@@ -19,6 +19,8 @@ from vlm_tune.serving.api_errors import ApiError
 
 REDIRECTS = 3
 """The most redirects that are followed for an image."""
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""IPv6 addresses of the public internet; mapped and translated ones of IPv4 are not among them."""
 PORTS = {"http": 80, "https": 443}
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -39,13 +41,10 @@ def is_public(address: str) -> bool:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        # Addresses that stand for an IPv4 address lead to its host, or to a translator of it.
-        embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        translated = ip in ipaddress.ip_network("64:ff9b::/96")
-        if embedded or translated or ip in ipaddress.ip_network("64:ff9b:1::/48"):
-            return False
-    return ip.is_global and not ip.is_multicast
+    if isinstance(ip, ipaddress.IPv4Address):
+        return ip.is_global and not ip.is_multicast
+    # Tunnels' addresses lead to an IPv4 host within them.
+    return ip.is_global and ip in GLOBAL_UNICAST and not (ip.sixtofour or ip.teredo)
 
 
 class RemoteImages:
