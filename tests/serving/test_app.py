@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,23 +183,6 @@ def test_models_are_listed(model: VisionLanguageModel) -> None:
     assert none.status_code == 404 and none.json()["error"]["code"] == "model_not_found"
 
 
-def format_of(schema: Any) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
-
-
-def test_an_answer_follows_a_json_schema(tmp_path: Path) -> None:
-    recipe = tiny_text("causal", write_color_rows(tmp_path), tmp_path / "run")
-    model = talkative(recipe, data__max_length=512)
-    engine = BatchingEngine({"tiny": model}, queue=4, batch=2)
-    schema = {"type": "object", "properties": {"a": {"enum": [1, 23]}}, "required": ["a"]}
-    schema["additionalProperties"] = False
-    body = question(max_tokens=40, response_format=format_of(schema))
-    text = chat(served(model, engine), body).json()["choices"][0]["message"]["content"]
-    engine.close(0)
-    assert json.loads(text)["a"] in (1, 23)
-    assert text == model.chat("What color?", max_new_tokens=40, json_schema=schema)
-
-
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "an unknown field": ({"temperatur": 1}, "temperatur", "did you mean temperature?"),
     "a tool": ({"tools": [{"type": "function"}]}, "tools", "calls no tools"),
@@ -239,21 +221,6 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "beside logprobs"),
     "stop strings": ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4 items"),
     "an empty stop string": ({"stop": ""}, "stop", "at least 1 character"),
-    "a JSON schema that is none": (
-        {"response_format": format_of({"type": "nothing"})},
-        "response_format",
-        "response_format",
-    ),
-    "a JSON schema without end": (
-        {"response_format": format_of({"enum": ["x" * 20_000]})},
-        "response_format",
-        "more than 20,000",
-    ),
-    "JSON of any kind": (
-        {"response_format": {"type": "json_object"}},
-        "response_format.type",
-        "got 'json_object'",
-    ),
     "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, "", "surrogate"),
     "a long prompt": (
         {"messages": [{"role": "user", "content": "word " * 3000}]},

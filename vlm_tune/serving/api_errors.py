@@ -127,7 +127,7 @@ def api_error(error: Exception) -> ApiError:
         case ArgumentError():
             message = _in_request_names(str(error))
             # Messages about a setting begin with its name.
-            name = re.split(r"\W", message, maxsplit=1)[0]
+            name = message.partition(" ")[0]
             return ApiError(400, message, param=name if name in ChatRequest.model_fields else None)
         case DataError():
             code = CODES.get(error.kind, error.kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -13,8 +12,8 @@ from vlm_tune.generation.requests import check_text
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.serving.api_errors import ApiError
 from vlm_tune.serving.jobs import Job
-from vlm_tune.serving.limits import LONGEST_SCHEMA, Limits
-from vlm_tune.serving.wire import ChatMessage, ChatRequest, ImagePart, JsonFormat, TextPart
+from vlm_tune.serving.limits import Limits
+from vlm_tune.serving.wire import ChatMessage, ChatRequest, ImagePart, TextPart
 
 ReadImage = Callable[[str], Awaitable[Media]]
 """Returns the image at a URL."""
@@ -80,7 +79,6 @@ def decoding_of(request: ChatRequest, limits: Limits) -> Decoding:
         "stop_strings": request.stop,
         "logprobs": request.logprobs,
         "top_logprobs": request.top_logprobs,
-        "json_schema": _json_schema(request),
     }
     temperature = _temperature(request)
     if temperature > 0:
@@ -98,21 +96,6 @@ def decoding_of(request: ChatRequest, limits: Limits) -> Decoding:
     idle = {"max_new_tokens"} | ({"temperature"} if request.temperature is None else set())
     check_not_generated(name for name in decoding.given if name not in idle)
     return Decoding()
-
-
-def _json_schema(request: ChatRequest) -> dict[str, Any] | None:
-    """The schema that answers follow; its length is bounded, as it is compiled."""
-    if not isinstance(request.response_format, JsonFormat):
-        return None
-    schema = request.response_format.json_schema.json_schema
-    try:
-        characters = len(json.dumps(schema))
-    except RecursionError:
-        raise ApiError(400, "the schema is too deep", param="response_format") from None
-    if characters > LONGEST_SCHEMA:
-        message = f"the schema has {characters:,} characters, more than {LONGEST_SCHEMA:,}"
-        raise ApiError(400, message, param="response_format")
-    return schema
 
 
 def _temperature(request: ChatRequest) -> float:

@@ -23,8 +23,6 @@ MOST_STOPS = 4
 """Largest number of stop strings of a request."""
 LONGEST_STOP = 100
 """Most characters of a stop string, which is looked for after each token."""
-LONGEST_SCHEMA = 20_000
-"""Most characters of a JSON schema."""
 MOST_TOP = 20
 """Largest `top_logprobs` of a request."""
 KEY = re.compile(r"[\x21-\x7e]{1,1024}")

@@ -164,32 +164,10 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class TextFormat(Strict):
-    """Answers of any text."""
+class ResponseFormat(Strict):
+    """The form of the answer: any text."""
 
     type: Literal["text"]
-
-
-class JsonSchema(Strict):
-    """A JSON schema, with a name."""
-
-    name: Annotated[str, Field(max_length=64)]
-    description: str | None = None
-    json_schema: Annotated[
-        dict[str, Any],
-        Field(alias="schema", description="The schema that an answer follows."),
-    ]
-    strict: bool | None = None
-
-
-class JsonFormat(Strict):
-    """Answers that are JSON of a schema, unless the most tokens end them."""
-
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-ResponseFormat = Annotated[TextFormat | JsonFormat, Discriminator("type")]
 
 
 class ChatRequest(Strict):
