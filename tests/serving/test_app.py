@@ -183,6 +183,19 @@ def test_models_are_listed(model: VisionLanguageModel) -> None:
     assert none.status_code == 404 and none.json()["error"]["code"] == "model_not_found"
 
 
+def schema_of(schema: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The field of a request whose answer follows a schema."""
+    named = {"name": "answer", "schema": schema, **fields}
+    return {"response_format": {"type": "json_schema", "json_schema": named}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "an unknown field": ({"temperatur": 1}, "temperatur", "did you mean temperature?"),
     "a tool": ({"tools": [{"type": "function"}]}, "tools", "calls no tools"),
@@ -219,6 +232,40 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "one choice": ({"choices": ["a"]}, "choices", "at least 2 items"),
     "equal choices": ({"choices": ["a", "a"]}, "choices", "two or more different texts"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "beside logprobs"),
+    "no kind of answer": (
+        {"response_format": {"type": "xml"}},
+        "response_format.type",
+        "json_schema",
+    ),
+    "no schema": (
+        {"response_format": {"type": "json_schema"}},
+        "response_format.json_schema",
+        "missing",
+    ),
+    "no schema's name": (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+        "response_format.json_schema.name",
+        "missing",
+    ),
+    "a field within the schema's": (
+        schema_of({}, strictly=True),
+        "response_format.json_schema.strictly",
+        "unknown field",
+    ),
+    "a field beside the schema": (
+        {"response_format": {**schema_of({})["response_format"], "strict": True}},
+        "response_format.strict",
+        "unknown field",
+    ),
+    "what no answer can follow": (schema_of({"not": {}}), "response_format", "can follow it"),
+    "a deep schema": (schema_of(nested(400)), "response_format", "recursion limit"),
+    "a long schema": (schema_of({"title": "a" * 60_000}), "response_format", "more than 50,000"),
+    "a schema and choices": (
+        schema_of({}) | {"choices": ["a", "b"]},
+        "response_format",
+        "choices",
+    ),
+    "a schema and beams": (schema_of({}) | {"num_beams": 2}, "response_format", "num_beams 1"),
     "stop strings": ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4 items"),
     "an empty stop string": ({"stop": ""}, "stop", "at least 1 character"),
     "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, "", "surrogate"),
@@ -263,6 +310,24 @@ def test_harmless_fields_of_openai_change_nothing(server: Server) -> None:
     fields = {"user": "me", "store": False, "metadata": {"a": "b"}, "logit_bias": None, "tools": []}
     fields |= {"presence_penalty": 0, "frequency_penalty": 0.0, "response_format": {"type": "text"}}
     assert chat(server, question(max_tokens=5, **fields)).json()["choices"] == plain
+
+
+COLORS = {"type": "array", "items": {"enum": ["red", "blue", 7]}, "minItems": 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_follows_its_schema(
+    model: VisionLanguageModel, server: Server, stream: bool
+) -> None:
+    body = question(max_tokens=60, stream=stream, **schema_of(COLORS, strict=True))
+    response = chat(server, body)
+    if stream:
+        chunks = events_of(response.text)[:-1]
+        text = "".join(each["choices"][0]["delta"].get("content", "") for each in chunks)
+    else:
+        text = response.json()["choices"][0]["message"]["content"]
+    assert text == model.chat("What color?", max_new_tokens=60, json_schema=COLORS)
+    assert set(json.loads(text)) <= {"red", "blue", 7}
 
 
 def test_other_errors_have_openais_form(server: Server) -> None:

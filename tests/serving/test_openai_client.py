@@ -9,11 +9,12 @@ import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.helpers.served import ScriptedEngine, image_part, listening, served
 from tests.helpers.talkative import talkative
@@ -95,6 +96,35 @@ def test_further_fields_and_probabilities(client: openai.OpenAI) -> None:
     )
     extra = completion.choices[0].model_extra
     assert extra is not None and sum(extra["probabilities"].values()) == pytest.approx(1)
+
+
+class Color(BaseModel):
+    """What a client parses answers into."""
+
+    name: Literal["red", "blue"]
+    round: bool
+
+
+def test_answers_as_objects(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(
+        model="tiny", messages=MESSAGES, max_tokens=120, response_format=Color
+    )
+    color = parsed.choices[0].message.parsed
+    assert color is not None and color.name in ("red", "blue")
+    whole = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=1, response_format={"type": "json_object"}
+    )
+    assert (whole.choices[0].message.content or "").strip().startswith("{")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model="tiny",
+            messages=MESSAGES,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "none", "schema": {"not": {}}},
+            },
+        )
+    assert caught.value.param == "response_format"
 
 
 def test_64_clients_at_once(url: str, model: VisionLanguageModel) -> None:

@@ -127,7 +127,7 @@ def api_error(error: Exception) -> ApiError:
         case ArgumentError():
             message = _in_request_names(str(error))
             # Messages about a setting begin with its name.
-            name = message.partition(" ")[0]
+            name = message.partition(" ")[0].rstrip(":")
             return ApiError(400, message, param=name if name in ChatRequest.model_fields else None)
         case DataError():
             code = CODES.get(error.kind, error.kind)
@@ -194,9 +194,11 @@ def _place(location: Sequence[str | int], body: Any, kind: str) -> list[str]:
     names = location[1:] if location and location[0] in ("body", "path", "query") else location
     for number, name in enumerate(names):
         last = number == len(names) - 1
-        in_list = number > 0 and isinstance(names[number - 1], int)
-        # A message's tag is its role, a part's its type, which may also be the name of a field.
-        if in_list and isinstance(body, dict) and name in (body.get("role"), body.get("type")):
+        before = names[number - 1] if number else None
+        tagged = isinstance(before, int) or before == "response_format"
+        # A message's tag is its role, a part's and a form's its type, which may also be the name of
+        # a field.
+        if tagged and isinstance(body, dict) and name in (body.get("role"), body.get("type")):
             continue
         steps = isinstance(body, dict) and name in body
         steps = steps or (isinstance(body, list) and isinstance(name, int) and name < len(body))

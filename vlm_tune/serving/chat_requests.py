@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,15 @@ from vlm_tune.generation.requests import check_text
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.serving.api_errors import ApiError
 from vlm_tune.serving.jobs import Job
-from vlm_tune.serving.limits import Limits
-from vlm_tune.serving.wire import ChatMessage, ChatRequest, ImagePart, TextPart
+from vlm_tune.serving.limits import MOST_SCHEMA, Limits
+from vlm_tune.serving.wire import (
+    ChatMessage,
+    ChatRequest,
+    ImagePart,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    TextPart,
+)
 
 ReadImage = Callable[[str], Awaitable[Media]]
 """Returns the image at a URL."""
@@ -79,6 +87,7 @@ def decoding_of(request: ChatRequest, limits: Limits) -> Decoding:
         "stop_strings": request.stop,
         "logprobs": request.logprobs,
         "top_logprobs": request.top_logprobs,
+        "json_schema": _json_schema(request),
     }
     temperature = _temperature(request)
     if temperature > 0:
@@ -96,6 +105,23 @@ def decoding_of(request: ChatRequest, limits: Limits) -> Decoding:
     idle = {"max_new_tokens"} | ({"temperature"} if request.temperature is None else set())
     check_not_generated(name for name in decoding.given if name not in idle)
     return Decoding()
+
+
+def _json_schema(request: ChatRequest) -> dict[str, Any] | None:
+    """The schema that the answer follows, if any. Raises `ApiError` for one too large."""
+    match request.response_format:
+        case JsonObjectFormat():
+            return {"type": "object"}
+        case JsonSchemaFormat(json_schema=named):
+            characters = len(json.dumps(named.json_schema))
+            if characters > MOST_SCHEMA:
+                message = (
+                    f"the schema of response_format has {characters:,} characters, "
+                    f"more than {MOST_SCHEMA:,}"
+                )
+                raise ApiError(400, message, param="response_format")
+            return named.json_schema
+    return None
 
 
 def _temperature(request: ChatRequest) -> float:

@@ -25,6 +25,8 @@ LONGEST_STOP = 100
 """Most characters of a stop string, which is looked for after each token."""
 MOST_TOP = 20
 """Largest `top_logprobs` of a request."""
+MOST_SCHEMA = 50_000
+"""Most characters of a request's JSON schema, which is read before the request waits."""
 KEY = re.compile(r"[\x21-\x7e]{1,1024}")
 """An API key: a header can carry no other characters safely."""
 HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.ASCII)

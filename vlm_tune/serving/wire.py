@@ -164,10 +164,37 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class ResponseFormat(Strict):
-    """The form of the answer: any text."""
+class TextFormat(Strict):
+    """Any text."""
 
     type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Strict):
+    """A JSON schema, as OpenAI's API wraps it."""
+
+    name: Annotated[str, Field(description="Has no effect.", min_length=1, max_length=64)]
+    description: Annotated[str | None, Field(description="Has no effect.")] = None
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: Annotated[
+        bool | None, Field(description="Has no effect: a schema is always followed.")
+    ] = None
+
+
+class JsonSchemaFormat(Strict):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Discriminator("type")]
 
 
 class ChatRequest(Strict):
@@ -264,7 +291,10 @@ class ChatRequest(Strict):
     frequency_penalty: Annotated[
         float | None, Field(ge=0, le=0, description="0: there is none; see repetition_penalty.")
     ] = None
-    response_format: ResponseFormat | None = None
+    response_format: Annotated[
+        ResponseFormat | None,
+        Field(description="What the answer's text is: any text, a JSON object, JSON of a schema."),
+    ] = None
 
     @model_validator(mode="before")
     @classmethod
