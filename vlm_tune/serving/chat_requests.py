@@ -113,7 +113,11 @@ def _json_schema(request: ChatRequest) -> dict[str, Any] | None:
         case JsonObjectFormat():
             return {"type": "object"}
         case JsonSchemaFormat(json_schema=named):
-            characters = len(json.dumps(named.json_schema))
+            try:
+                characters = len(json.dumps(named.json_schema))
+            except RecursionError:
+                message = "the schema of response_format is too deep"
+                raise ApiError(400, message, param="response_format") from None
             if characters > MOST_SCHEMA:
                 message = (
                     f"the schema of response_format has {characters:,} characters, "
