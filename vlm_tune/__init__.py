@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_tune.version import __version__
 
 if TYPE_CHECKING:
-    from vlm_tune.api import compare, evaluate, predict, sft
+    from vlm_tune.api import compare, dpo, evaluate, kto, predict, sft
     from vlm_tune.config.load import load_recipe
     from vlm_tune.data_check.check import check
     from vlm_tune.exporting import export
@@ -24,6 +24,8 @@ _HOMES = {
     "VisionLanguageConfig": "vlm_tune.model.vlm",
     "load_recipe": "vlm_tune.config.load",
     "sft": "vlm_tune.api",
+    "dpo": "vlm_tune.api",
+    "kto": "vlm_tune.api",
     "check": "vlm_tune.data_check.check",
     "compare": "vlm_tune.api",
     "evaluate": "vlm_tune.api",
@@ -42,9 +44,11 @@ __all__ = [
     "__version__",
     "check",
     "compare",
+    "dpo",
     "evaluate",
     "export",
     "init",
+    "kto",
     "load_recipe",
     "merge",
     "plan",

@@ -6,9 +6,9 @@ import errno
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
-from vlm_tune.config.load import as_recipe
+from vlm_tune.config.load import as_recipe, check_command
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.train import EvaluateSection
 from vlm_tune.data.prepare.run import read_part
@@ -49,7 +49,7 @@ from vlm_tune.train.replay import verify_run
 from vlm_tune.train.run import Run
 from vlm_tune.train.run import sft as run_recipe
 
-__all__ = ["compare", "evaluate", "export", "merge", "predict", "sft", "verify_run"]
+__all__ = ["compare", "dpo", "evaluate", "export", "kto", "merge", "predict", "sft", "verify_run"]
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,75 @@ def sft(
         VlmTuneError: an error of `vlm_tune.errors`: a bad recipe, bad data or weights, or training
             that stopped.
     """
-    loaded = as_recipe(recipe, overrides)
+    return _train(
+        "sft",
+        as_recipe(recipe, overrides),
+        resume=resume,
+        overwrite=overwrite,
+        accept_changes=accept_changes,
+        test=test,
+        show=show,
+    )
+
+
+class TrainOptions(TypedDict, total=False):
+    """The arguments of `sft` after the recipe and its overrides."""
+
+    resume: bool
+    overwrite: bool
+    accept_changes: bool
+    test: bool
+    show: Report | None
+
+
+def dpo(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] | dict[str, Any] = (),
+    **options: Unpack[TrainOptions],
+) -> Run:
+    """Trains a recipe on pairs of answers (objective dpo, simpo or orpo) and returns the run.
+
+    Args:
+        recipe: as in `sft`, like `overrides`.
+        overrides: changes to the recipe.
+        **options: resume, overwrite, accept_changes, test and show, as in `sft`.
+
+    Raises:
+        VlmTuneError: as `sft`.
+    """
+    return _train("dpo", as_recipe(recipe, overrides), **options)
+
+
+def kto(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] | dict[str, Any] = (),
+    **options: Unpack[TrainOptions],
+) -> Run:
+    """Trains a recipe on answers that are liked or disliked (objective kto) and returns the run.
+
+    Args:
+        recipe: as in `sft`, like `overrides`.
+        overrides: changes to the recipe.
+        **options: resume, overwrite, accept_changes, test and show, as in `sft`.
+
+    Raises:
+        VlmTuneError: as `sft`.
+    """
+    return _train("kto", as_recipe(recipe, overrides), **options)
+
+
+def _train(
+    command: str,
+    loaded: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    accept_changes: bool = False,
+    test: bool = True,
+    show: Report | None = None,
+) -> Run:
+    """Trains a recipe whose objective is of a command."""
+    check_command(loaded, command)
     try:
         return run_recipe(
             loaded,

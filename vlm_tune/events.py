@@ -152,7 +152,7 @@ class TrainSteps(StageEvent):
     """The mean loss and the throughput of the steps since the last such event.
 
     `of` is the number of all steps and `left` the seconds that those to come may take; `epoch` is
-    None in a stream, and memory on a CPU.
+    None in a stream, and memory on a CPU. `metrics` are further means of the objective by name.
     """
 
     kind = "train"
@@ -169,18 +169,20 @@ class TrainSteps(StageEvent):
     gpu_memory_mb: int | None = None
     gpu_reserved_mb: int | None = None
     left: float
+    metrics: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(StageEvent):
     """The scores on the validation part after a step, as `evaluation.metrics.Scores`.
 
-    `best_by` names the metric, or `loss`, that chooses the best checkpoint.
+    `best_by` names the metric, or `loss`, that chooses the best checkpoint. An objective of
+    preferences, which generates no answers, has no accuracy, no tokens and no groups.
     """
 
     kind = "evaluate"
     step: int
-    accuracy: float
+    accuracy: float | None
     n: int
     loss: float | None
     best_by: str = "exact_match"
@@ -193,9 +195,8 @@ class Evaluation(StageEvent):
     @property
     def figures(self) -> dict[str, float | None]:
         """Exact match and the other metrics by name; None for one that is not finite."""
-        entries = self.metrics or {}
-        exact: dict[str, float | None] = {"exact_match": self.accuracy}
-        return exact | {name: entry["value"] for name, entry in entries.items()}
+        exact = {} if self.accuracy is None else {"exact_match": self.accuracy}
+        return exact | {name: entry["value"] for name, entry in (self.metrics or {}).items()}
 
     @property
     def score(self) -> float | None:

@@ -13,7 +13,7 @@ import torch
 
 from tests.helpers.tiny_models import built, parsed, rows_of
 from vlm_tune.api import compare, evaluate, sft
-from vlm_tune.config.train import Contrastive
+from vlm_tune.config.objectives import Contrastive
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError

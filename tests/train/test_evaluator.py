@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.tiny_models import built, parsed, rows_of
 from vlm_tune.api import sft
 from vlm_tune.events import Evaluation, Event
 from vlm_tune.train import evaluator
+from vlm_tune.train.objective_registry import build_objective
 
 
 def test_a_process_without_rows_adds_nothing_to_the_scores(
@@ -35,7 +37,7 @@ def test_a_process_without_rows_adds_nothing_to_the_scores(
         return evaluator.Evaluator(
             model,
             engine,
-            recipe.objective,
+            build_objective(recipe.objective, None, lambda figures: figures, torch.device("cpu")),
             recipe.evaluate,
             rows,
             None,

@@ -21,6 +21,7 @@ from vlm_tune.errors import Interrupted, TrainingError
 from vlm_tune.events import Event, Scoring, StageStart
 from vlm_tune.train.checkpoint import checkpoints
 from vlm_tune.train.meetings import Meetings
+from vlm_tune.train.objectives import Counts
 from vlm_tune.train.step_trace import DIGESTS
 from vlm_tune.train.trainer import StageLoop
 
@@ -31,14 +32,14 @@ def test_a_process_alone_meets_itself() -> None:
     writer: Any = SimpleNamespace(failed=lambda: failed[0], wait=lambda: waited.append(1))
     accelerator: Any = SimpleNamespace(num_processes=1)
     meetings = Meetings(accelerator, 9.0, stop=lambda: stops[0], writer=writer)
-    meeting = meetings.before_step(0, DIGESTS - 1, 70)
+    meeting = meetings.before_step(Counts(0), DIGESTS - 1, 70)
     # A step without supervised items divides by one.
-    assert (meeting.items, meeting.samples, meeting.stops) == (1, DIGESTS - 1, False)
+    assert (meeting.counts.items, meeting.samples, meeting.stops) == (1, DIGESTS - 1, False)
     assert meeting.costs.tolist() == [70]
     stops[0] = True
-    assert meetings.before_step(3, 5, 1).stops and meetings.stopping()
+    assert meetings.before_step(Counts(3), 5, 1).stops and meetings.stopping()
     failed[0] = True
-    for meet in (lambda: meetings.before_step(3, 5, 1), meetings.stopping):
+    for meet in (lambda: meetings.before_step(Counts(3), 5, 1), meetings.stopping):
         with pytest.raises(TrainingError, match="could not write its checkpoint"):
             meet()
     assert len(waited) == 2

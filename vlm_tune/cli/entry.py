@@ -17,7 +17,7 @@ from vlm_tune.cli.model import export, merge
 from vlm_tune.cli.options import print_json
 from vlm_tune.cli.serve import serve
 from vlm_tune.cli.system import env
-from vlm_tune.cli.train import sft, verify_run
+from vlm_tune.cli.train import dpo, kto, sft, verify_run
 from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_RECIPE, RecipeError, VlmTuneError
 from vlm_tune.resources import kernel_choice
 from vlm_tune.version import __version__
@@ -63,6 +63,8 @@ def root(
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": init,
     "sft": sft,
+    "dpo": dpo,
+    "kto": kto,
     "eval": evaluate,
     "compare": compare,
     "predict": predict,

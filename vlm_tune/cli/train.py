@@ -1,13 +1,14 @@
-"""Commands that train: sft, verify-run."""
+"""Commands that train: sft, dpo, kto, verify-run."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -52,24 +53,66 @@ NoTestOption = Annotated[
 ]
 
 
-def sft(
-    recipe: RecipeArgument,
-    set_: SetOption = None,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
-    processes: ProcessesOption = 1,
-    accept_changes: AcceptChangesOption = False,
-    output: OutputOption = None,
-    no_test: NoTestOption = False,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+def _command(name: Literal["sft", "dpo", "kto"], about: str) -> Callable[..., None]:
+    """A command that trains by the function of its name in the API."""
+
+    def train(
+        recipe: RecipeArgument,
+        set_: SetOption = None,
+        resume: ResumeOption = False,
+        overwrite: OverwriteOption = False,
+        processes: ProcessesOption = 1,
+        accept_changes: AcceptChangesOption = False,
+        output: OutputOption = None,
+        no_test: NoTestOption = False,
+        device: DeviceOption = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        _train(
+            name,
+            recipe,
+            [*(set_ or []), *([f"output={json.dumps(output)}"] if output is not None else [])],
+            resume=resume,
+            overwrite=overwrite,
+            processes=processes,
+            accept_changes=accept_changes,
+            test=not no_test,
+            device=device,
+            as_json=as_json,
+        )
+
+    train.__name__ = name
+    train.__doc__ = about
+    return train
+
+
+sft = _command("sft", "Fine-tune what RECIPE says, score the result, and write a report.")
+dpo = _command("dpo", "Train what RECIPE says on pairs of answers: objective dpo, simpo or orpo.")
+kto = _command(
+    "kto", "Train what RECIPE says on answers that are liked or disliked: objective kto."
+)
+
+
+def _train(
+    command: Literal["sft", "dpo", "kto"],
+    recipe: str,
+    changes: list[str],
+    *,
+    resume: bool,
+    overwrite: bool,
+    processes: int,
+    accept_changes: bool,
+    test: bool,
+    device: str | None,
+    as_json: bool,
 ) -> None:
-    """Fine-tune what RECIPE says, score the result, and write a report."""
+    """Trains a recipe by the function of a command's name."""
+    from vlm_tune.config.load import check_command
     from vlm_tune.run_folder import check_run
 
-    changes = [*(set_ or []), *([f"output={json.dumps(output)}"] if output is not None else [])]
     first = int(os.environ.get("RANK", "0")) == 0
     loaded = load(recipe, changes, quiet=not first)
+    check_command(loaded, command)
     if first:
         check_run(
             Path(loaded.output),
@@ -84,26 +127,26 @@ def sft(
             "--overwrite": overwrite,
             "--accept-changes": accept_changes,
             "--json": as_json,
-            "--no-test": no_test,
+            "--no-test": not test,
         }
         options = [
             *(f"--set={change}" for change in changes),
             *(name for name, is_set in flags.items() if is_set),
         ]
-        _launch(processes, device, "sft", recipe, *options)
+        _launch(processes, device, command, recipe, *options)
     use_device(device)
     quiet_libraries()
-    from vlm_tune.api import sft as train
+    from vlm_tune import api
     from vlm_tune.rendering.terminal import Display
 
     display = Display(Console(stderr=as_json), beats=first)
     with display if first else nullcontext():
-        run = train(
+        run = getattr(api, command)(
             loaded,
             resume=resume,
             overwrite=overwrite,
             accept_changes=accept_changes,
-            test=not no_test,
+            test=test,
             show=display,
         )
     if first:

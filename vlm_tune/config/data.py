@@ -57,8 +57,10 @@ class EasyVqaSource(Source):
     validation_images: NonNegativeInt = Field(
         default=200, description="number of train images held out as `validation`"
     )
-    task: Literal["vqa", "caption"] = Field(
-        default="vqa", description="questions, or captions built from the questions and answers"
+    task: Literal["vqa", "caption", "preference"] = Field(
+        default="vqa",
+        description="questions, captions built from the questions and answers, or questions with "
+        "the answer as chosen and another of its kind as rejected",
     )
     instructions: HomePath = Field(
         default="vqa", description="a prompt set of data_templates/instructions, or a file"
@@ -70,6 +72,8 @@ Form = Literal[
     "sharegpt",
     "messages",
     "prompt_completion",
+    "preference",
+    "unpaired_preference",
     "alpaca",
     "cauldron",
     "vqa",

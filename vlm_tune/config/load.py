@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from vlm_tune.config.data import DataSection
+from vlm_tune.config.objective_rules import later_adapter_fault
+from vlm_tune.config.objectives import COMMANDS
 from vlm_tune.config.recipe import Recipe, merge_parts, stage_changes
 from vlm_tune.config.rules import LENGTHS, contradictions
 from vlm_tune.config.schema_errors import flow_value, problem_order, schema_faults, schema_problems
@@ -225,8 +227,9 @@ def check_recipe(located: Located) -> Recipe:
             )
             problems.append(Problem(located.where(("stages", index, "data", "test")), message))
     common_faults = contradictions(located.value)
-    for prefix, merged in whole:
-        for path, message in contradictions(merged):
+    for number, (prefix, merged) in enumerate(whole):
+        earlier = [stage for _, stage in whole[:number]]
+        for path, message in (*contradictions(merged), *later_adapter_fault(earlier, merged)):
             staged = (*prefix, *path)
             inherited = staged not in located.values and (path, message) in common_faults
             problems.append(Problem(located.where(path if inherited else staged), message))
@@ -234,6 +237,20 @@ def check_recipe(located: Located) -> Recipe:
     if unique:
         raise RecipeError(sorted(unique, key=lambda problem: problem_order(problem.where)))
     return Recipe.model_validate(located.value).read_from(located)
+
+
+def check_command(recipe: Recipe, command: str) -> None:
+    """Raises `RecipeError` where another command trains the objective of the recipe's last stage.
+
+    Earlier stages may have other objectives.
+    """
+    kind = recipe.resolved_stages()[-1][1].objective.kind
+    if COMMANDS[kind] != command:
+        message = (
+            f"objective.kind: {kind} is trained by `vlm-tune {COMMANDS[kind]}`, "
+            f"not by `vlm-tune {command}`"
+        )
+        raise RecipeError([Problem(recipe.where(("objective",)), message)])
 
 
 def recipe_schema() -> dict[str, Any]:

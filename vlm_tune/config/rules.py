@@ -9,6 +9,7 @@ from typing import Any
 from vlm_tune.config.data_rules import data_contradictions
 from vlm_tune.config.faults import Fault, broken
 from vlm_tune.config.model import ModelSection
+from vlm_tune.config.objective_rules import objective_contradictions
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.train import LOSS, METRICS
 from vlm_tune.config.tune_rules import tune_contradictions
@@ -36,6 +37,7 @@ def contradictions(raw: Any) -> list[Fault]:
         *tune_contradictions(raw),
         *_engine_contradictions(raw),
         *_metric_contradictions(raw),
+        *objective_contradictions(raw),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The recipe's `objective`, `train` and `evaluate`."""
+"""The recipe's `train` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,6 @@ from vlm_tune.config.base import (
     PositiveInt,
     Processes,
 )
-
-
-class LanguageModeling(Config):
-    """Cross-entropy loss of the supervised tokens."""
-
-    kind: Literal["language_modeling"] = "language_modeling"
-
-
-class Contrastive(Config):
-    """Contrastive loss in the LLM's embedding space.
-
-    Each image is compared with the batch's distinct captions.
-    """
-
-    kind: Literal["contrastive"]
-    temperature: PositiveFloat = 0.07
 
 
 class Schedule(Config):

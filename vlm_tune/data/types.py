@@ -20,6 +20,13 @@ IGNORE_INDEX = -100
 
 ROLES = ("system", "user", "assistant")
 
+CHOSEN, REJECTED, MISMATCHED = range(3)
+ANSWER_KINDS = 3
+"""Kinds of answers in rows of preferences: liked, disliked, and another row's.
+
+In a batch, answers to prompt p have the numbers ANSWER_KINDS * p + kind; some may be missing.
+"""
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -124,6 +131,11 @@ class Conversation:
     Scores are also reported by `category` and by `source_name`, the name of its source in the
     recipe. `shots` is the number of messages, directly after a system turn, that are few-shot
     examples taken from other rows. `references` adds to the last turn what scores need.
+
+    Attributes:
+        rejected: The answer that people like less than that of the last turn, in a row of
+            preferences.
+        desirable: Whether people like the answer, in a row that judges its one answer.
     """
 
     id: str
@@ -134,6 +146,8 @@ class Conversation:
     source_name: str = ""
     shots: int = 0
     references: References = References()
+    rejected: Message | None = None
+    desirable: bool | None = None
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -197,6 +211,13 @@ class Example:
     encoder-decoder they have `samples` (int32[L]) and `label_samples` (int32[T]): the number of the
     sample that a token belongs to; no token attends to another sample. With `label_samples` alone,
     the labels are several answers to the one sample of the row.
+
+    Attributes:
+        answers: In rows of preferences, int32 of the labels' shape: the number of the answer that a
+            label belongs to, -1 where there is none. It is ANSWER_KINDS * p + kind for prompt p
+            of the row's P, where an answer may be judged alone.
+        reference: The reference model's summed log-probability of each answer,
+            float32[ANSWER_KINDS * P], where it was computed before training.
     """
 
     id: str
@@ -210,6 +231,15 @@ class Example:
     samples: np.ndarray | None = None
     label_samples: np.ndarray | None = None
     questions: int = 1
+    answers: np.ndarray | None = None
+    reference: np.ndarray | None = None
+
+    @property
+    def judged(self) -> int:
+        """The number of prompts whose answers are judged, in a row of preferences."""
+        if self.answers is None:
+            return 0
+        return (int(self.answers.max(initial=-1)) + ANSWER_KINDS) // ANSWER_KINDS
 
     @property
     def supervised(self) -> int:
@@ -232,6 +262,12 @@ class Batch:
     are those tokens. They are found once, on the host: on a GPU the search for them makes it wait.
 
     Attributes:
+        answers: int64 of the labels' shape, as in `Example`, numbered through the batch; None
+            where no row has preferences.
+        answer_of: int64[S], the number of the answer that each supervised token belongs to.
+        answer_lengths: int64[A], the number of supervised tokens of each answer; A is
+            ANSWER_KINDS times the number of prompts whose answers are judged.
+        reference: float32[A], as in `Example`.
         host: Of a batch on another device, the batch as it was on the CPU, without images. What
             the host has to know is read there.
     """
@@ -251,15 +287,25 @@ class Batch:
     categories: list[str] = field(default_factory=list)
     questions: int = 0
     cached: bool = False
+    answers: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
     slots: torch.Tensor = field(init=False)
     supervised_at: torch.Tensor = field(init=False)
     targets: torch.Tensor = field(init=False)
+    answer_of: torch.Tensor | None = field(init=False, default=None)
+    answer_lengths: torch.Tensor | None = field(init=False, default=None)
     host: Batch | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.slots = self.image_mask.flatten().nonzero()[:, 0]
         self.supervised_at = (self.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
         self.targets = self.labels.flatten()[self.supervised_at]
+        if self.answers is not None:
+            self.answer_of = self.answers.flatten()[self.supervised_at]
+            counts = self.answer_of.bincount()
+            prompts = -(-len(counts) // ANSWER_KINDS)
+            self.answer_lengths = counts.new_zeros(ANSWER_KINDS * prompts)
+            self.answer_lengths[: len(counts)] = counts
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         import torch

@@ -21,6 +21,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.sampler import Plan, Sizes, planned_steps
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.prepare.forms import form_fault
 from vlm_tune.data.prepare.job import PartName
 from vlm_tune.data.prepare.part_rows import PartRows
 from vlm_tune.data.prepare.run import prepare
@@ -155,6 +156,10 @@ def _parts(
         prepared, ms = _prepared(report, name, part, stage, sources, variant, show)
         if prepared is None:
             continue
+        for reader in prepared.readers:
+            fault = form_fault(stage.objective, reader.form, part)
+            if fault is not None:
+                report.add_whole(name, part, "form", fault, reader.name)
         parts = prepared.column("part")
         usable = prepared.column("status") == OK
         everything = np.flatnonzero((parts == 0) | ~usable)

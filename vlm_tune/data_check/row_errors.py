@@ -21,6 +21,7 @@ BAD_ROWS = {
     "text": "text that holds half a character (a surrogate without its pair)",
     "empty_question": "a question without text and image",
     "empty_answer": "an answer without a character that can be seen",
+    "equal_answers": "a chosen answer that equals the rejected one",
     "image_count": "images and places for them differ in number, or none where one is needed",
     "image_missing": "no such image or video file",
     "image_outside": "an image or video path that leads out of the image root",
@@ -48,6 +49,7 @@ LEFT_OUT = {
 
 FOUND = {
     "source": "a source that can't be opened or read to its end",
+    "form": "rows of a form that the stage's objective does not train on",
     "too_many_bad": "more bad rows than data.max_bad_rows",
     "no_rows": "no row is left to train on",
     "split": "a part held out of train that is empty, or far from its share",

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from vlm_tune.config.train import Contrastive, EvaluateSection, LanguageModeling
+from vlm_tune.config.objectives import AnyObjective, Contrastive
+from vlm_tune.config.train import EvaluateSection
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Media, References, distinct_media
@@ -62,6 +63,8 @@ def score(
     """
     if not conversations:
         raise DataError("no rows to evaluate")
+    # Of a pair, the chosen answer is the reference.
+    conversations = [replace(row, rejected=None, desirable=None) for row in conversations]
     source: dict[str, Any] = {
         "fetch": features or PixelCache(model.processor.images),
         "cached": features is not None,
@@ -111,9 +114,7 @@ def _with_losses(
     return scores(answers, losses)
 
 
-def score_options(
-    settings: EvaluateSection, objective: LanguageModeling | Contrastive | None
-) -> dict[str, Any]:
+def score_options(settings: EvaluateSection, objective: AnyObjective | None) -> dict[str, Any]:
     """The arguments of `score` that evaluation settings and a training objective ask for.
 
     With `ranks` all rows have to be scored together.

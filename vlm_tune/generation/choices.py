@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vlm_tune.data.batching.collate import Fetch, collate
-from vlm_tune.data.packing import Tree, trees
+from vlm_tune.data.packing import Tree, answers_layout, trees
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Message
 from vlm_tune.errors import ArgumentError
 from vlm_tune.generation.answers import Answer, up_to_stop
@@ -267,19 +267,10 @@ def _answers_to_one(examples: Sequence[Example]) -> list[Tree]:
             groups.append([])
             length = len(example.labels)
         groups[-1].append(place)
-    rows: list[Tree] = []
-    for group in groups:
-        labels = [examples[place].labels for place in group]
-        row = examples[group[0]]
-        if len(group) > 1:
-            numbers = np.arange(len(group), dtype=np.int32)
-            row = replace(
-                row,
-                labels=np.concatenate(labels),
-                label_samples=np.repeat(numbers, [len(each) for each in labels]),
-            )
-        rows.append(Tree(row, tuple(group), ()))
-    return rows
+    return [
+        Tree(answers_layout([examples[place] for place in group]), tuple(group), ())
+        for group in groups
+    ]
 
 
 def _batch_logprobs(

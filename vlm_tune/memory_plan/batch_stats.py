@@ -14,6 +14,7 @@ from vlm_tune.data.batching.loader import Place, Position, PreparedFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.prepare.forms import check_forms
 from vlm_tune.data.prepare.run import prepare, scratch_texts
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import DataError, Interrupted, ModelError
@@ -95,6 +96,7 @@ def _read(
         prepared = prepare(
             data, data.train, variant, seed=stage.seed, stop=lambda: time.monotonic() > until
         )
+        check_forms(stage.objective, prepared.readers, "train")
         feed = _feed(stage, prepared, variant, processes)
     except Interrupted:
         return Reading(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -105,6 +107,24 @@ def attach_adapter(model: VisionLanguageNetwork, part: str, config: Any) -> None
             # PEFT gives them the base's dtype, and values loaded into half precision would no
             # longer be the saved ones.
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def adapters_off(model: VisionLanguageNetwork) -> Iterator[None]:
+    """Context in which the model computes without its adapters.
+
+    Their scales are 0: so every layer stays on the path, and by the kernels, of its training, and
+    equal weights give equal bits. It does not hold for DoRA, which scales the base weight too.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    scales = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update(dict.fromkeys(layer.scaling, 0.0))
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling.update(scale)
 
 
 @torch.no_grad()

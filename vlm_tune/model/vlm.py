@@ -27,7 +27,7 @@ from vlm_tune.model.base_places import Base
 from vlm_tune.model.connectors.instruction import Text, instructions, places
 from vlm_tune.model.connectors.layers import matched
 from vlm_tune.model.connectors.projectors import Connector
-from vlm_tune.model.language.base import LanguageModel, TokenLoss
+from vlm_tune.model.language.base import AnswerLogprobs, LanguageModel, TokenLoss
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.weights import is_sharded
 from vlm_tune.precision import autocast_dtype
@@ -220,11 +220,17 @@ class VisionLanguageNetwork(nn.Module):
         )
         return any(parameter.requires_grad or is_sharded(parameter) for parameter in parameters)
 
-    def forward(self, batch: Batch, *, align: bool = False) -> TokenLoss | Alignment:
-        """The language modelling loss of a batch, or with `align` its image and caption vectors."""
+    def forward(
+        self, batch: Batch, *, align: bool = False, by_answer: bool = False
+    ) -> TokenLoss | Alignment | AnswerLogprobs:
+        """The language modelling loss of a batch.
+
+        With `align` its image and caption vectors, with `by_answer` the log-probabilities of its
+        answers.
+        """
         if align:
             return self._align(batch)
-        return self.llm(self.embed(batch), batch)
+        return self.llm(self.embed(batch), batch, by_answer=by_answer)
 
     def _align(self, batch: Batch) -> Alignment:
         """Mean image features and summed caption embeddings, normalised.

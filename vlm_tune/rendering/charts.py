@@ -151,7 +151,7 @@ def _draw(ax: Axes, panel: Panel, steps: int) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set_ylabel("log scale", color=SOFT)
-    elif panel.kind not in ("loss", "score"):
+    elif panel.kind not in ("loss", "score", "margin"):
         ax.set_ylim(0, 1.1 * high if high > 0 else 1)
         ax.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
         ax.set_title(panel.kind, loc="left", color=SOFT, fontsize=10, pad=3)

@@ -146,11 +146,19 @@ def _stages(events: Sequence[dict[str, Any]]) -> list[_Stage]:
 
 
 def _points(events: dict[int, dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """The values by step of a field, or of a mean that the objective logs."""
     return [
         (step, value)
         for step in sorted(events)
-        if (value := number_of(events[step].get(key))) is not None
+        if (value := number_of(events[step].get(key, _metric(events[step], key)))) is not None
     ]
+
+
+def _metric(event: dict[str, Any], name: str) -> Any:
+    """A metric of an event, with or without its interval; an edited log may hold anything."""
+    metrics = event.get("metrics")
+    entry = metrics.get(name) if isinstance(metrics, dict) else None
+    return entry.get("value") if isinstance(entry, dict) else entry
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -213,6 +221,19 @@ def _figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     return figures
 
 
+def _reward_charts(stage: _Stage, steps: int) -> list[Any]:
+    """The chart of the margin between the rewards of chosen and rejected answers."""
+    trained, held_out = (
+        _points(events, "rewards/margins") for events in (stage.train, stage.evaluate)
+    )
+    keys = [("line", f"training, last {trained[-1][1]:.3g}")] if trained else []
+    if held_out:
+        keys.append(("dots", f"validation, last {held_out[-1][1]:.3g}"))
+    if not keys:
+        return []
+    return [chart("Margin of rewards", keys, [Panel("margin", trained, held_out)], steps)]
+
+
 def _stage(stage: _Stage) -> dict[str, Any]:
     """A stage's title, its facts in words, and its charts."""
     loss, rate, speed = (
@@ -237,6 +258,7 @@ def _stage(stage: _Stage) -> dict[str, Any]:
             keys.append(("dots", f"validation, lowest {lowest:.3g} at {step:,}"))
         charts.append(chart("Loss", keys, [Panel("loss", loss, held_out)], steps))
     charts += [_score_chart(name, points, steps) for name, points in _scores(stage)]
+    charts += _reward_charts(stage, steps)
     panels = [
         Panel(kind, points, [])
         for kind, points in (("learning rate", rate), ("questions/s", speed))
@@ -277,9 +299,7 @@ def _score(event: dict[str, Any], name: str) -> float | None:
     """The score by a metric of an evaluation during training; None where it can't be read."""
     if name == "exact_match":
         return number_of(event.get("accuracy"))
-    metrics = event.get("metrics")
-    entry = metrics.get(name) if isinstance(metrics, dict) else None
-    return number_of(entry.get("value")) if isinstance(entry, dict) else None
+    return number_of(_metric(event, name))
 
 
 def _score_chart(name: str, points: Sequence[tuple[int, float]], steps: int) -> Chart:

@@ -13,7 +13,7 @@ from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.truncation import fit
 from vlm_tune.data.packing import branch_layout
 from vlm_tune.data.prepare.run import conversations, scratch_texts
-from vlm_tune.data.types import IGNORE_INDEX, Example
+from vlm_tune.data.types import ANSWER_KINDS, IGNORE_INDEX, Example
 from vlm_tune.model.build import build_processor
 from vlm_tune.quoting import escaped
 
@@ -32,7 +32,8 @@ def sample_tokens(recipe: Recipe, n: int) -> list[dict[str, Any]]:
     """The tokens of the first `n` units of every stage, without loading weights.
 
     Returns [{stage, id, tokens: [{id, text, kind, branch}]}], where `kind` is prompt, trained
-    (decoders), image, or target (the labels of an encoder-decoder).
+    (decoders), image, or target (the labels of an encoder-decoder). Tokens of answers that are
+    judged also have `answer`, which is chosen or rejected, and `prompt`, the number of theirs.
     """
     stages = recipe.resolved_stages()
     processor = build_processor(recipe, scratch_texts(recipe))
@@ -63,6 +64,7 @@ def _tokens(example: Example, processor: Processor) -> list[dict[str, Any]]:
 
     causal = processor.spec.layout == "causal"
     out: list[dict[str, Any]] = []
+    answers: list[int | None] = []
     branch = 0
     trained = False
     for place, token in enumerate(example.input_ids.tolist()):
@@ -87,13 +89,28 @@ def _tokens(example: Example, processor: Processor) -> list[dict[str, Any]]:
             example.visible_until is None or place + 1 < example.visible_until[place]
         )
         trained = following and label != IGNORE_INDEX
-        if label != IGNORE_INDEX and not following:
-            out.append({"id": label, "text": text(label), "kind": "trained", "branch": branch})
+        if label != IGNORE_INDEX:
+            # The label's token is the next one shown, or stands here alone.
+            answers.append(None if example.answers is None else int(example.answers[place]))
+            if not following:
+                out.append({"id": label, "text": text(label), "kind": "trained", "branch": branch})
     if not causal:
+        numbers = example.label_samples
         out += [
-            {"id": token, "text": text(token), "kind": "target", "branch": 0}
-            for token in example.labels.tolist()
+            {
+                "id": token,
+                "text": text(token),
+                "kind": "target",
+                "branch": 0 if numbers is None else int(numbers[place]),
+            }
+            for place, token in enumerate(example.labels.tolist())
         ]
+        answers = [] if example.answers is None else example.answers.tolist()
+    labelled = [token for token in out if token["kind"] in ("trained", "target")]
+    for token, answer in zip(labelled, answers, strict=False):
+        if answer is not None:
+            token["prompt"], kind = divmod(answer, ANSWER_KINDS)
+            token["answer"] = ("chosen", "rejected")[kind]
     return out
 
 
@@ -116,6 +133,11 @@ def show_samples(console: Console, samples: list[dict[str, Any]], *, ids: bool) 
         console.print(_line(tokens, ids=ids), soft_wrap=True)
 
 
+def _judgement(token: dict[str, Any]) -> str:
+    """The judgement of the answer that a token belongs to; empty where it is not judged."""
+    return f"{token['answer']}: " if "answer" in token else ""
+
+
 def _line(tokens: list[dict[str, Any]], *, ids: bool) -> Text:
     line = Text()
     slots = 0
@@ -129,10 +151,13 @@ def _line(tokens: list[dict[str, Any]], *, ids: bool) -> Text:
             slots = 0
         if token["kind"] == "end":
             break
-        if token["kind"] == "target" and previous["kind"] != "target":
-            line.append("\n=> ", style="dim")
-        elif token["branch"] != previous["branch"]:
+        begins = token["branch"] != previous["branch"]
+        if token["kind"] == "target" and (begins or previous["kind"] != "target"):
+            line.append(f"\n=> {_judgement(token)}", style="dim")
+        elif begins:
             line.append(f"\n  branch {token['branch']}: ", style="dim")
+        elif token.get("answer") != previous.get("answer") and "answer" in token:
+            line.append(f" {_judgement(token)}", style="dim")
         # A row's text may hold control sequences.
         shown = escaped(token["text"]) + (f"⟨{token['id']}⟩" if ids else "")
         line.append(shown, style=STYLES[token["kind"]])

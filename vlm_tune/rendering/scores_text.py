@@ -19,6 +19,12 @@ SHOWN = 2
 """Metrics by which groups and baselines are shown; result.json has all."""
 
 
+ACCURACIES = "rewards/accuracies"
+"""The share of preferences that a model has."""
+MARGINS = "rewards/margins"
+"""The mean difference between the rewards of chosen and rejected answers."""
+
+
 def metric_title(name: str) -> str:
     """A metric's name in tables."""
     return METRICS[name].title if name in METRICS else name
@@ -26,7 +32,14 @@ def metric_title(name: str) -> str:
 
 def is_share(name: str) -> bool:
     """Whether a metric is a share, which is shown in percent."""
-    return name in METRICS and METRICS[name].top == 1.0
+    return name == ACCURACIES or (name in METRICS and METRICS[name].top == 1.0)
+
+
+def shown_figures(figures: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The figures of a validation that a line has room for: of preferences two."""
+    if ACCURACIES not in figures:
+        return dict(figures)
+    return {name: figures[name] for name in (ACCURACIES, MARGINS)}
 
 
 def amount(name: str, number: float | None, *, signed: bool = False) -> str:

@@ -30,7 +30,15 @@ from vlm_tune.events import (
     Tuning,
 )
 from vlm_tune.quoting import escaped
-from vlm_tune.rendering.scores_text import amount, metric_title, score_notes, score_tables
+from vlm_tune.rendering.scores_text import (
+    ACCURACIES,
+    MARGINS,
+    amount,
+    metric_title,
+    score_notes,
+    score_tables,
+    shown_figures,
+)
 
 EVERY = 30.0
 """Seconds without output after which progress is printed, if the output is not a terminal."""
@@ -204,7 +212,7 @@ class Display(logging.Handler):
         peak = event.gpu_memory_mb
         memory = "" if peak is None else f"peak {peak / 1000:,.1f} GB  "
         text = (
-            f"step {event.step:,}/{event.of:,}{epoch}  loss {event.loss:.4f}  "
+            f"step {event.step:,}/{event.of:,}{epoch}  loss {event.loss:.4f}  {_rewards(event)}"
             f"lr {event.learning_rate:.2e}  {event.questions_per_s:,.0f} qa/s  "
             f"{event.tokens_per_s:,.0f} tok/s  padding {event.padding:.1%}  {memory}"
             f"{duration(event.left)} left"
@@ -230,7 +238,8 @@ class Display(logging.Handler):
             self._began = self.clock()
             self._phase = "training"
             self._state = f"training, past step {event.step:,}"
-        main = event.best_by if event.best_by in event.figures else "exact_match"
+        figures = shown_figures(event.figures)
+        main = event.best_by if event.best_by in figures else next(iter(figures))
         sources = [
             f"{name} {amount(main, _of_source(entry, main))} of {entry['n']:,}"
             for name, entry in (event.by_source or {}).items()
@@ -238,11 +247,11 @@ class Display(logging.Handler):
         listed = f" ({', '.join(sources)})" if len(sources) > 1 else ""
         others = [
             f", {metric_title(name)} {amount(name, figure)}"
-            for name, figure in event.figures.items()
+            for name, figure in figures.items()
             if name != main
         ]
         loss = "" if event.loss is None else f", loss {event.loss:.4f}"
-        score = f"{metric_title(main)} {amount(main, event.figures[main])} of {event.n:,}"
+        score = f"{metric_title(main)} {amount(main, figures[main])} of {event.n:,}"
         text = f"validation {score}{listed}{''.join(others)}{loss}"
         self._line(f"  step {event.step:,}: {text}", "green")
         for name, reason in (event.skipped or {}).items():
@@ -267,6 +276,14 @@ def _of_source(entry: Mapping[str, Any], metric: str) -> float | None:
     if metric == "exact_match":
         return entry["accuracy"]
     return entry["metrics"].get(metric, {}).get("value")
+
+
+def _rewards(event: TrainSteps) -> str:
+    """The figures of preferences that a line has room for, with white space after them."""
+    metrics = event.metrics or {}
+    shown = {"accuracies": ACCURACIES, "margins": MARGINS}
+    figures = [f"{word} {metrics[name]:.3g}" for word, name in shown.items() if name in metrics]
+    return f"rewards: {', '.join(figures)}  " if figures else ""
 
 
 def print_line(console: Console, text: str, style: str = "") -> None:

@@ -50,6 +50,8 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     unlogged: tuple[float, int] = (0.0, 0)
     """Summed loss and its count since the last log line."""
+    unlogged_metrics: dict[str, list[float]] = field(default_factory=dict)
+    """Sums of the objective's figures since then, and their numbers of items."""
     unscored: bool = False
     """Whether an evaluation that was due at this step was cut short."""
     processes: int = 1

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+import torch
 from accelerate.utils import gather_object
 
-from vlm_tune.config.train import Contrastive, EvaluateSection, LanguageModeling
-from vlm_tune.data.types import Conversation
+from vlm_tune.config.train import EvaluateSection
+from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.batching.references import StoredReferences
+from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.prepare.dataset import Group
+from vlm_tune.data.types import Batch, Conversation, Example
 from vlm_tune.evaluation.assessment import add_metrics
 from vlm_tune.evaluation.evaluate import score, score_options
 from vlm_tune.evaluation.metrics import Scores, join_scores
@@ -18,7 +24,13 @@ from vlm_tune.model.acceleration.compiling import eager
 from vlm_tune.model.feature_cache import FeatureStore
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.engines.base import Engine
+from vlm_tune.train.objectives import Counts, Objective
+from vlm_tune.train.precomputed import validation_units
+from vlm_tune.train.rates import Rates, metric_means
+from vlm_tune.train.step_figures import MetricSums
 from vlm_tune.train.watchdog import Watch
+
+Row = TypeVar("Row")
 
 
 class _CutShort(Exception):
@@ -29,7 +41,8 @@ class Evaluator:
     """Scores the model on validation rows, as its training objective is scored.
 
     `rows` are the validation part, of which the first `settings.limit` are scored, and `features`
-    the cached features of their images. `stop` says whether this process is asked to stop,
+    the cached features of their images; `references` are what a reference model finds of their
+    answers, where that was computed. `stop` says whether this process is asked to stop,
     `any_stops` whether any is: every process must call it.
     """
 
@@ -37,10 +50,11 @@ class Evaluator:
         self,
         model: VisionLanguageNetwork,
         engine: Engine,
-        objective: LanguageModeling | Contrastive,
+        objective: Objective,
         settings: EvaluateSection,
         rows: Sequence[Conversation],
         features: FeatureStore | None,
+        references: StoredReferences | None = None,
         *,
         report: StageReport,
         watch: Watch,
@@ -54,6 +68,8 @@ class Evaluator:
         self.settings = settings
         self.rows = rows[: settings.limit]
         self.features = features
+        self.references = references
+        self._pixels = PixelCache(model.processor.images)
         self.report = report
         self.watch = watch
         self.stop = stop
@@ -67,22 +83,17 @@ class Evaluator:
         """
         self.watch.at(f"the evaluation of step {step}", (step, 3))
         with self.engine.inference(), eager() if compiled else contextlib.nullcontext():
-            evaluation = self._scored(step)
+            by_answers = self.objective.scored_by == "answers"
+            evaluation = self._scored(step) if by_answers else self._compared(step)
         self.model.train()
         return evaluation
 
     def _scored(self, step: int) -> Evaluation | None:
         """Scores of the rows; None if the run is asked to stop meanwhile."""
         settings = self.settings
-        options = score_options(settings, self.objective)
-        # Where weights are gathered as modules run, all ranks must run the same modules equally
-        # often: they score the same rows. Retrieval ranks all rows together.
-        together = self.engine.sharded or options["ranks"]
-        mine = (
-            self.rows
-            if together
-            else self.rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        )
+        options = score_options(settings, self.objective.config)
+        # Retrieval ranks all rows together.
+        mine, together = (self.rows, True) if options["ranks"] else self._shard(self.rows)
 
         def progress(done: int, of: int) -> None:
             self.watch.at(f"the evaluation, {done} of {of} rows")
@@ -109,3 +120,80 @@ class Evaluator:
         add_metrics(joined, settings.metrics)
         best_by = main_metric(joined.answers, settings)
         return Evaluation(step=step, best_by=best_by, **joined.summary())
+
+    @torch.no_grad()
+    def _compared(self, step: int) -> Evaluation | None:
+        """Loss and figures of an objective of preferences; None if the run is asked to stop."""
+        self.model.eval()
+        mine, together = self._shard(self._units())
+        size = self.settings.batch_size
+        parts = [
+            [example for unit in mine[start : start + size] for example in unit]
+            for start in range(0, len(mine), size)
+        ]
+        spec = self.model.processor.spec
+        shares = gather_object(
+            [sum((self.objective.counts(collate(part, spec)) for part in parts), Counts(0))]
+        )
+        totals = shares[0] if together else sum(shares, Counts(0))
+        sums = MetricSums(self.objective.metrics)
+        loss_sum = 0.0
+        cut_short = False
+        with self.accelerator.autocast():
+            self.objective.before(self.model, map(self._batch, parts), totals)
+            for done, part in enumerate(parts):
+                self.watch.at(f"the evaluation, {done * size} of {len(mine)} rows")
+                self.report(Scoring(done * size, len(mine)))
+                cut_short = self.any_stops() if together else self.stop()
+                if cut_short:
+                    break
+                loss = self.objective(self.model, self._batch(part), totals)
+                loss_sum += float(loss.sum)
+                sums.add(loss)
+        shards = gather_object([(loss_sum, sums.read(), cut_short)])[: 1 if together else None]
+        if any(shard[-1] for shard in shards):
+            return None
+        rates = Rates()
+        for _, metrics, _ in shards:
+            rates.add_metrics(metrics)
+        return self._judged(step, totals, sum(shard[0] for shard in shards), rates.metrics)
+
+    def _judged(
+        self, step: int, totals: Counts, loss_sum: float, sums: dict[str, list[float]]
+    ) -> Evaluation:
+        """The evaluation of an objective of preferences, from sums over the validation part."""
+        return Evaluation(
+            step=step,
+            accuracy=None,
+            n=totals.items,
+            loss=loss_sum / max(totals.items, 1),
+            best_by=self.objective.scored_by,
+            metrics={name: {"value": mean} for name, mean in metric_means(sums).items()},
+        )
+
+    def _units(self) -> list[Group]:
+        """The examples of each row, with what the reference model finds of them."""
+        units = validation_units(self.model, self.rows, mismatches=self.objective.mismatches)
+        if self.references is None:
+            return units
+        return [self.references.attached(place, unit) for place, unit in enumerate(units)]
+
+    def _shard(self, rows: Sequence[Row]) -> tuple[Sequence[Row], bool]:
+        """The rows that this process scores, and whether all processes score the same.
+
+        Where weights are gathered as modules run, all ranks must run the same modules equally
+        often.
+        """
+        if self.engine.sharded:
+            return rows, True
+        return rows[self.accelerator.process_index :: self.accelerator.num_processes], False
+
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        """The examples as a batch on the model's device."""
+        batch = collate(
+            examples,
+            self.model.processor.spec,
+            fetch=self.features or self._pixels,
+            cached=self.features is not None,
+        )
+        return batch.to(self.accelerator.device)

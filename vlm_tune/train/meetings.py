@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from vlm_tune.errors import TrainingError
 from vlm_tune.train.checkpoint import CheckpointWriter
+from vlm_tune.train.objectives import Counts
 from vlm_tune.train.step_trace import DIGESTS
 
 
@@ -21,13 +22,13 @@ class Meeting:
     """Totals over all ranks for the next step.
 
     Attributes:
-        items: supervised items; at least 1.
+        counts: what the step's losses are divided by; at least one item.
         samples: digest of the samples.
         costs: int64[ranks], the cost of each process's batches.
         stops: whether a process is asked to stop.
     """
 
-    items: int
+    counts: Counts
     samples: int
     costs: torch.Tensor
     stops: bool
@@ -61,14 +62,15 @@ class Meetings:
         if self.ranks > 1 and "cpu:gloo" not in dist.get_backend_config():
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
-    def before_step(self, items: int, samples: int, cost: int) -> Meeting:
-        """Meets before a step, of which this process has so many items, a digest and a cost.
+    def before_step(self, counts: Counts, samples: int, cost: int) -> Meeting:
+        """Meets before a step, of which this process has these counts, a digest and a cost.
 
         Raises `TrainingError` as `stopping` does.
         """
-        by_rank = self._gathered([items, samples, cost])
-        items, samples, _ = by_rank[:, :3].sum(0).tolist()
-        return Meeting(max(items, 1), samples % DIGESTS, by_rank[:, 2], self._stops(by_rank))
+        by_rank = self._gathered([*counts, samples, cost])
+        items, tokens, samples, _ = by_rank[:, :4].sum(0).tolist()
+        totals = Counts(max(items, 1), tokens)
+        return Meeting(totals, samples % DIGESTS, by_rank[:, 3], self._stops(by_rank))
 
     def stopping(self) -> bool:
         """Whether any process is asked to stop.

@@ -5,34 +5,99 @@ A loss is a pair (sum, count), so that any split of a batch gives the same gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from vlm_tune.config.train import Contrastive, LanguageModeling
+from vlm_tune.config.objectives import Contrastive, LanguageModeling
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.transfer import to_device
 
 
+class Counts(NamedTuple):
+    """The divisors of a step's losses, over all of its micro-batches and ranks.
+
+    Attributes:
+        items: supervised tokens, rows, or pairs of answers.
+        tokens: supervised tokens of chosen answers, for a loss of them beside that of pairs.
+    """
+
+    items: int
+    tokens: int = 0
+
+    def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
+        return Counts(self.items + other.items, self.tokens + other.tokens)
+
+
+Metrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""A sum and the number of items that it is of, both scalars, by the name of their mean."""
+
+
 @dataclass
 class Loss:
-    """A loss summed over `count` items (tokens, or rows)."""
+    """A loss summed over `count` items (tokens, or rows).
+
+    Attributes:
+        sum: its sum, a scalar.
+        count: the number of items.
+        metrics: further figures that are logged, without gradients.
+    """
 
     sum: torch.Tensor
     count: int
+    metrics: Metrics = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """A function that a training minimises.
+
+    Attributes:
+        config: the recipe's section.
+        scored_by: what validation rows are scored by: their `answers`, generated, chosen or
+            retrieved, the `loss`, or a figure.
+        metrics: the names of the figures that it logs.
+        mismatches: whether it also reads each prompt with an answer of another row.
+    """
+
+    config: Any
+    scored_by: str
+    mismatches: bool
+    metrics: Sequence[str]
+
+    def counts(self, batch: Batch) -> Counts:
+        """The counts that the batch adds to those of its step."""
+        ...
+
+    def before(self, model: Any, batches: Iterable[Batch], totals: Counts) -> None:
+        """Computes what the losses of a step's micro-batches depend on together."""
+        ...
+
+    def __call__(self, model: Any, batch: Batch, totals: Counts | None = None) -> Loss:
+        """The loss of a micro-batch of a step with these counts; of its own where not given."""
+        ...
 
 
 class LanguageModelingObjective:
     """Cross-entropy over the supervised tokens."""
 
-    def count(self, batch: Batch) -> int:
-        """Number of supervised tokens."""
-        return batch.supervised
+    scored_by: str = "answers"
+    metrics: Sequence[str] = ()
+    mismatches = False
 
-    def __call__(self, model: Any, batch: Batch) -> Loss:
+    def __init__(self, config: LanguageModeling) -> None:
+        self.config = config
+
+    def counts(self, batch: Batch) -> Counts:
+        """Number of supervised tokens."""
+        return Counts(batch.supervised)
+
+    def before(self, model: Any, batches: Iterable[Batch], totals: Counts) -> None:
+        """Computes nothing: the loss adds over tokens."""
+
+    def __call__(self, model: Any, batch: Batch, totals: Counts | None = None) -> Loss:
         output = model(batch)
         return Loss(output.sum, output.count)
 
@@ -44,14 +109,21 @@ class ContrastiveObjective:
     shape, for a row about color) are not negatives.
     """
 
+    scored_by: str = "answers"
+    metrics: Sequence[str] = ()
+    mismatches = False
+
     def __init__(self, config: Contrastive) -> None:
-        self.temperature = config.temperature
+        self.config = config
 
-    def count(self, batch: Batch) -> int:
+    def counts(self, batch: Batch) -> Counts:
         """Number of rows that have a caption."""
-        return int((batch.on_host.labels != IGNORE_INDEX).any(1).sum())
+        return Counts(int((batch.on_host.labels != IGNORE_INDEX).any(1).sum()))
 
-    def __call__(self, model: Any, batch: Batch) -> Loss:
+    def before(self, model: Any, batches: Iterable[Batch], totals: Counts) -> None:
+        """Computes nothing: the negatives are those of the micro-batch."""
+
+    def __call__(self, model: Any, batch: Batch, totals: Counts | None = None) -> Loss:
         vectors = model(batch, align=True)
         captions = [
             (category, tuple(row[row != IGNORE_INDEX].tolist()))
@@ -76,20 +148,7 @@ class ContrastiveObjective:
                 same_category,
             )
         )
-        similarity = vectors.images[images] @ vectors.captions[distinct].T / self.temperature
+        similarity = vectors.images[images] @ vectors.captions[distinct].T / self.config.temperature
         similarity = similarity.masked_fill(~same, float("-inf"))
         loss = cross_entropy(similarity, targets, reduction="sum")
         return Loss(loss, len(rows))
-
-
-Objective = LanguageModelingObjective | ContrastiveObjective
-
-OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    "language_modeling": lambda config: LanguageModelingObjective(),
-    "contrastive": ContrastiveObjective,
-}
-
-
-def build_objective(config: LanguageModeling | Contrastive) -> Objective:
-    """The objective of a recipe."""
-    return OBJECTIVES[config.kind](config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -22,6 +22,7 @@ class RateFigures(TypedDict):
     padding: float
     stall: float
     imbalance: float
+    metrics: dict[str, float] | None
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Rates:
     waited: float = 0.0
     largest: float = 0.0
     mean: float = 0.0
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """A sum and the number of items that it is of, by name."""
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -49,6 +52,12 @@ class Rates:
         self.questions += batch.questions
         self.tokens += batch.tokens
         self.padded += batch.attention_mask.numel()
+
+    def add_metrics(self, metrics: Mapping[str, Sequence[float]]) -> None:
+        """Adds sums of an objective's figures and their numbers, by name."""
+        for name, (total, number) in metrics.items():
+            before, items = self.metrics.get(name, (0.0, 0.0))
+            self.metrics[name] = [before + total, items + number]
 
     def work(self, costs: torch.Tensor) -> None:
         """Adds the costs of a step, one per rank."""
@@ -67,4 +76,18 @@ class Rates:
             "padding": 1 - self.tokens / max(self.padded, 1),
             "stall": self.waited / seconds,
             "imbalance": self.largest / max(self.mean, 1e-9),
+            "metrics": metric_means(self.metrics) or None,
         }
+
+
+def metric_means(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The means of figures by name, from sums and numbers; those without items are left out.
+
+    The margin of rewards is the difference of their means.
+    """
+    means = {name: total / number for name, (total, number) in sums.items() if number}
+    chosen = means.get("rewards/chosen")
+    rejected = means.get("rewards/rejected")
+    if chosen is None or rejected is None:
+        return means
+    return means | {"rewards/margins": chosen - rejected}

@@ -264,7 +264,7 @@ def _log(
         if trackers is not None and isinstance(event, TrainSteps | Evaluation):
             figures = {
                 f"{event.kind}/{key}": value
-                for key, value in line.items()
+                for key, value in (line | (event.metrics or {})).items()
                 if isinstance(value, int | float)
             }
             if isinstance(event, Evaluation):

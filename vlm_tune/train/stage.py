@@ -18,7 +18,9 @@ from vlm_tune.config.changes import recipe_changes
 from vlm_tune.config.engine import AnyEngine
 from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.batching.loader import PreparedFeed
 from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.errors import Interrupted
 from vlm_tune.events import (
     Features,
@@ -46,6 +48,7 @@ from vlm_tune.train.checkpoint import Progress, best_checkpoint, stage_folder, s
 from vlm_tune.train.engines.base import shards
 from vlm_tune.train.engines.registry import build_engine
 from vlm_tune.train.gpu_memory import GpuPeak, largest_gpu_peak, reset_gpu_peak
+from vlm_tune.train.precomputed import references, validation_units
 from vlm_tune.train.resuming import read_json, write_data
 from vlm_tune.train.stage_data import (
     StageRows,
@@ -161,6 +164,10 @@ def stage_loop(
     data = _stage_data(
         context, model, recipe, rows, progress, report, cached=cached, pages_out=pages_out
     )
+    if getattr(recipe.objective, "reference", None) == "precomputed":
+        _store_references(
+            context, model, recipe, data, folder, report, resumed=checkpoint is not None
+        )
     loop = StageLoop(
         model,
         recipe,
@@ -175,20 +182,55 @@ def stage_loop(
         resume_from=checkpoint,
         watch=context.watch,
     )
-    train = rows.train
-    context.report(
-        StageStart(
-            steps=loop.total,
-            from_step=progress.step,
-            questions=None if train is None else train.questions,
-            images=None if train is None else len(train.media),
-            left_out=None if train is None else train.left_out,
-            streaming=train is None,
-            stage=progress.stage,
-            name=name,
-        )
-    )
+    context.report(_start_of(loop, rows, name))
     return loop
+
+
+def _start_of(loop: StageLoop, rows: StageRows, name: str) -> StageStart:
+    """The event of a stage before its first step."""
+    train = rows.train
+    return StageStart(
+        steps=loop.total,
+        from_step=loop.progress.step,
+        questions=None if train is None else train.questions,
+        images=None if train is None else len(train.media),
+        left_out=None if train is None else train.left_out,
+        streaming=train is None,
+        stage=loop.progress.stage,
+        name=name,
+    )
+
+
+def _store_references(
+    context: Context,
+    model: VisionLanguageNetwork,
+    recipe: Recipe,
+    data: StageData,
+    folder: Path,
+    report: StageReport,
+    *,
+    resumed: bool,
+) -> None:
+    """Adds what the reference model finds of all answers to the data of a stage."""
+    assert isinstance(data.feed, PreparedFeed)
+    objective = recipe.objective
+    rows = data.validation[: recipe.evaluate.limit]
+    scored = getattr(objective, "scored_by", "answers") != "answers"
+    mismatches = getattr(objective, "mismatches", False)
+    stored = references(
+        model,
+        recipe,
+        data.feed,
+        validation_units(model, rows if scored else [], mismatches=mismatches),
+        data.validation_features or PixelCache(model.processor.images),
+        context.accelerator,
+        folder,
+        report,
+        validation_cached=data.validation_features is not None,
+        resumed=resumed,
+    )
+    data.feed.references = stored.train
+    data.validation_references = stored.validation
 
 
 def _place_weights(context: Context, model: VisionLanguageNetwork, *, unused_tower: bool) -> bool:

@@ -26,6 +26,7 @@ from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.fingerprints import fingerprint_prepared, fingerprint_streams
+from vlm_tune.data.prepare.forms import check_forms
 from vlm_tune.data.prepare.job import PartName
 from vlm_tune.data.prepare.run import part_conversations, prepared_parts
 from vlm_tune.data.prepare.worker import BAD
@@ -112,6 +113,7 @@ def read_stage(
             note=lambda text: report(Note(text)),
         )
         for prepared in parts[part]:
+            check_forms(recipe.objective, prepared.readers, part)
             _tell_left_out(prepared, part, report)
             if data.on_bad_row == "quarantine" and quarantine and prepared.part == part:
                 _quarantine(prepared, quarantine)
@@ -264,6 +266,7 @@ def stage_feed(
         ),
         start=settings.loader_start,
         pinned=accelerator.device.type == "cuda",
+        mismatches=getattr(recipe.objective, "mismatches", False),
     )
 
 

@@ -8,26 +8,25 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft.helpers import disable_input_dtype_casting
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.loader import Feed, PreparedFeed
+from vlm_tune.data.batching.references import StoredReferences
 from vlm_tune.data.types import Batch, Conversation
 from vlm_tune.errors import Interrupted
-from vlm_tune.events import Acceleration, Note, StageReport, TrainSteps
+from vlm_tune.events import Note, StageReport, TrainSteps
 from vlm_tune.model.acceleration.compiling import blocks, compiled, why_not
-from vlm_tune.model.acceleration.install import running
 from vlm_tune.model.feature_cache import FeatureStore
 from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.vlm import VisionLanguageNetwork
-from vlm_tune.precision import DTYPES
 from vlm_tune.train.allocator import trim_heap
 from vlm_tune.train.checkpoint import (
     CheckpointWriter,
@@ -42,13 +41,17 @@ from vlm_tune.train.checkpoint_policy import CheckpointPolicy
 from vlm_tune.train.engines.base import Engine
 from vlm_tune.train.evaluator import Evaluator
 from vlm_tune.train.gpu_memory import gpu_peak
+from vlm_tune.train.kernel_report import report_kernels
 from vlm_tune.train.meetings import Meeting, Meetings
 from vlm_tune.train.nonfinite import NonFinitePolicy
-from vlm_tune.train.objectives import build_objective
+from vlm_tune.train.objective_registry import build_objective
+from vlm_tune.train.objectives import Counts
 from vlm_tune.train.prefetch import on_device
 from vlm_tune.train.rates import Rates
+from vlm_tune.train.references import dropout_off, reference_model
 from vlm_tune.train.schedule import schedule_factor
 from vlm_tune.train.stage_position import StagePosition
+from vlm_tune.train.step_figures import MetricSums, read_figures, summed
 from vlm_tune.train.step_trace import Step, cut_trace, digest, json_number, write_step
 from vlm_tune.train.watchdog import Watch
 
@@ -64,6 +67,8 @@ class StageData:
     validation_features: FeatureStore | None
     image_cost: float = 0.0
     """Cost of an image, in tokens."""
+    validation_references: StoredReferences | None = None
+    """What the reference model finds of the validation rows' answers, where it was computed."""
 
 
 class StageLoop:
@@ -96,7 +101,10 @@ class StageLoop:
         self.report = report
         self.recipe_text = recipe_text
         train = recipe.train
-        self.objective = build_objective(recipe.objective)
+        reference = reference_model(model, recipe, tuned, folder, resumed=resume_from is not None)
+        all_ranks = partial(summed, self.accelerator)
+        device = self.accelerator.device
+        self.objective = build_objective(recipe.objective, reference, all_ranks, device)
         self._prepare_engine(resume_from)
         progress.processes = self.accelerator.num_processes
         self.position = StagePosition(data.feed, progress, train, resume_from)
@@ -115,10 +123,11 @@ class StageLoop:
         self.evaluator = Evaluator(
             model,
             engine,
-            recipe.objective,
+            self.objective,
             recipe.evaluate,
             data.validation,
             data.validation_features,
+            data.validation_references,
             report=report,
             watch=self.watch,
             stop=stop,
@@ -164,6 +173,7 @@ class StageLoop:
         before = self.progress.seconds
         rates = Rates()
         rates.loss, rates.count = self.progress.unlogged
+        rates.add_metrics(self.progress.unlogged_metrics)
         if self.accelerator.is_main_process:
             cut_trace(self.folder, self.progress.step)
         if self.progress.unscored:
@@ -189,6 +199,7 @@ class StageLoop:
                 self._report_rates(step, rates, rate, started)
                 rates = Rates()
             self.progress.unlogged = rates.loss, rates.count
+            self.progress.unlogged_metrics = rates.metrics
             if self.policy.scores_at(step):
                 with rates.paused():
                     self._evaluate(step)
@@ -259,34 +270,15 @@ class StageLoop:
         if why:
             self.report(Note(why))
         self.model.train()
-        self._report_kernels()
+        report_kernels(self.model, self.recipe, self.tuned, self.accelerator.device, self.report)
         # PEFT casts a layer's input to the adapter's fp32 and autocast casts it back: two copies of
         # every activation.
         casts = disable_input_dtype_casting(
             self.model, active=self.accelerator.mixed_precision != "no"
         )
-        with casts, compiled(to_compile), self.watch.guarding():
+        steady = dropout_off(self.model) if self.objective.metrics else contextlib.nullcontext()
+        with casts, steady, compiled(to_compile), self.watch.guarding():
             yield
-
-    def _report_kernels(self) -> None:
-        """Reports which parts of the language model train by the kernels, and why others do not.
-
-        On a GPU it reports how the language model attends. Where none of it trains, nothing.
-        """
-        precision = DTYPES[self.recipe.train.precision]
-        device = self.accelerator.device.type
-        if device != "cuda" and (device != "cpu" or precision == torch.float32):
-            return
-        if not any(name.startswith("llm.") for group in self.tuned.names for name in group):
-            return
-        report = running(self.model.llm, precision, self.accelerator.device)
-        self.report(
-            Acceleration(
-                str(report),
-                dict(report.replaced),
-                {kind: dict(reasons) for kind, reasons in report.skipped.items()},
-            )
-        )
 
     def replay(self, end: int, trace: Path, at: set[int]) -> Iterator[tuple[int, Path]]:
         """Repeats the steps up to `end` and yields the states after the steps `at`.
@@ -358,22 +350,28 @@ class StageLoop:
         The gradient is that of the mean over all supervised items of all micro-batches and ranks.
         """
         ids = [identity for batch in batches for identity in batch.ids]
-        summed = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros((), device=self.accelerator.device)
+        metrics = MetricSums(self.objective.metrics)
         self.watch.at(f"step {step}", (step, 2))
+        with self.accelerator.autocast():
+            self.objective.before(self.engine.model, batches, meeting.counts)
         for place, batch in enumerate(batches):
             rates.add(batch)
             last = place == len(batches) - 1
             with self.engine.micro_batch(last=last):
-                loss = self.objective(self.engine.model, batch)
-                self.engine.backward(loss.sum / meeting.items)
-            summed += loss.sum.detach()
+                loss = self.objective(self.engine.model, batch, meeting.counts)
+                self.engine.backward(loss.sum / meeting.counts.items)
+            total += loss.sum.detach()
+            metrics.add(loss)
         factor = schedule_factor(self.recipe.train.schedule, *self.position.in_schedule(step))
         norms = self.engine.clip(factor)
-        loss_sum, norm = _read(_summed(self.accelerator, summed), norms)
+        figures = summed(self.accelerator, metrics.beside(total))
+        (loss_sum, *metric_sums), norm = read_figures(figures, norms)
         if self.nonfinite.allows(step, loss_sum, norm, ids, self.folder, last=step >= self.total):
             self.engine.step()
             rates.loss = rates.loss + loss_sum
-            rates.count = rates.count + meeting.items
+            rates.count = rates.count + meeting.counts.items
+            rates.add_metrics(metrics.named(metric_sums))
         else:
             self.engine.skip()
         if self.accelerator.is_main_process:
@@ -385,17 +383,17 @@ class StageLoop:
     def _meet(self, batches: list[Batch], step: int, rates: Rates) -> Meeting:
         """Meets the other processes before a step. Raises as `Meetings.before_step` does."""
         self.watch.at(f"step {step}, meeting the others", (step, 1))
-        counts = [self.objective.count(batch) for batch in batches]
+        counts = [self.objective.counts(batch) for batch in batches]
         # Rows without supervised items fill up a process's batches; their number may vary, so the
         # digest omits them.
         counted = (
             identity
             for batch, count in zip(batches, counts, strict=True)
-            if count
+            if count.items
             for identity in batch.ids
         )
         cost = round(sum(map(self._cost, batches)))
-        meeting = self.meetings.before_step(sum(counts), digest(counted), cost)
+        meeting = self.meetings.before_step(sum(counts, Counts(0)), digest(counted), cost)
         rates.work(meeting.costs)
         return meeting
 
@@ -428,22 +426,3 @@ class StageLoop:
             self.writer.save(step, self._captured(states), self.progress.best_step)
         elif self.engine.collects:
             self._captured(states)
-
-
-def _summed(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
-    """The tensor's sum over all ranks."""
-    total: Any = accelerator.reduce(value, "sum")
-    return total
-
-
-def _read(loss: torch.Tensor, norm: torch.Tensor | None) -> tuple[float, float | None]:
-    """The values of a loss and a gradient's norm, where both are on a GPU by one transfer.
-
-    It is the one time in a step that the host waits for the GPU.
-    """
-    if norm is None:
-        return float(loss), None
-    if norm.device != loss.device:  # gradients are offloaded
-        return float(loss), float(norm)
-    loss_read, norm_read = torch.stack([loss, norm.float()]).tolist()
-    return loss_read, norm_read

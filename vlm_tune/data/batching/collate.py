@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
+from vlm_tune.data.types import ANSWER_KINDS, IGNORE_INDEX, Batch, Example, InputSpec, Media
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +76,7 @@ def collate(
         questions=sum(example.questions for example in examples),
         cached=cached,
         **_joined(examples, inputs, outputs),
+        **_preferences(examples, outputs),
     )
 
 
@@ -124,6 +125,31 @@ def _joined(
         label_samples = [0 if e.label_samples is None else e.label_samples for e in examples]
         joined["label_samples"] = outputs.padded(label_samples, -1)
     return joined
+
+
+def _preferences(examples: Sequence[Example], outputs: _Columns) -> dict[str, torch.Tensor]:
+    """The fields of `Batch` that only rows of preferences need."""
+    import torch
+
+    if all(example.answers is None for example in examples):
+        return {}
+    firsts = np.cumsum([0, *(ANSWER_KINDS * example.judged for example in examples)])
+    numbers = [
+        -1
+        if example.answers is None
+        else np.where(example.answers < 0, -1, example.answers + first)
+        for example, first in zip(examples, firsts[:-1].tolist(), strict=True)
+    ]
+    fields = {"answers": outputs.padded(numbers, -1)}
+    if any(example.reference is not None for example in examples):
+        known = [
+            np.full(ANSWER_KINDS * example.judged, np.nan, np.float32)
+            if example.reference is None
+            else example.reference
+            for example in examples
+        ]
+        fields["reference"] = torch.from_numpy(np.concatenate(known))
+    return fields
 
 
 def _media(

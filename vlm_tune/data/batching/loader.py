@@ -23,9 +23,10 @@ import numpy as np
 from vlm_tune.compat import worker_processes
 from vlm_tune.config.data import Augment
 from vlm_tune.data.batching.collate import Fetch, collate
+from vlm_tune.data.batching.references import StoredReferences
 from vlm_tune.data.batching.sampler import Epoch, Plan, Rows
 from vlm_tune.data.images.decode import augment_pixels
-from vlm_tune.data.packing import pack_layout
+from vlm_tune.data.packing import pack_layout, with_mismatched
 from vlm_tune.data.prepare.dataset import Group, Prepared
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
 from vlm_tune.errors import DataError
@@ -120,7 +121,11 @@ class PreparedFeed:
 
     `augment` configures random changes of the pixels. `workers` processes, if any, make batches
     ahead, started by the method `start` of multiprocessing; a thread puts them into pinned memory
-    if `pinned`.
+    if `pinned`. With `mismatches` each prompt of preferences also has an answer of the unit before
+    its own.
+
+    Attributes:
+        references: What a reference model finds of the units' answers, where that was computed.
     """
 
     def __init__(
@@ -137,7 +142,10 @@ class PreparedFeed:
         workers: int = 0,
         start: Literal["fork", "forkserver"] = "fork",
         pinned: bool = False,
+        mismatches: bool = False,
     ) -> None:
+        self.mismatches = mismatches
+        self.references: StoredReferences | None = None
         self.ranks = ranks or plan.sizes.ranks
         self.prepared = prepared
         self.plan = plan
@@ -221,10 +229,16 @@ class PreparedFeed:
             step, number = place
             row = next(share for share in epoch.shares(step, self.ranks)[number] if len(share))
             ((unit, *_), *_) = epoch.units_of(row[:1])
-            return self._collate([[blank(self.prepared.unit(unit))]], position.epoch)
-        return self._collate(
-            [[self.prepared.unit(unit) for unit in row] for row in rows], position.epoch
-        )
+            return self._collate([[blank(self.unit(unit))]], position.epoch)
+        return self._collate([[self.unit(unit) for unit in row] for row in rows], position.epoch)
+
+    def unit(self, number: int) -> Group:
+        """The examples of a unit as they are trained on."""
+        unit = self.prepared.unit(number)
+        if self.mismatches:
+            other = self.prepared.unit(number - 1 if number else len(self.prepared) - 1)
+            unit = with_mismatched(unit, other, self.spec.layout)
+        return unit if self.references is None else self.references.attached(number, unit)
 
     def _rows(self, position: Position, place: Place) -> Rows:
         """The rows of a micro-batch of this process."""
@@ -411,6 +425,12 @@ def joined(units: list[Group], layout: str) -> list[Example]:
 def blank(unit: Group) -> Group:
     """The unit with all labels ignored and no questions counted."""
     return [
-        replace(example, labels=np.full_like(example.labels, IGNORE_INDEX), questions=0)
+        replace(
+            example,
+            labels=np.full_like(example.labels, IGNORE_INDEX),
+            questions=0,
+            answers=None if example.answers is None else np.full_like(example.answers, -1),
+            reference=None,
+        )
         for example in unit
     ]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.chat.tokenize import LAYOUTS, TextEncoder
 from vlm_tune.data.images.decode import ImageProcessor
-from vlm_tune.data.types import Conversation, Example, InputSpec, Media
+from vlm_tune.data.packing import numbered, pair_layout
+from vlm_tune.data.types import CHOSEN, REJECTED, Conversation, Example, InputSpec, Media
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
 
@@ -132,8 +133,20 @@ class Processor:
         return replace(conversation, messages=messages)
 
     def examples(self, conversation: Conversation) -> list[Example]:
-        """Examples to train on. Raises `DataError` if one of them has no supervised token."""
+        """Examples to train on.
+
+        A row of preferences gives one, in which its prompt stands once. Raises `DataError` if one
+        of them has no supervised token.
+        """
         examples = self._lay_out(conversation, prompt_only=False)
+        if conversation.rejected is not None:
+            other = replace(
+                conversation, messages=(*conversation.messages[:-1], conversation.rejected)
+            )
+            (rejected,) = self._lay_out(other, prompt_only=False)
+            examples = [pair_layout(examples[0], rejected, self.spec.layout)]
+        elif conversation.desirable is not None:
+            examples = [numbered(examples[0], CHOSEN if conversation.desirable else REJECTED)]
         if any(example.supervised == 0 for example in examples):
             raise DataError(
                 "no token of it is supervised, it would train nothing",

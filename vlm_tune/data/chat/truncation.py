@@ -39,7 +39,8 @@ def fit(
     longest = max(map(length, examples))
     if longest <= limit:
         return Fitted(examples, [], longest)
-    if how == "split":
+    judged = conversation.rejected is not None or conversation.desirable is not None
+    if how == "split" and not judged:  # earlier turns of a row of preferences train nothing
         return Fitted(*_split(conversation, processor), longest)
     if how == "trim":
         # A shortened text may be tokenised into one more token, so what is still over is cut again.

@@ -22,7 +22,7 @@ from vlm_tune.data.types import Example, Media, Slice, Tile
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LISTS = ("input_ids", "labels", "slots", "media", "positions", "ends")
+LISTS = ("input_ids", "labels", "slots", "media", "positions", "ends", "label_samples", "answers")
 """Columns of int32 lists.
 
 `slots` holds a pair (start, number) for each run of image slots, `media` holds indices of the media
@@ -80,6 +80,12 @@ def example_batch(examples: Sequence[Example], media: Sequence[Any]) -> pa.Recor
     import pyarrow as pa
 
     nothing = np.empty(0, np.int32)
+    optional = {
+        "positions": [example.positions for example in examples],
+        "ends": [example.visible_until for example in examples],
+        "label_samples": [example.label_samples for example in examples],
+        "answers": [example.answers for example in examples],
+    }
     columns = {
         "id": pa.array([example.id for example in examples], pa.string()),
         "category": pa.array([example.category for example in examples], pa.string()),
@@ -88,15 +94,10 @@ def example_batch(examples: Sequence[Example], media: Sequence[Any]) -> pa.Recor
         "labels": _lists([example.labels for example in examples]),
         "slots": _lists([_slots(example.image_mask) for example in examples]),
         "media": _lists(media),
-        "positions": _lists(
-            [nothing if example.positions is None else example.positions for example in examples]
-        ),
-        "ends": _lists(
-            [
-                nothing if example.visible_until is None else example.visible_until
-                for example in examples
-            ]
-        ),
+        **{
+            name: _lists([nothing if array is None else array for array in arrays])
+            for name, arrays in optional.items()
+        },
     }
     return pa.RecordBatch.from_pydict(columns)
 
@@ -175,8 +176,13 @@ class ExampleStore:
         mask = np.zeros(len(ids), dtype=bool)
         for start, size in columns.list("slots", row).reshape(-1, 2).tolist():
             mask[start : start + size] = True
-        positions = columns.list("positions", row)
-        visible_until = columns.list("ends", row)
+        positions, visible_until, label_samples, answers = (
+            array if len(array) else None
+            for array in (
+                columns.list(name, row)
+                for name in ("positions", "ends", "label_samples", "answers")
+            )
+        )
         return Example(
             id=columns.ids[row].as_py(),
             input_ids=ids,
@@ -184,9 +190,11 @@ class ExampleStore:
             image_mask=mask,
             media=tuple(self.media[item] for item in columns.list("media", row).tolist()),
             category=columns.categories[row].as_py(),
-            positions=positions if len(positions) else None,
-            visible_until=visible_until if len(visible_until) else None,
+            positions=positions,
+            visible_until=visible_until,
+            label_samples=label_samples,
             questions=int(columns.questions[row]),
+            answers=answers,
         )
 
     def media_of(self, number: int) -> np.ndarray:
@@ -211,6 +219,12 @@ class ExampleStore:
     def label_lengths(self) -> np.ndarray:
         """The number of label positions of each example."""
         return self._every(lambda columns: np.diff(columns.offsets["labels"]))
+
+    @cached_property
+    def has_answers(self) -> bool:
+        """Whether an example has answers that are judged."""
+        lengths = self._every(lambda columns: np.diff(columns.offsets["answers"]))
+        return bool(lengths.any())
 
     @property
     def media_counts(self) -> np.ndarray:

@@ -137,10 +137,12 @@ class Prepared:
 
     @property
     def joins(self) -> bool:
-        """Whether rows of an image are joined into one example, or examples are packed."""
-        return self.data.packing or int(
-            self.column("examples")[self.places(self.part)].sum()
-        ) > len(self.store.lengths)
+        """Whether rows of an image are joined into one example, or examples are packed.
+
+        Or answers of preferences are branches of their prompt.
+        """
+        joined = int(self.column("examples")[self.places(self.part)].sum())
+        return self.data.packing or joined > len(self.store.lengths) or self.store.has_answers
 
     @property
     def longest(self) -> int:

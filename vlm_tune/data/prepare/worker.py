@@ -26,7 +26,7 @@ from vlm_tune.data.prepare.arrow_store import (
 from vlm_tune.data.prepare.duplicates import ImageInfo, inspect_image
 from vlm_tune.data.prepare.language import language_of
 from vlm_tune.data.sources.base import Chunk, SourceReader
-from vlm_tune.data.types import Conversation, Example, Media, Slice
+from vlm_tune.data.types import Conversation, Example, Media, Message, Slice
 from vlm_tune.errors import DataError
 from vlm_tune.files import is_intact, write_checksums
 from vlm_tune.quoting import quoted
@@ -95,7 +95,7 @@ def text_hash(conversation: Conversation) -> int:
     """
     turns = "\0".join(
         f"{message.role}\1{' '.join(message.text.casefold().split())}"
-        for message in conversation.messages
+        for message in _all_turns(conversation)
     )
     return _hash(turns)
 
@@ -108,9 +108,19 @@ def content_hash(conversation: Conversation) -> int:
     conversation = conversation.without_shots()
     turns = [
         (m.role, m.trained, [part if isinstance(part, str) else None for part in m.parts])
-        for m in conversation.messages
+        for m in _all_turns(conversation)
     ]
-    return _hash(json.dumps(turns))
+    return _hash(
+        json.dumps(turns)
+        if conversation.desirable is None
+        else json.dumps([turns, conversation.desirable])
+    )
+
+
+def _all_turns(conversation: Conversation) -> tuple[Message, ...]:
+    """The turns, and after them the rejected answer of a pair."""
+    rejected = conversation.rejected
+    return conversation.messages if rejected is None else (*conversation.messages, rejected)
 
 
 def _hash(text: str) -> int:
@@ -244,7 +254,7 @@ class ShardMaker:
         """Names control tokens and media marks in the texts, where the model sees plain text."""
         roles = {
             name: message.role
-            for message in conversation.messages
+            for message in _all_turns(conversation)
             for name in processor.encoder.controls_in(message.text)
         }
         return ", ".join(f"{name} in the {role}'s text" for name, role in roles.items())
@@ -275,13 +285,13 @@ class ShardMaker:
                         f"{image.media.name}: {image.info.width}x{image.info.height}, "
                         f"a side under {clean.min_side}",
                     )
-        size = sum(len(message.text) for message in conversation.messages)
+        size = sum(len(message.text) for message in _all_turns(conversation))
         if clean.min_chars is not None and size < clean.min_chars:
             return "short_text", f"{size} characters, under {clean.min_chars}"
         if clean.max_chars is not None and size > clean.max_chars:
             return "long_text", f"{size} characters, over {clean.max_chars}"
         if clean.languages:
-            language = language_of(" ".join(message.text for message in conversation.messages))
+            language = language_of(" ".join(turn.text for turn in _all_turns(conversation)))
             if language is not None and language not in clean.languages:
                 return "language", f"in {quoted(language)}, none of {', '.join(clean.languages)}"
         return None

@@ -38,6 +38,10 @@ LISTS = (
     "choices",
     "options",
     "history",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
 )
 """Fields that hold lists; tables store them as JSON text where a column can't hold a list."""
 
@@ -61,7 +65,7 @@ OWN_MEDIA = ("image", "image_url", "video", "video_url", "path", "url", "bytes")
 """Fields of a content part that hold the part's own image or video."""
 
 
-def _turns(row: Row, name: str) -> Sequence[Row]:
+def turns_of(row: Row, name: str) -> Sequence[Row]:
     """The row's list of turns, which Arrow may store as an object of lists."""
     turns = row.get(name)
     if isinstance(turns, Mapping) and all(isinstance(column, list) for column in turns.values()):
@@ -119,7 +123,7 @@ def from_value_turns(row: Row, finder: MediaFinder) -> list[Message]:
     """LLaVA and ShareGPT rows: `conversations` of from/value turns; every image has its mark."""
     media = RowMedia(row, finder)
     messages = []
-    for place, turn in enumerate(_turns(row, "conversations"), 1):
+    for place, turn in enumerate(turns_of(row, "conversations"), 1):
         if not isinstance(turn.get("value"), str):
             raise DataError(
                 f"turn {place}: no text `value`, got {quoted(turn.get('value'))}",
@@ -132,12 +136,12 @@ def from_value_turns(row: Row, finder: MediaFinder) -> list[Message]:
                 kind="role",
             )
         messages.append(
-            Message(role, _text_parts(turn["value"], role, media), _trained(turn, place))
+            Message(role, text_parts(turn["value"], role, media), _trained(turn, place))
         )
     return with_system(row, with_media(messages, media, always=True))
 
 
-def _text_parts(text: str, role: str, media: RowMedia) -> Parts:
+def text_parts(text: str, role: str, media: RowMedia) -> Parts:
     """The parts of a turn's text; in an answer, marks are plain text and not places of images."""
     if role == "assistant":
         return (text,) if text else ()
@@ -150,7 +154,7 @@ def role_content_turns(row: Row, finder: MediaFinder) -> list[Message]:
     Content parts may carry their own image or video.
     """
     media = RowMedia(row, finder)
-    messages = _messages(_turns(row, "messages"), media)
+    messages = messages_of(turns_of(row, "messages"), media)
     return with_system(row, with_media(messages, media))
 
 
@@ -164,10 +168,10 @@ def prompt_completion(row: Row, finder: MediaFinder) -> list[Message]:
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         value = row.get(name)
         if isinstance(value, str):
-            messages.append(Message(role, _text_parts(value, role, media)))
+            messages.append(Message(role, text_parts(value, role, media)))
         else:
-            messages += _messages(
-                _turns(row, name), media, after=len(messages), context=name == "prompt"
+            messages += messages_of(
+                turns_of(row, name), media, after=len(messages), context=name == "prompt"
             )
     return with_system(row, with_media(messages, media))
 
@@ -176,7 +180,7 @@ def cauldron(row: Row, finder: MediaFinder) -> list[Message]:
     """The Cauldron rows: `texts` of {"user", "assistant"} turns about `images`."""
     media = RowMedia(row, finder)
     messages: list[Message] = []
-    for place, turn in enumerate(_turns(row, "texts"), 1):
+    for place, turn in enumerate(turns_of(row, "texts"), 1):
         for role in ("user", "assistant"):
             if not isinstance(turn.get(role), str):
                 raise DataError(
@@ -186,7 +190,7 @@ def cauldron(row: Row, finder: MediaFinder) -> list[Message]:
             messages.append(
                 Message(
                     role,
-                    _text_parts(turn[role], role, media),
+                    text_parts(turn[role], role, media),
                     role == "user" or _trained(turn, place),
                 )
             )
@@ -230,9 +234,17 @@ CHAT_FORMS: dict[str, Callable[[Row, MediaFinder], list[Message]]] = {
 # --- role/content turns ---------------------------------------------------------------------------
 
 
-def _messages(
+def messages_of(
     turns: Sequence[Row], media: RowMedia, *, after: int = 0, context: bool = False
 ) -> list[Message]:
+    """The messages of role/content turns.
+
+    Args:
+        turns: The turns.
+        media: The row's images and videos.
+        after: The number of turns before these, for error messages.
+        context: Whether the turns are a prompt, whose answers carry no loss.
+    """
     messages = []
     for place, turn in enumerate(turns, after + 1):
         if not isinstance(turn.get("role"), str):
@@ -246,7 +258,7 @@ def _messages(
             )
         trained = _trained(turn, place) and not (context and role == "assistant")
         if isinstance(content, str):
-            parts = _text_parts(content, role, media)
+            parts = text_parts(content, role, media)
         elif isinstance(content, list):
             parts = tuple(
                 part for entry in content for part in _content_part(place, role, entry, media)
@@ -276,7 +288,7 @@ def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator
                 f"turn {place}: a part of type text has a `text` and nothing else, got {actual}",
                 kind="field",
             )
-        yield from _text_parts(text, role, media)
+        yield from text_parts(text, role, media)
         return
     if kind not in ("image", "image_url", "video", "video_url"):
         unsupported = isinstance(kind, str)

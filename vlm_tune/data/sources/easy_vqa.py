@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -12,11 +13,13 @@ from pathlib import Path
 from vlm_tune.config.data import EasyVqaSource
 from vlm_tune.data.chat.instructions import load_instructions
 from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, digest, files_digest
-from vlm_tune.data.types import Conversation, Media, References
+from vlm_tune.data.types import Conversation, Media, Message, References
 from vlm_tune.errors import DataError
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
+KINDS = {"yes/no": ("yes", "no"), "color": COLORS, "shape": SHAPES}
+"""The answers by category."""
 
 
 def _folder() -> Path:
@@ -67,7 +70,9 @@ class EasyVqa:
         self.form = config.task
         self._config = config
         self._seed = seed
-        self._instructions = load_instructions(config.instructions, config.task)
+        # Preferences are about the same questions, in the same words.
+        self._task = "vqa" if config.task == "preference" else config.task
+        self._instructions = load_instructions(config.instructions, self._task)
 
     def fingerprint(self) -> str:
         """A hash of the package's file, the split and task, the prompt set and the seed."""
@@ -94,11 +99,23 @@ class EasyVqa:
                 category,
                 self.name,
                 row,
-                references=References(self.form),
+                references=References(self._task),
+                rejected=self._rejected(row_id, values),
             )
 
+    def _rejected(self, row_id: str, values: dict[str, str]) -> Message | None:
+        """Another answer of the right one's category, drawn by (seed, row id), for preferences."""
+        if self.form != "preference":
+            return None
+        answer = values["answer"]
+        others = [other for other in KINDS[answer_type(answer)] if other != answer]
+        draw = hashlib.blake2b(f"{self._seed}:rejected {row_id}".encode(), digest_size=8).digest()
+        chosen = others[int.from_bytes(draw, "big") % len(others)]
+        _, turn = self._instructions.turns((), self._instructions.answer.format(answer=chosen))[-2:]
+        return turn
+
     def _rows(self) -> list[tuple[str, Path, dict[str, str], str]]:
-        return _rows(self._config.split, self._config.validation_images, self._config.task)
+        return _rows(self._config.split, self._config.validation_images, self._task)
 
 
 @lru_cache(maxsize=4)

@@ -19,6 +19,8 @@ USED: dict[str, set[str]] = {
     "sharegpt": {"conversations"},
     "messages": {"messages"},
     "prompt_completion": {"prompt", "completion"},
+    "preference": {"prompt", "question", "chosen", "rejected"},
+    "unpaired_preference": {"prompt", "question", "completion", "label"},
     "alpaca": {"instruction", "input", "output", "history"},
     "cauldron": {"texts"},
     "vqa": {"question", "answer", "answers", "context"},

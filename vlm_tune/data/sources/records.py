@@ -17,6 +17,7 @@ from vlm_tune.data.sources.fields import EVERY_FORM, USED, refuse_unused, withou
 from vlm_tune.data.sources.legible import MAYBE_NULLS, NULLS, SURROGATE
 from vlm_tune.data.sources.media import ImageFolder, MediaFinder
 from vlm_tune.data.sources.media_places import RowMedia, marked_parts, with_media
+from vlm_tune.data.sources.preferences import PREFERENCE_FORMS, Judged
 from vlm_tune.data.sources.schema_detection import check_columns, detect_form, renamed, usable
 from vlm_tune.data.sources.task_schemas import TASK_FORMS, TaskOptions
 from vlm_tune.data.types import Conversation, Message, References
@@ -42,9 +43,14 @@ class RowsReader:
         self.form: str = config.form
         if config.form == "auto":
             self.form, self._columns = detect_form(self._stored(), config.columns, self.name)
-        if config.instructions and self.form in CHAT_FORMS:
+        if config.instructions and self.form not in TASK_FORMS:
             raise DataError(
                 f"instructions are for rows of a task; {self.form} rows bring their own words",
+                source=self.name,
+            )
+        if config.shots and self.form == "unpaired_preference":
+            raise DataError(
+                "shots: an answer of unpaired_preference rows may be a bad one, and no example",
                 source=self.name,
             )
         self._instructions = (
@@ -138,11 +144,8 @@ class RowsReader:
             row = self._fields(stored)
             row_id = f"{stored.label}:{self._id(row, stored)}:{stored.number}"
             finder = self._finder(stored.folder)
-            messages, references = (
-                self._task(row_id, row, finder)
-                if self._instructions
-                else (CHAT_FORMS[self.form](row, finder), References(self.form))
-            )
+            judged, references = self._read(row_id, row, finder)
+            messages = judged.messages
             category = row.get("category")
             if category is None and self.form == "classify":
                 category = messages[-1].text
@@ -160,6 +163,8 @@ class RowsReader:
                 stored.source,
                 stored.number,
                 references=references,
+                rejected=judged.rejected,
+                desirable=judged.desirable,
             )
         except DataError as error:
             missing = [
@@ -176,6 +181,17 @@ class RowsReader:
                 content=stored.value,
                 file=error.file,
             )
+
+    def _read(
+        self, row_id: str, row: dict[str, Any], finder: MediaFinder
+    ) -> tuple[Judged, References]:
+        """The turns of a row by its form, and what scores need of it."""
+        if self._instructions:
+            messages, references = self._task(row_id, row, finder)
+            return Judged(messages), references
+        if self.form in PREFERENCE_FORMS:
+            return PREFERENCE_FORMS[self.form](row, finder), References(self.form)
+        return Judged(CHAT_FORMS[self.form](row, finder)), References(self.form)
 
     def _fields(self, stored: StoredRow) -> dict[str, Any]:
         """The row by our field names.

@@ -23,6 +23,8 @@ NEEDS = {
     "sharegpt": "conversations (turns of from/value), and images, videos or system",
     "messages": "messages (turns of role/content)",
     "prompt_completion": "prompt, completion",
+    "preference": "chosen, rejected, perhaps prompt or question",
+    "unpaired_preference": "prompt or question, completion, label (true or false)",
     "alpaca": "instruction, output",
     "cauldron": "texts (turns of user/assistant), images",
     "vqa": "question, answer or answers, image",
@@ -134,6 +136,11 @@ def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
         forms.add(("cauldron", ""))
     if forms:
         return forms
+    if {"chosen", "rejected"} <= has:
+        return {("preference", "")}
+    judged = "completion" in has and isinstance(row.get("label"), bool)
+    if judged and has & {"prompt", "question"}:
+        return {("unpaired_preference", "")}
     has_media = any(not is_empty(row.get(name)) for name in MEDIA)
     has_question = "question" in has
     with_choices = has_choices(row)

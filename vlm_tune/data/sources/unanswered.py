@@ -103,6 +103,8 @@ def _missing_field(row: Mapping[str, Any]) -> dict[str, Any]:
         ),
         None,
     )
+    if "chosen" in has:
+        return {}
     if "question" in has:
         if has & {"answer", "answers", "label"}:
             return {}

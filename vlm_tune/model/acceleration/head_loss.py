@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vlm_tune.compat import has_hooks
 from vlm_tune.kernels import linear_cross_entropy, unsupported_reason
+from vlm_tune.kernels.loss import losses
 from vlm_tune.model.acceleration.lora_layers import compute_dtype
 from vlm_tune.model.language.base import LanguageModel, chunked_loss
+from vlm_tune.model.language.loss import Reduction
 
 
 def head_reason(llm: LanguageModel, hidden: Tensor | None = None) -> str | None:
@@ -34,11 +37,16 @@ def head_reason(llm: LanguageModel, hidden: Tensor | None = None) -> str | None:
     return unsupported_reason("linear_cross_entropy", dtype, weight)
 
 
-def operator_loss(llm: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy, an fp32 scalar, of hidden states [S, E] and token ids int64[S]."""
+def operator_loss(
+    llm: LanguageModel, hidden: Tensor, targets: Tensor, reduction: Reduction = "sum"
+) -> Tensor:
+    """Cross-entropy, fp32, of hidden states [S, E] and token ids int64[S]: a scalar, or [S]."""
     if head_reason(llm, hidden) is not None:
-        return chunked_loss(llm, hidden, targets)
+        return chunked_loss(llm, hidden, targets, reduction)
     assert llm.rule is not None and llm.rule.scale is not None
     weight = llm.head.get_parameter("weight")
     scaled = hidden if llm.rule.scale == 1 else hidden * llm.rule.scale
+    if reduction == "none":
+        keep = torch.is_grad_enabled() and scaled.requires_grad
+        return losses(scaled.to(weight.dtype), weight, targets, keep)[0]
     return linear_cross_entropy(scaled, weight, targets)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -26,7 +25,7 @@ from vlm_tune.model.language.logits import (
     head_rule,
     own_logits,
 )
-from vlm_tune.model.language.loss import token_loss
+from vlm_tune.model.language.loss import Reduction, token_loss
 from vlm_tune.model.language.row_buffers import Rows
 from vlm_tune.model.language.virtual_tokens import VirtualTokens
 from vlm_tune.quoting import quoted, reason_of
@@ -45,19 +44,43 @@ class TokenLoss:
     count: int
 
 
-def chunked_loss(llm: LanguageModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy, an fp32 scalar, whose logits exist for some positions at a time.
+@dataclass
+class AnswerLogprobs:
+    """Log-probabilities of a batch's answers, fp32[A], each summed over the answer's tokens."""
+
+    sums: torch.Tensor
+
+
+def chunked_loss(
+    llm: LanguageModel,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    reduction: Reduction = "sum",
+) -> torch.Tensor:
+    """Cross-entropy, an fp32 scalar or fp32[S], whose logits exist for some positions at a time.
 
     Args:
         llm: The language model, whose `logits` are computed.
         hidden: Hidden states [S, E].
         targets: Token ids int64[S].
+        reduction: "sum", or "none" for the loss of each position.
     """
-    return token_loss(llm.logits, hidden, targets, llm.head_parts(), whole=llm.whole_head)
+    return token_loss(
+        llm.logits, hidden, targets, llm.head_parts(), whole=llm.whole_head, reduction=reduction
+    )
 
 
-Loss = Callable[["LanguageModel", torch.Tensor, torch.Tensor], torch.Tensor]
-"""A function of a language model, hidden states [S, E] and targets [S], as `chunked_loss`."""
+class Loss(Protocol):
+    """A function as `chunked_loss`."""
+
+    def __call__(
+        self,
+        llm: LanguageModel,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        reduction: Reduction = "sum",
+        /,
+    ) -> torch.Tensor: ...
 
 
 class Branches(Protocol):
@@ -161,7 +184,7 @@ class LanguageModel(nn.Module):
         if self.unjoined:
             raise ModelError(
                 f"rows of {type(self.model).__name__} can't be joined, {self.unjoined}: "
-                "set data.group: none and data.packing: false"
+                "set data.group: none and data.packing: false; for preferences, take another model"
             )
 
     def room(self, decoding: Decoding, length: int) -> Decoding:
@@ -223,9 +246,19 @@ class LanguageModel(nn.Module):
         embeds = self.model.get_input_embeddings()(input_ids)
         return embeds if self.factor == 1 else embeds * self.factor
 
-    def forward(self, embeds: torch.Tensor, batch: Batch) -> TokenLoss:
-        """The loss of the batch's supervised labels, given its embeds [B, L, E]."""
+    def forward(
+        self, embeds: torch.Tensor, batch: Batch, *, by_answer: bool = False
+    ) -> TokenLoss | AnswerLogprobs:
+        """The loss of the batch's supervised labels, given its embeds [B, L, E].
+
+        With `by_answer` the log-probabilities of the batch's answers.
+        """
         hidden, targets = self.supervised(embeds, batch)
+        if by_answer:
+            assert batch.answer_of is not None and batch.answer_lengths is not None
+            losses = self.loss(self, hidden, targets, "none")
+            sums = losses.new_zeros(len(batch.answer_lengths))
+            return AnswerLogprobs(sums.index_add(0, batch.answer_of, -losses))
         return TokenLoss(self.loss(self, hidden, targets), len(targets))
 
     def head_parts(self) -> nn.ModuleList:

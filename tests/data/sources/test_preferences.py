@@ -1,0 +1,211 @@
+"""Rows of preferences: pairs of answers, and single ones that are liked or disliked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.chat_samples import processor
+from tests.helpers.row_samples import file_source, good, read, write_rows
+from vlm_tune.config.data import EasyVqaSource
+from vlm_tune.data.packing import branch_layout, pack_layout, separate_rows
+from vlm_tune.data.sources.easy_vqa import KINDS, answer_type
+from vlm_tune.data.sources.preferences import shared_prompt
+from vlm_tune.data.sources.registry import open_source
+from vlm_tune.data.types import ANSWER_KINDS, IGNORE_INDEX, Conversation, Media
+from vlm_tune.errors import DataError
+
+USER = {"role": "user", "content": "what is it?"}
+DOG = {"role": "assistant", "content": "a dog"}
+CAT = {"role": "assistant", "content": "a cat"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    return tmp_path
+
+
+ALIKE: dict[str, dict[str, Any]] = {
+    "conversational": {"prompt": [USER], "chosen": [DOG], "rejected": [CAT], "images": ["a.png"]},
+    "texts": {"prompt": "what is it?", "chosen": "a dog", "rejected": "a cat", "image": "a.png"},
+    "question": {
+        "question": "what is it?",
+        "chosen": "a dog",
+        "rejected": "a cat",
+        "image": "a.png",
+    },
+    "implicit prompt": {"chosen": [USER, DOG], "rejected": [USER, CAT], "images": ["a.png"]},
+    "mark": {
+        "prompt": "<image>what is it?",
+        "chosen": "a dog",
+        "rejected": "a cat",
+        "images": ["a.png"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_forms_of_a_pair_are_one_conversation(folder: Path, name: str, kind: str) -> None:
+    reader = open_source(file_source(write_rows(folder / f"r.{kind}", [ALIKE[name]])), seed=0)
+    assert reader.form == "preference"
+    (row,) = good(read(file_source(folder / f"r.{kind}")))
+    assert row.rejected is not None and row.rejected.text == "a cat"
+    assert [(turn.role, turn.text) for turn in row.messages] == [
+        ("user", "what is it?"),
+        ("assistant", "a dog"),
+    ]
+    assert len(row.media) == 1 and row.desirable is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ([USER, DOG], [USER, CAT]),
+        ([USER, DOG, USER, DOG], [USER, DOG, USER, CAT]),
+        ("what is it? a dog", "what is it? a cat"),
+        ("The sky is blue.", "The sky is green."),
+    ],
+)
+def test_a_shared_prompt_is_that_of_trl(chosen: Any, rejected: Any) -> None:
+    from trl import extract_prompt
+
+    expected = extract_prompt({"chosen": chosen, "rejected": rejected})
+    assert shared_prompt(chosen, rejected) == tuple(
+        expected[name] for name in ("prompt", "chosen", "rejected")
+    )
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_judged_answer_knows_whether_it_is_liked(folder: Path, label: bool) -> None:
+    rows = [{"prompt": [USER], "completion": [DOG], "label": label, "images": ["a.png"]}]
+    reader = open_source(file_source(write_rows(folder / "r.jsonl", rows)), seed=0)
+    assert reader.form == "unpaired_preference"
+    (row,) = good(read(file_source(folder / "r.jsonl")))
+    assert row.desirable is label and row.rejected is None
+    (example,) = processor("chatml", "bytes", "causal").examples(row)
+    assert example.answers is not None
+    assert set(example.answers.tolist()) == {-1, 0 if label else 1}
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "equal": ({"prompt": "q", "chosen": "a dog", "rejected": "a dog "}, "the same answer"),
+    "empty": ({"prompt": "q", "chosen": "a", "rejected": " "}, "`rejected` is an empty answer"),
+    "no prompt": ({"chosen": [DOG], "rejected": [CAT]}, "begin with no turn that they share"),
+    "two turns": (
+        {"prompt": [USER], "chosen": [DOG, USER, DOG], "rejected": [CAT]},
+        "`chosen` is one turn of the assistant's after the prompt, got: assistant, user",
+    ),
+    "user": ({"prompt": [USER], "chosen": [USER], "rejected": [CAT]}, "got: user"),
+    "order": ({"prompt": [DOG], "chosen": [DOG], "rejected": [CAT]}, "expected the user's"),
+    "both": (
+        {"prompt": "q", "question": "q", "chosen": "a", "rejected": "b"},
+        "both `prompt` and `question`",
+    ),
+    "image in an answer": (
+        {
+            "prompt": [USER],
+            "chosen": [{"role": "assistant", "content": [{"type": "image"}]}],
+            "rejected": [CAT],
+            "images": ["a.png"],
+        },
+        "`chosen` is an empty answer",
+    ),
+    "label": ({"prompt": "q", "completion": "a", "label": "good"}, "`label` is true or false"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_says_what_is_wrong(folder: Path, name: str) -> None:
+    row, message = BAD[name]
+    form = "unpaired_preference" if "label" in row else "preference"
+    (error,) = read(file_source(write_rows(folder / "rows.jsonl", [row]), form=form))
+    assert isinstance(error, DataError)
+    assert message in str(error) and "rows.jsonl, row 1" in str(error)
+
+
+def test_no_shots_are_drawn_from_answers_that_may_be_bad(folder: Path) -> None:
+    rows = [{"prompt": "q", "completion": "a", "label": True}]
+    with pytest.raises(DataError, match="may be a bad one"):
+        open_source(file_source(write_rows(folder / "r.jsonl", rows), shots=1), seed=0)
+
+
+def pair_of(folder: Path, layout: str, *texts: str) -> Any:
+    question, chosen, rejected = texts
+    row = {"prompt": question, "chosen": chosen, "rejected": rejected, "images": ["a.png"]}
+    (conversation,) = good(read(file_source(write_rows(folder / "p.jsonl", [row]))))
+    template = "chatml" if layout == "causal" else "flan"
+    (example,) = processor(template, "bytes", layout).examples(conversation)  # type: ignore[arg-type]
+    return example
+
+
+def labelled(example: Any, number: int) -> list[int]:
+    return example.labels[example.answers == number].tolist()
+
+
+@pytest.mark.parametrize("layout", ["causal", "seq2seq"])
+def test_a_pair_holds_its_prompt_once_and_both_answers(folder: Path, layout: str) -> None:
+    example = pair_of(folder, layout, "what?", "dog", "a cat")
+    alone = [pair_of(folder, layout, "what?", answer, "z") for answer in ("dog", "a cat")]
+    assert example.judged == 1 and example.questions == 1
+    assert [labelled(example, 0), labelled(example, 1)] == [labelled(each, 0) for each in alone]
+    assert example.image_mask.sum() == alone[0].image_mask.sum()
+    if layout == "causal":
+        rows = separate_rows(example)
+        assert [row.input_ids.tolist() for row in rows] == [
+            separate_rows(each)[0].input_ids.tolist() for each in alone
+        ]
+    else:
+        assert example.input_ids.tolist() == alone[0].input_ids.tolist()
+        assert example.label_samples.max() == 1
+
+
+def test_pairs_of_one_image_are_numbered_through_tree_and_pack(folder: Path) -> None:
+    pairs = [
+        pair_of(folder, "causal", question, "dog", "a cat")
+        for question in ("what?", "where?", "what?")
+    ]
+    (tree,) = branch_layout(pairs, 4096)
+    assert tree.judged == 3 and tree.image_mask.sum() == pairs[0].image_mask.sum()
+    for number in range(3):
+        for kind in range(2):
+            assert labelled(tree, ANSWER_KINDS * number + kind) == labelled(pairs[0], kind)
+    rows = [row for pair in pairs for row in separate_rows(pair)]
+    assert sorted(row.input_ids.tolist() for row in separate_rows(tree)) == sorted(
+        row.input_ids.tolist() for row in rows
+    )
+    packed = pack_layout([tree, pairs[0]], "causal")
+    assert packed.judged == 4 and labelled(packed, 3 * ANSWER_KINDS) == labelled(pairs[0], 0)
+    assert (packed.labels[packed.answers < 0] == IGNORE_INDEX).all()
+
+
+def test_the_answers_of_a_pair_stay_in_one_row(folder: Path) -> None:
+    pairs = [pair_of(folder, "causal", f"what {n}?", "dog", "a cat") for n in range(4)]
+    for row_length in (1, 40, 60, 4096):
+        trees = branch_layout(pairs, row_length)
+        assert sum(tree.judged for tree in trees) == 4
+        for tree in trees:
+            counts = np.bincount(tree.answers[tree.answers >= 0], minlength=3 * tree.judged)
+            assert (counts.reshape(-1, ANSWER_KINDS)[:, :2] > 0).all()
+
+
+def test_easy_vqa_rejects_another_answer_of_the_same_kind() -> None:
+    source = EasyVqaSource(kind="easy_vqa", split="validation", task="preference")
+    rows = [row for row in read(source) if isinstance(row, Conversation)]
+    plain = read(EasyVqaSource(kind="easy_vqa", split="validation"))
+    assert [row.messages for row in rows] == [
+        row.messages for row in plain if isinstance(row, Conversation)
+    ]
+    assert all(isinstance(item, Media) for row in rows for item in row.media)
+    rejected = set()
+    for row in rows:
+        assert row.rejected is not None
+        answer, other = row.messages[-1].text, row.rejected.text
+        assert answer != other and other in KINDS[answer_type(answer)]
+        rejected.add(other)
+    assert len(rejected) == 13

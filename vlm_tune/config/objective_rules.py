@@ -1,0 +1,181 @@
+"""Checks for settings of an objective of preferences that contradict each other or other keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vlm_tune.config.faults import Fault, broken
+from vlm_tune.config.objectives import JUDGED_FORMS
+from vlm_tune.config.yaml_source import value_at
+
+SMOOTHED = ("robust", "exo_pair")
+"""DPO's losses that take `label_smoothing`."""
+
+
+def objective_contradictions(raw: Any) -> list[Fault]:
+    """Returns faults of an objective of preferences; `raw` holds unchecked values."""
+    objective = value_at(raw, "objective")
+    if not isinstance(objective, dict) or objective.get("kind") not in list(JUDGED_FORMS):
+        return []
+    faults = [*_layout_contradictions(raw, objective), *_reference_contradictions(raw, objective)]
+    return faults + (_loss_contradictions(objective) if objective["kind"] == "dpo" else [])
+
+
+def _loss_contradictions(objective: dict[str, Any]) -> list[Fault]:
+    """Returns faults of DPO's losses."""
+    types = objective.get("loss_type", "sigmoid")
+    types = types if isinstance(types, list) else [types]
+    weights = objective.get("loss_weights")
+    smoothing = objective.get("label_smoothing", 0.0)
+    return broken(
+        (
+            isinstance(weights, list) and len(weights) != len(types),
+            ("objective", "loss_weights"),
+            f"loss_type and loss_weights differ in length ({len(types)} and "
+            f"{len(weights) if isinstance(weights, list) else 0})",
+        ),
+        (
+            types == ["sft"],
+            ("objective", "loss_type"),
+            "sft alone has no preferences: name another loss beside it, or use "
+            "objective.kind: language_modeling",
+        ),
+        (
+            "exo_pair" in types and smoothing == 0,
+            ("objective", "loss_type"),
+            "exo_pair needs label_smoothing over 0; its paper recommends 1e-3",
+        ),
+        (
+            smoothing != 0 and not any(name in SMOOTHED for name in types),
+            ("objective", "label_smoothing"),
+            f"label_smoothing is of loss_type {' and '.join(SMOOTHED)}",
+        ),
+    )
+
+
+def _layout_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]:
+    """Returns faults of rows in which answers to one prompt can't be told apart or joined."""
+    seq2seq = value_at(raw, "model", "llm", "kind") == "seq2seq"
+    reads = (
+        value_at(raw, "model", "connector", "text") is True
+        or value_at(raw, "model", "connector", "kind") == "fusion"
+    )
+    estimates = objective["kind"] == "kto" and objective.get("loss_type", "kto") == "kto"
+    rules = value_at(raw, "tune")
+    virtual = any(
+        value_at(rule, "how") in ("prompt", "prefix")
+        for rule in (rules if isinstance(rules, list) else [])
+    )
+    scored_by = objective.get("scored_by", "rewards/accuracies")
+    return broken(
+        (
+            scored_by != "answers" and value_at(raw, "evaluate", "best") is not None,
+            ("evaluate", "best"),
+            "objective.scored_by selects the best checkpoint of preferences, and evaluate.best "
+            "only where that is answers",
+        ),
+        (
+            seq2seq and value_at(raw, "data", "packing") is True,
+            ("data", "packing"),
+            "an encoder-decoder's answers to one prompt are one row already: it takes no packed "
+            "rows of preferences",
+        ),
+        (
+            seq2seq and virtual,
+            ("objective", "kind"),
+            "virtual tokens (how: prompt or prefix) stand before one answer of an "
+            "encoder-decoder, and preferences compare several; use LoRA",
+        ),
+        (
+            reads and not seq2seq,
+            ("objective", "kind"),
+            "a text-conditioned connector reads an image once an answer, and preferences compare "
+            "several answers to one reading; use another connector",
+        ),
+        (
+            estimates and value_at(raw, "data", "streaming") is True,
+            ("data", "streaming"),
+            "loss_type kto compares answers with those of other rows, which a stream does not "
+            "have at hand; prepare them (streaming: false), or use apo_zero_unpaired",
+        ),
+    )
+
+
+def _reference_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]:
+    """Returns faults of the reference model."""
+    if objective["kind"] not in ("dpo", "kto"):
+        return []
+    reference = objective.get("reference", "adapter_off")
+    rules = value_at(raw, "tune")
+    others = _not_switched_off(rules if isinstance(rules, list) else [])
+    engine = value_at(raw, "engine", "kind")
+    sharded = engine == "fsdp" or (engine == "deepspeed" and value_at(raw, "engine", "stage") == 3)
+    return broken(
+        (
+            reference == "adapter_off" and others,
+            ("objective", "reference"),
+            f"adapter_off gives the model before training only where all that trains is LoRA "
+            f"(not DoRA), and this recipe also has {', '.join(others)}; use reference: copy or "
+            "precomputed",
+        ),
+        (
+            reference != "adapter_off" and sharded,
+            ("objective", "reference"),
+            f"the engine shards the weights, and reference: {reference} needs them whole; use "
+            "adapter_off, or another engine",
+        ),
+        (
+            reference == "precomputed" and value_at(raw, "data", "streaming") is True,
+            ("objective", "reference"),
+            "precomputed needs all rows at hand; prepare them (streaming: false)",
+        ),
+        (
+            reference == "precomputed" and isinstance(value_at(raw, "data", "augment"), dict),
+            ("objective", "reference"),
+            "precomputed is of images as they are, and data.augment changes them in each epoch",
+        ),
+    )
+
+
+def _not_switched_off(rules: Sequence[Any]) -> list[str]:
+    """The tunings of rules besides LoRA adapters whose scale can be 0, in words."""
+    return [
+        f"how: {value_at(rule, 'how')} for {value_at(rule, 'match')}"
+        if value_at(rule, "how") != "lora"
+        else f"variant: dora for {value_at(rule, 'match')}"
+        for rule in rules
+        if value_at(rule, "how") not in ("lora", "frozen") or value_at(rule, "variant") == "dora"
+    ]
+
+
+def later_adapter_fault(earlier: Sequence[Any], raw: Any) -> list[Fault]:
+    """Returns the fault of a stage whose adapters begin where an earlier stage's ended.
+
+    Switched off, these would give the model before that stage.
+    """
+    objective = value_at(raw, "objective")
+    kind = value_at(objective, "kind")
+    tuned = [
+        adapter for stage in earlier for adapter in _adapters(stage) if adapter in _adapters(raw)
+    ]
+    off = kind in ("dpo", "kto") and (value_at(objective, "reference") in (None, "adapter_off"))
+    return broken(
+        (
+            tuned and off,
+            ("objective", "reference"),
+            "an earlier stage trains the adapters that adapter_off switches off; use "
+            "reference: copy or precomputed",
+        )
+    )
+
+
+def _adapters(stage: Any) -> list[dict[str, Any]]:
+    """The LoRA adapters that a stage's rules describe; others are merged before the next stage."""
+    rules = value_at(stage, "tune")
+    rates = ("learning_rate", "lora_plus_ratio")
+    return [
+        {key: rule[key] for key in rule if key not in rates}
+        for rule in (rules if isinstance(rules, list) else [])
+        if value_at(rule, "how") == "lora"
+    ]

@@ -1,0 +1,163 @@
+"""The recipe's `objective`: what the training minimises."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vlm_tune.config.base import Config, PositiveFloat
+
+
+class LanguageModeling(Config):
+    """Cross-entropy loss of the supervised tokens."""
+
+    kind: Literal["language_modeling"] = "language_modeling"
+
+
+class Contrastive(Config):
+    """Contrastive loss in the LLM's embedding space.
+
+    Each image is compared with the batch's distinct captions.
+    """
+
+    kind: Literal["contrastive"]
+    temperature: PositiveFloat = 0.07
+
+
+Reference = Annotated[
+    Literal["adapter_off", "copy", "precomputed"],
+    Field(
+        description="the model that answers are compared with, which is the model before training; "
+        "adapter_off: its LoRA adapters switched off, copy: a copy of the weights that train, "
+        "precomputed: its log-probabilities, computed once before training and stored on disk"
+    ),
+]
+ScoredBy = Annotated[
+    Literal["rewards/accuracies", "loss", "answers"],
+    Field(
+        description="what selects the best checkpoint on the validation part; answers: generated "
+        "answers that equal the chosen ones"
+    ),
+]
+Beta = Annotated[
+    PositiveFloat, Field(description="strength of the reference model, or of the preferences")
+]
+
+DpoLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "sigmoid_norm",
+    "sft",
+]
+"""TRL's loss types that add over pairs."""
+
+
+class Dpo(Config):
+    """Direct preference optimisation: chosen answers become likelier than rejected ones.
+
+    Each is compared with its likelihood under a reference model. Names are those of TRL's
+    DPOConfig.
+    """
+
+    kind: Literal["dpo"]
+    loss_type: DpoLoss | Annotated[list[DpoLoss], Field(min_length=1)] = Field(
+        default="sigmoid", description="one loss, or several that are added by loss_weights"
+    )
+    loss_weights: list[PositiveFloat] | None = Field(
+        default=None, description="weight of each loss of the list; 1 by default"
+    )
+    beta: Beta = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.0,
+        description="robust: share of pairs whose order is wrong; exo_pair: its epsilon, over 0",
+    )
+    reference: Reference = "adapter_off"
+    scored_by: ScoredBy = "rewards/accuracies"
+
+    @property
+    def losses(self) -> list[tuple[DpoLoss, float]]:
+        """The losses with their weights."""
+        types: list[DpoLoss] = (
+            self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+        )
+        return list(zip(types, self.loss_weights or [1.0] * len(types), strict=True))
+
+
+class Kto(Config):
+    """Kahneman-Tversky optimisation: liked answers become likelier, disliked ones less likely.
+
+    Answers are judged one by one. Names are those of TRL's KTOConfig.
+    """
+
+    kind: Literal["kto"]
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    beta: Beta = 0.1
+    desirable_weight: PositiveFloat = Field(default=1.0, description="weight of liked answers")
+    undesirable_weight: PositiveFloat = Field(default=1.0, description="weight of disliked answers")
+    reference: Reference = "adapter_off"
+    scored_by: ScoredBy = "rewards/accuracies"
+
+    @property
+    def mismatches(self) -> bool:
+        """Whether the loss also reads each prompt with an answer of another row."""
+        return self.loss_type == "kto"
+
+
+class SimPo(Config):
+    """Simple preference optimisation: mean log-probabilities of answers, and no reference model.
+
+    Names are those of TRL's CPOConfig with `loss_type: simpo`.
+    """
+
+    kind: Literal["simpo"]
+    beta: Beta = 0.1
+    simpo_gamma: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.5, description="margin of the reward that is aimed at"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    cpo_alpha: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.0, description="weight of the chosen answers' cross-entropy"
+    )
+    scored_by: ScoredBy = "rewards/accuracies"
+
+
+class Orpo(Config):
+    """Odds ratio preference optimisation: cross-entropy of chosen answers, and an odds ratio.
+
+    It has no reference model. Names are those of TRL's ORPOConfig.
+    """
+
+    kind: Literal["orpo"]
+    beta: Beta = 0.1
+    scored_by: ScoredBy = "rewards/accuracies"
+
+
+PreferenceConfig = Dpo | Kto | SimPo | Orpo
+AnyObjective = LanguageModeling | Contrastive | PreferenceConfig
+
+COMMANDS = {
+    "language_modeling": "sft",
+    "contrastive": "sft",
+    "dpo": "dpo",
+    "simpo": "dpo",
+    "orpo": "dpo",
+    "kto": "kto",
+}
+"""The command that trains an objective, by its kind."""
+
+JUDGED_FORMS = {
+    "dpo": ("preference",),
+    "simpo": ("preference",),
+    "orpo": ("preference",),
+    "kto": ("preference", "unpaired_preference"),
+}
+"""The forms of rows that an objective of preferences trains on, by its kind."""

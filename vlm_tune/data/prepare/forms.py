@@ -1,0 +1,46 @@
+"""Checks that the rows of a part are of a form that the stage's objective trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vlm_tune.config.objectives import COMMANDS, JUDGED_FORMS, AnyObjective
+from vlm_tune.data.prepare.job import PartName
+from vlm_tune.data.sources.base import SourceReader
+from vlm_tune.data.sources.preferences import PREFERENCE_FORMS
+from vlm_tune.errors import DataError
+from vlm_tune.quoting import name_list
+
+
+def check_forms(objective: AnyObjective, readers: Iterable[SourceReader], part: PartName) -> None:
+    """Raises `DataError` for a source whose rows the objective can't train on or be scored by."""
+    for reader in readers:
+        fault = form_fault(objective, reader.form, part)
+        if fault is not None:
+            raise DataError(fault, source=reader.name, kind="form")
+
+
+def form_fault(objective: AnyObjective, form: str, part: PartName) -> str | None:
+    """The reason why the objective can't train on rows of a form, or be scored; else None."""
+    scored_by = getattr(objective, "scored_by", "answers")
+    if part == "test" or (part == "validation" and scored_by == "answers"):
+        if form != "unpaired_preference":
+            return None
+        return (
+            "rows of unpaired_preference have no right answer to score generated ones by; take "
+            "rows of another form"
+        )
+    expected = JUDGED_FORMS.get(objective.kind)
+    if expected is not None and form not in expected:
+        return (
+            f"objective.kind: {objective.kind} trains on rows of the form "
+            f"{name_list(expected)}, and these are {form} rows; docs/preferences.md shows them"
+        )
+    if expected is None and form in PREFERENCE_FORMS:
+        kinds = [kind for kind, forms in JUDGED_FORMS.items() if form in forms]
+        return (
+            f"{form} rows have answers that are not to be learned: set objective.kind to one of "
+            f"{name_list(kinds)} (`vlm-tune {COMMANDS[kinds[0]]}`), or take only the good answers "
+            "with form: prompt_completion"
+        )
+    return None

@@ -1,0 +1,144 @@
+"""Forms of rows in which people judge answers: pairs of answers, and single ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vlm_tune.data.sources.chat_schemas import messages_of, text_parts, turns_of, with_system
+from vlm_tune.data.sources.fields import is_empty
+from vlm_tune.data.sources.legible import SURROGATE, is_legible
+from vlm_tune.data.sources.media import MediaFinder
+from vlm_tune.data.sources.media_places import Row, RowMedia, with_media
+from vlm_tune.data.types import Media, Message
+from vlm_tune.errors import DataError
+from vlm_tune.quoting import quoted
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row whose answers people have judged.
+
+    Attributes:
+        messages: The turns; the last is the chosen answer, or the one that is judged.
+        rejected: The rejected answer; None where one answer is judged.
+        desirable: Whether the one answer is liked; None in a pair.
+    """
+
+    messages: list[Message]
+    rejected: Message | None = None
+    desirable: bool | None = None
+
+
+def preference(row: Row, finder: MediaFinder) -> Judged:
+    """Rows of `chosen` and `rejected`, after a `prompt`, a `question`, or turns that both have.
+
+    As TRL's preference format: each is a text or role/content turns. Both answers are one turn.
+    """
+    prompt = _prompt_of(row)
+    chosen, rejected = (_completion(row, name) for name in ("chosen", "rejected"))
+    if prompt is None:
+        prompt, chosen, rejected = shared_prompt(chosen, rejected)
+        if not prompt:
+            raise DataError(
+                "no `prompt` (or `question`), and `chosen` and `rejected` begin with no turn that "
+                "they share",
+                kind="missing_field",
+            )
+    media = RowMedia(row, finder)
+    messages = _context(prompt, media)
+    answers = [
+        _one_answer(name, completion, media)
+        for name, completion in (("chosen", chosen), ("rejected", rejected))
+    ]
+    if answers[0].text.strip() == answers[1].text.strip():
+        raise DataError(
+            f"`chosen` and `rejected` are the same answer, {quoted(answers[0].text)}",
+            kind="equal_answers",
+        )
+    whole = with_system(row, with_media([*messages, answers[0]], media))
+    return Judged(whole, rejected=answers[1])
+
+
+def unpaired_preference(row: Row, finder: MediaFinder) -> Judged:
+    """Rows of `prompt` (or `question`), `completion` and `label`: whether the answer is liked."""
+    label = row.get("label")
+    if not (isinstance(label, bool) or (isinstance(label, int) and label in (0, 1))):
+        raise DataError(f"`label` is true or false, got {quoted(label)}", kind="field")
+    prompt = _prompt_of(row)
+    if prompt is None:
+        raise DataError("no `prompt` (or `question`)", kind="missing_field")
+    media = RowMedia(row, finder)
+    messages = _context(prompt, media)
+    messages.append(_one_answer("completion", _completion(row, "completion"), media))
+    return Judged(with_system(row, with_media(messages, media)), desirable=bool(label))
+
+
+def shared_prompt(
+    chosen: str | Sequence[Row], rejected: str | Sequence[Row]
+) -> tuple[Any, Any, Any]:
+    """The prompt that two completions begin with, and what is left of each.
+
+    As `trl.extract_prompt`, which takes transformers and datasets to import.
+    """
+    same = 0
+    for one, other in zip(chosen, rejected, strict=False):
+        if one != other:
+            break
+        same += 1
+    if isinstance(chosen, str) and same and chosen[same - 1] == " ":
+        same -= 1  # the space belongs to the answers
+    return chosen[:same], chosen[same:], rejected[same:]
+
+
+def _prompt_of(row: Row) -> Any:
+    """The row's `prompt` or `question`; None if it has neither."""
+    prompt = None if is_empty(row.get("prompt")) else row["prompt"]
+    question = None if is_empty(row.get("question")) else row["question"]
+    if prompt is not None and question is not None:
+        raise DataError("both `prompt` and `question`", kind="field")
+    if question is not None and not isinstance(question, str):
+        raise DataError(f"`question` is text, got {quoted(question)}", kind="field")
+    return question if prompt is None else prompt
+
+
+def _completion(row: Row, name: str) -> str | Sequence[Row]:
+    """The text or the turns of a field."""
+    completion = row.get(name)
+    return completion if isinstance(completion, str) else turns_of(row, name)
+
+
+def _context(prompt: str | Sequence[Row], media: RowMedia) -> list[Message]:
+    """The turns of a prompt, whose answers carry no loss."""
+    if isinstance(prompt, str):
+        return [Message("user", text_parts(prompt, "user", media))]
+    return messages_of(turns_of({"prompt": prompt}, "prompt"), media, context=True)
+
+
+def _one_answer(name: str, completion: str | Sequence[Row], media: RowMedia) -> Message:
+    """The answer of a completion, which is one turn of the assistant's."""
+    if isinstance(completion, str):
+        answer = Message("assistant", (completion,) if completion else ())
+    else:
+        turns = messages_of(completion, media)
+        if len(turns) != 1 or turns[0].role != "assistant":
+            roles = ", ".join(turn.role for turn in turns) or "none"
+            raise DataError(
+                f"`{name}` is one turn of the assistant's after the prompt, got: {roles}",
+                kind="turns",
+            )
+        answer = replace(turns[0], trained=True)
+    if not is_legible(answer.text):
+        raise DataError(f"`{name}` is an empty answer", kind="empty_answer")
+    if any(isinstance(part, Media) for part in answer.parts):
+        raise DataError(f"`{name}`: an image in an answer", kind="image_count")
+    if SURROGATE.search(answer.text):
+        raise DataError(f"`{name}` holds half a surrogate pair, which is no character", kind="text")
+    return answer
+
+
+PREFERENCE_FORMS: dict[str, Callable[[Row, MediaFinder], Judged]] = {
+    "preference": preference,
+    "unpaired_preference": unpaired_preference,
+}
