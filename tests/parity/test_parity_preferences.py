@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from tests.helpers.preference_samples import awake, examples_of, preference_text
 from tests.helpers.tiny_models import assert_close, batch_of, built, parsed
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.data.packing import separate_rows
+from vlm_tune.data.packing import separate_rows, with_mismatched
 from vlm_tune.data.types import IGNORE_INDEX, Example
 from vlm_tune.exporting import export
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.train.preference_losses import orpo_losses, simpo_losses
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 LOSSES = (
@@ -49,7 +51,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe_of(folder: Path, objective: str) -> Recipe:
+def recipe_of(folder: Path, objective: str, *, judged: bool = False) -> Recipe:
     """A recipe that trains LoRA on the exported model's own weights."""
 
     def make(kind: str) -> str:
@@ -59,7 +61,7 @@ def recipe_of(folder: Path, objective: str) -> Recipe:
             f"{head}\nmodel: {{pretrained: {folder / 'model'}}}\ndata:{rest.partition('data:')[2]}"
         )
 
-    return parsed(preference_text(make, "causal", objective))
+    return parsed(preference_text(make, "causal", objective, judged=judged))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,9 @@ def trainer_of(folder: Path, model: VisionLanguageModel, trainer: Any, config: A
     theirs.resize_token_embeddings(model.llm.vocabulary)
     theirs.config.image_token_id = processor.tokenizer.unk_token_id
     image = Image.new("RGB", (32, 32))
-    row = {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "b", "label": True}
+    row = {"prompt": "a", "completion": "b", "label": True}
+    if "DPO" in trainer.__name__:
+        row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     trainer_with_lora = trainer(
         model=theirs,
         args=config,
@@ -190,3 +194,87 @@ def test_dpo_equals_trl(
     expected = gradients_of(dpo_trainer, theirs)
     assert any(gradient.abs().max() > 1e-4 for gradient in expected.values())
     assert_close({their_name(name): each for name, each in gradients.items()}, expected)
+
+
+def test_kto_equals_trl(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from trl import KTOConfig, KTOTrainer
+
+    recipe = recipe_of(
+        llava, "{kind: kto, beta: 0.3, desirable_weight: 1.3, undesirable_weight: 0.8}", judged=True
+    )
+    ours = awake(recipe)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "lora_B" in name:
+                parameter.neg_()  # so that the divergence is over 0
+    config = settings(
+        KTOConfig,
+        tmp_path_factory,
+        beta=0.3,
+        desirable_weight=1.3,
+        undesirable_weight=0.8,
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+    )
+    trainer = trainer_of(llava, ours, KTOTrainer, config)
+    plain = examples_of(ours, recipe)[:4]
+    units = [
+        with_mismatched([example], [plain[place - 1]], "causal")[0]
+        for place, example in enumerate(plain)
+    ]
+    (loss,), gradients = step(ours, recipe, [batch_of(ours, units)])
+
+    rows = [separate_rows(unit) for unit in units]
+    image = trainer.model.config.image_token_id
+    inputs = their_inputs(ours, [judged for judged, _ in rows], image)
+    mismatched = their_inputs(ours, [other for _, other in rows], image)
+    inputs |= {
+        f"KL_{name}": mismatched[name]
+        for name in ("input_ids", "attention_mask", "completion_mask")
+    }
+    inputs["label"] = torch.tensor([example.answers.max() == 0 for example in plain])  # type: ignore[union-attr]
+    trainer.model.train()
+    theirs = trainer._compute_loss(trainer.model, inputs, False)
+    assert float(loss.sum.detach()) / loss.count == pytest.approx(float(theirs.detach()), rel=1e-5)
+    metrics = trainer._metrics["train"]
+    assert metrics["kl"][0] > 0
+    for name, (total, number) in loss.metrics.items():
+        if name != "rewards/accuracies":  # ours alone
+            assert float(total) / float(number) == pytest.approx(metrics[name][0], rel=1e-4)
+    expected = gradients_of(trainer, theirs)
+    assert_close({their_name(name): each for name, each in gradients.items()}, expected)
+
+
+def logprobs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probabilities of pairs, and numbers of tokens."""
+    generator = torch.Generator().manual_seed(4)
+    lengths = torch.randint(1, 9, (16, 2), generator=generator)
+    return -lengths * torch.rand(16, 2, generator=generator) * 3, lengths
+
+
+def test_simpo_equals_trls_cpo_loss() -> None:
+    from trl.experimental.cpo import CPOTrainer
+
+    policy, lengths = logprobs()
+    trainer: Any = SimpleNamespace(
+        alpha=0.0,
+        loss_type="simpo",
+        beta=2.0,
+        simpo_gamma=0.7,
+        label_smoothing=0.1,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    # TRL gives SimPO the means over tokens.
+    expected, *_ = CPOTrainer.cpo_loss(trainer, *(policy / lengths).unbind(1))
+    losses = simpo_losses(policy, lengths, beta=2.0, gamma=0.7, smoothing=0.1)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+
+
+def test_orpo_equals_trls_odds_ratio_loss() -> None:
+    from trl.experimental.orpo import ORPOTrainer
+
+    policy, lengths = logprobs()
+    trainer: Any = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device="cpu"))
+    expected, *_ = ORPOTrainer.odds_ratio_loss(trainer, *(policy / lengths).unbind(1))
+    # TRL subtracts them from the cross-entropy.
+    torch.testing.assert_close(orpo_losses(policy, lengths, beta=0.4), -expected, rtol=1e-5, atol=0)
