@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, logsigmoid
 
+from tests.helpers.forked_runs import ended, start
 from tests.helpers.preference_samples import awake, examples_of, preference_text, step
 from tests.helpers.tiny_models import assert_close, batch_of, parsed
+from vlm_tune.api import dpo, kto
 from vlm_tune.data.packing import branch_layout, pack_layout, separate_rows
 from vlm_tune.data.types import ANSWER_KINDS, IGNORE_INDEX
 from vlm_tune.model.lora import adapters_off
@@ -115,3 +120,38 @@ def test_a_decoder_equals_a_computation_answer_by_answer(tiny_recipe: Callable[.
         sorted(float(each) for each in expected), rel=1e-5
     )
     assert (batch.labels != IGNORE_INDEX).sum() == sum(row.supervised for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", [DPO, "{kind: kto, beta: 0.5}"], ids=["dpo", "kto"])
+def test_two_ranks_train_as_one(
+    objective: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    train = kto if "kto" in objective else dpo
+
+    def recipe(output: str, size: int) -> Any:
+        def make(kind: str) -> str:
+            return tiny_recipe(kind, output=output)
+
+        text = preference_text(make, "causal", objective, judged=train is kto)
+        return parsed(
+            text,
+            train__steps=4,
+            train__log_every=1,
+            train__batch_size=size,
+            evaluate__every=4,
+            evaluate__samples=0,
+        )
+
+    def logged(output: str) -> list[dict[str, Any]]:
+        lines = (tmp_path / output / "log.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines]
+        return [event for event in events if event["event"] in ("train", "evaluate")]
+
+    train(recipe("one", 4))
+    pids = start(partial(train, recipe("two", 2)), tmp_path / "ranks.txt", ranks=2)
+    assert ended(pids) == [0, 0], (tmp_path / "ranks.txt").read_text()
+    assert len(logged("one")) == len(logged("two")) == 5
+    for alone, together in zip(logged("one"), logged("two"), strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert together["metrics"] == pytest.approx(alone["metrics"], rel=1e-3, abs=1e-5)

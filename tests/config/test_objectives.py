@@ -1,0 +1,101 @@
+"""Objectives of preferences: settings that contradict each other, and their commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.helpers.tiny_models import parsed, with_tune
+from vlm_tune.config.load import check_command
+from vlm_tune.errors import RecipeError
+
+LORA = """
+tune:
+  - {match: "tower.*", how: frozen}
+  - {match: "connector.*", how: frozen}
+  - {match: "llm.*", how: lora, r: 4}
+train:"""
+WITH_CONNECTOR = LORA.replace('"connector.*", how: frozen', '"connector.*", how: full')
+DORA = LORA.replace("r: 4", "r: 4, variant: dora")
+
+
+def recipe(make: Callable[..., str], objective: Any, tune: str = LORA, **changes: Any) -> Any:
+    kind = changes.pop("kind", "causal")
+    return parsed(with_tune(make(kind), tune), objective=objective, **changes)
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "message"),
+    [
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, {}, "differ in length"),
+        ({"loss_type": "sft"}, {}, "sft alone has no preferences"),
+        ({"loss_type": "exo_pair"}, {}, "exo_pair needs label_smoothing"),
+        ({"label_smoothing": 0.1}, {}, "label_smoothing is of loss_type"),
+        ({}, {"tune": WITH_CONNECTOR}, "adapter_off gives the model before training only where"),
+        ({}, {"tune": DORA}, "variant: dora for llm"),
+        ({}, {"kind": "seq2seq", "data__packing": True}, "takes no packed rows of preferences"),
+        (
+            {"reference": "copy"},
+            {"engine": {"kind": "fsdp"}},
+            "the engine shards the weights",
+        ),
+        (
+            {"reference": "precomputed"},
+            {"data__augment": {"flip": 0.5}},
+            "precomputed is of images as they are",
+        ),
+        (
+            {"kind": "kto"},
+            {"data__streaming": True, "data__validation": []},
+            "compares answers with those of other rows",
+        ),
+        (
+            {},
+            {"model__connector": {"kind": "fusion", "how": "gate"}},
+            "reads an image once an answer",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    tiny_recipe: Callable[..., str],
+    objective: dict[str, Any],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(tiny_recipe, {"kind": "dpo"} | objective, **changes)
+
+
+@pytest.mark.parametrize("reference", ["copy", "precomputed"])
+def test_other_references_go_with_any_tuning(
+    tiny_recipe: Callable[..., str], reference: str
+) -> None:
+    for tune in (WITH_CONNECTOR, DORA):
+        recipe(tiny_recipe, {"kind": "dpo", "reference": reference}, tune)
+
+
+def test_adapters_of_an_earlier_stage_are_not_switched_off(
+    tiny_recipe: Callable[..., str],
+) -> None:
+    stages: Any = [{"name": "sft"}, {"name": "dpo", "objective": {"kind": "dpo"}}]
+    with pytest.raises(RecipeError, match="an earlier stage trains the adapters"):
+        parsed(with_tune(tiny_recipe("causal"), LORA), stages=stages)
+    stages[1]["objective"]["reference"] = "copy"
+    staged = parsed(with_tune(tiny_recipe("causal"), LORA), stages=stages)
+    check_command(staged, "dpo")
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [("language_modeling", "sft"), ("simpo", "dpo"), ("orpo", "dpo"), ("kto", "kto")],
+)
+def test_each_objective_has_its_command(
+    tiny_recipe: Callable[..., str], kind: str, command: str
+) -> None:
+    of_kind = recipe(tiny_recipe, {"kind": kind})
+    check_command(of_kind, command)
+    for other in {"sft", "dpo", "kto"} - {command}:
+        with pytest.raises(RecipeError, match=f"is trained by `vlm-tune {command}`"):
+            check_command(of_kind, other)
