@@ -22,6 +22,7 @@ from vlm_tune.model.acceleration.decoder_layers import DecoderLayer
 from vlm_tune.model.acceleration.gated_modules import GatedModule
 from vlm_tune.model.acceleration.install import uninstall
 from vlm_tune.model.acceleration.lora_layers import LoraLinear
+from vlm_tune.model.language.base import AnswerLogprobs
 from vlm_tune.model.lora_rules import is_linear
 from vlm_tune.model.tower_pass import stored_dtype
 from vlm_tune.model.vlm import Alignment, VisionLanguageNetwork
@@ -62,16 +63,22 @@ def traced(
     model_batch = _with_images(batch, model.tower, features, half, fake)
     vocabulary = model.llm.vocabulary
     align = stage.objective.kind == "contrastive"
+    by_answer = model_batch.answers is not None
+    compares = getattr(stage.objective, "reference", None) in ("adapter_off", "copy")
     accumulating = stage.train.gradient_accumulation > 1
     idle = [0]
 
     def step() -> torch.Tensor:
-        output = model(model_batch, align=align)
-        return (
-            output.images.sum() + output.captions.sum()
-            if isinstance(output, Alignment)
-            else output.sum
-        )
+        if compares:
+            with torch.no_grad():
+                model(model_batch, by_answer=by_answer)
+        output = model(model_batch, align=align, by_answer=by_answer)
+        match output:
+            case Alignment():
+                return output.images.sum() + output.captions.sum()
+            case AnswerLogprobs():
+                return output.sums.sum()
+        return output.sum
 
     def measure() -> np.ndarray:
         to_fake(model, fake)
@@ -170,7 +177,13 @@ def _multiplied(model: VisionLanguageNetwork, batch: Batch, gpu: bool) -> Iterat
 
     def count(module: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         of_head = module is head or module is model.llm
-        flows = output.sum.requires_grad if module is model.llm else inputs[0].requires_grad
+        if module is model.llm:
+            loss = output.sums if isinstance(output, AnswerLogprobs) else output.sum
+            flows = loss.requires_grad
+        else:
+            flows = inputs[0].requires_grad
+        if not torch.is_grad_enabled():  # a reference model's pass
+            return
         if id(head if of_head else module) in counted:
             return
         counted.add(id(head if of_head else module))
