@@ -53,7 +53,7 @@ def run_counted(
 
 def assert_one_wait_a_step(device: CountedDevice) -> None:
     assert len(device.waits) <= STEPS, device.waits
-    assert all("trainer.py" in line for line in device.waits)
+    assert all("step_figures.py" in line for line in device.waits)
 
 
 @pytest.mark.parametrize(

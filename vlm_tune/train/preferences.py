@@ -151,7 +151,7 @@ class KtoObjective:
             right = rewards > 0 if kind == CHOSEN else rewards < 0
             hits = hits + (right & of_kind).sum()
         counts = self.counts(batch)
-        number = torch.tensor(counts.items, device=policy.device)
+        number = policy.detach().new_full((), float(counts.items))
         metrics["rewards/accuracies"] = hits, number
         if self.mismatches:
             metrics["kl"] = self.kl * number, number
@@ -171,6 +171,6 @@ def _by_prompt(of_answers: Tensor | None) -> Tensor:
 
 def _pair_metrics(rewards: Tensor, logps: Tensor) -> Metrics:
     """The figures of pairs, from rewards and log-probabilities [P, 2]."""
-    number = torch.tensor(len(rewards), device=rewards.device)
+    number = rewards.new_full((), float(len(rewards)))
     sums = (*rewards.sum(0), (rewards[:, 0] > rewards[:, 1]).sum(), *logps.sum(0))
     return {name: (total, number) for name, total in zip(FIGURES, sums, strict=True)}
