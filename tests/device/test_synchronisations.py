@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from tests.helpers.connector_kinds import KINDS, with_connector
 from tests.helpers.counted_device import CUDA, CountedDevice, counted_device, to_counted_device
+from tests.helpers.preference_samples import preference_text
 from tests.helpers.tiny_models import LORA_TUNE, built, parsed, stage_loop, with_tune
 from vlm_tune.train import trainer
 from vlm_tune.train.step_trace import read_trace
@@ -104,6 +105,14 @@ def test_the_contrastive_objective_waits_once_a_step(
     assert_one_wait_a_step(
         run_counted(tiny_recipe("causal"), tmp_path / "gpu", monkeypatch, **keys)
     )
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_objectives_of_preferences_wait_once_a_step(
+    kind: str, tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = preference_text(tiny_recipe, "causal", f"{{kind: {kind}}}", judged=kind == "kto")
+    assert_one_wait_a_step(run_counted(text, tmp_path / "gpu", monkeypatch))
 
 
 def test_a_gradient_is_clipped_without_looking_at_its_norm(

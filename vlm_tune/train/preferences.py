@@ -118,14 +118,16 @@ class KtoObjective:
         """Computes the mean log-ratio of mismatched answers over the step, at least 0."""
         if not self.mismatches:
             return
-        sums = torch.zeros(2, device=self.device)
+        sums: list[Tensor] = []
         for batch in batches:
             with torch.no_grad():
                 batch.reference = self.reference(model, batch)
                 ratios = _by_prompt(model(batch, by_answer=True).sums - batch.reference)
             present = (_by_prompt(batch.answer_lengths) > 0)[:, MISMATCHED]
-            sums += torch.stack([(ratios[:, MISMATCHED] * present).sum(), present.sum()])
-        total, number = self.summed(sums).unbind()
+            sums.append(torch.stack([(ratios[:, MISMATCHED] * present).sum(), present.sum()]))
+        # In an evaluation a process may have no rows.
+        summed = torch.stack(sums).sum(0) if sums else torch.zeros(2, device=self.device)
+        total, number = self.summed(summed).unbind()
         self.kl = (total / number.clamp(min=1)).clamp(min=0)
 
     def __call__(self, model: Any, batch: Batch, totals: Counts | None = None) -> Loss:
