@@ -81,6 +81,8 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         ),
         "chat_batch": (vlm.chat_batch, {"requests": ["what color?"], "max_new_tokens": 1}),
         "answer_batch": (vlm.answer_batch, {"requests": ["what color?"], "max_new_tokens": 1}),
+        "embed_images": (vlm.embed_images, {"images": [folder / "red.png"]}),
+        "embed_texts": (vlm.embed_texts, {"texts": ["red"]}),
         "stream": (
             lambda **arguments: list(vlm.stream(**arguments)),
             {"prompt": "what color?", "images": folder / "red.png", "max_new_tokens": 1},

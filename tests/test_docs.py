@@ -74,16 +74,17 @@ def test_the_python_page_runs(
     tiny_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = talkative(tiny_recipe("causal"), data__max_length=512)
-    for run in ("mine", "other"):
+    for run in ("mine", "other", "captions"):
         model.save_pretrained(tmp_path / "runs" / run)
     for name in ("shape", "other"):
         (tmp_path / f"{name}.png").write_bytes(png((200, 30, 30)).read())
     monkeypatch.chdir(tmp_path)
     code = blocks("python", (ROOT / "docs/python.md").read_text(encoding="utf-8"))
-    assert len(code) == 7
+    assert len(code) == 8
     names: dict[str, Any] = {}
     for block in code:
         exec(block, names)
+    assert names["images"].shape == (20, 32) and names["texts"].shape == (3, 32)
     assert names["chat"].turns == [] and set(names["answer"].probabilities) >= {"red", "blue"}
 
 

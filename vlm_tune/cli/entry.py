@@ -12,6 +12,7 @@ import typer
 
 from vlm_tune.cli.chat import chat
 from vlm_tune.cli.data import check, init, plan, recipes, schema, show
+from vlm_tune.cli.embed import embed
 from vlm_tune.cli.evaluate import compare, evaluate, predict
 from vlm_tune.cli.model import export, merge
 from vlm_tune.cli.options import print_json
@@ -72,6 +73,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "export": export,
     "chat": chat,
+    "embed": embed,
     "serve": serve,
     "show": show,
     "check": check,

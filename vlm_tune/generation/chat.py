@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 
 from vlm_tune.data.images.decode import PixelCache
@@ -16,6 +17,12 @@ from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat_session import Chat
 from vlm_tune.generation.choices import check_not_generated, choices_of_each, choose
+from vlm_tune.generation.embedding import (
+    image_embeddings,
+    listed_images,
+    listed_texts,
+    text_embeddings,
+)
 from vlm_tune.generation.requests import request_conversation
 from vlm_tune.generation.streaming import streamed
 from vlm_tune.model.base_places import BaseArgument, base_choice
@@ -49,9 +56,9 @@ def _one_answer(settings: Settings, why: str) -> None:
 class VisionLanguageModel(VisionLanguageNetwork):
     """The model that users hold: it answers prompts with images, loads and saves itself.
 
-    It adds `chat`, `answer`, `stream`, `start_chat`, `from_pretrained` and `save_pretrained` to its
-    base class `VisionLanguageNetwork`, which is the forward pass alone: tower, connector, splice,
-    LLM. Several threads may ask one model at once.
+    It adds `chat`, `answer`, `stream`, `start_chat`, `embed_images`, `embed_texts`,
+    `from_pretrained` and `save_pretrained` to its base class `VisionLanguageNetwork`, which is the
+    forward pass alone: tower, connector, splice, LLM. Several threads may ask one model at once.
 
     Attributes:
         over_base: The further models that `load_adapter` loaded over the same base weights; None
@@ -183,6 +190,44 @@ class VisionLanguageModel(VisionLanguageNetwork):
     def _streamed(self, prompt: Example, decoding: Decoding) -> Iterator[str]:
         with self.evaluating():
             yield from streamed(self, prompt, decoding, self.processor.images)
+
+    def embed_images(self, images: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
+        """Returns unit vectors fp32[I, E] of images, to compare with those of `embed_texts`.
+
+        A vector is the mean of the connector's outputs, in the space of the LLM's embeddings: what
+        `objective: {kind: contrastive}` trains. The dot product with a text's vector is their
+        similarity, which says little of a model that was not trained this way.
+
+        Args:
+            images: a list of images, each in a form that `chat` takes.
+            batch_size: the number of images in a batch.
+
+        Raises:
+            DataError: an image is invalid; the message has its number, from 1.
+            ModelError: the connector reads the question with the image.
+            ArgumentError: `images` is no list, or is empty, or `batch_size` is out of range.
+        """
+        media = listed_images(images)
+        with self.evaluating():
+            return image_embeddings(self, media, batch_size)
+
+    def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> np.ndarray:
+        """Returns unit vectors fp32[T, E] of texts, to compare with those of `embed_images`.
+
+        A vector is the sum of the embeddings of the text's tokens, as of a caption in training.
+
+        Args:
+            texts: a list of texts.
+            batch_size: the number of texts in a batch.
+
+        Raises:
+            DataError: a text has no token, or is longer than the model's rows.
+            ArgumentError: `texts` is no list of texts, or is empty, or `batch_size` is out of
+                range.
+        """
+        captions = listed_texts(texts)
+        with self.evaluating():
+            return text_embeddings(self, captions, batch_size)
 
     def start_chat(self, system: str | None = None, **settings: Unpack[Settings]) -> Chat:
         """Begins a conversation of several turns, whose past is computed once.

@@ -240,14 +240,22 @@ class VisionLanguageNetwork(nn.Module):
         connected = self.media(batch)
         if connected is None or len(batch.media_index) != len(batch.ids):
             raise DataError("a contrastive objective needs exactly one image a row")
-        caption_mask = batch.labels != IGNORE_INDEX
+        return Alignment(self.image_vectors(connected), self.caption_vectors(batch.labels))
+
+    def image_vectors(self, connected: torch.Tensor) -> torch.Tensor:
+        """Unit vectors fp32[M, E] of media, by the connector's outputs [M, N, E]: their means."""
+        return normalize(connected.float().mean(1), dim=-1)
+
+    def caption_vectors(self, labels: torch.Tensor) -> torch.Tensor:
+        """Unit vectors fp32[B, E] of captions: the sums of the embeddings of labels int64[B, T].
+
+        Ids that end an answer do not count. A caption without others has a vector of zeros.
+        """
+        caption_mask = labels != IGNORE_INDEX
         for stop in self.processor.stop_ids:
-            caption_mask &= batch.labels != stop
-        words = self.llm.embed(batch.labels.clamp(min=0)).float() * caption_mask[..., None]
-        return Alignment(
-            normalize(connected.float().mean(1), dim=-1),
-            normalize(words.sum(1), dim=-1),
-        )
+            caption_mask &= labels != stop
+        words = self.llm.embed(labels.clamp(min=0)).float() * caption_mask[..., None]
+        return normalize(words.sum(1), dim=-1)
 
 
 Network = TypeVar("Network", bound=VisionLanguageNetwork)

@@ -1,0 +1,119 @@
+"""Vectors of images and texts that can be compared: those that a contrastive objective trains.
+
+Shapes: I images, T texts, E width of the LLM's embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.types import Conversation, Example, Media, Message
+from vlm_tune.errors import ArgumentError, DataError, ModelError
+from vlm_tune.generation.requests import check_text, image_media
+from vlm_tune.model.connectors.layers import matched
+from vlm_tune.model.language.decoding import check_count
+from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.quoting import quoted
+
+
+def listed_images(images: Any) -> list[Media]:
+    """The media items of a list of images in any of the supported forms, with their numbers.
+
+    Raises:
+        ArgumentError: It is no list, or an empty one.
+        DataError: An image has another form, or is not there; the message has its number.
+    """
+    media: list[Media] = []
+    for number, image in enumerate(_listed("images", images), 1):
+        label = f"image {number}"
+        try:
+            media.append(replace(image_media(image), label=label))
+        except DataError as error:
+            raise DataError(f"{label}: {error.message}", kind=error.kind) from None
+    return media
+
+
+def listed_texts(texts: Any) -> list[str]:
+    """The texts of a list.
+
+    Raises:
+        ArgumentError: It is no list, or an empty one, or has an entry that is no text.
+    """
+    listed = _listed("texts", texts)
+    for number, text in enumerate(listed, 1):
+        check_text(f"text {number}", text)
+    return listed
+
+
+def _listed(name: str, given: Any) -> list[Any]:
+    if (
+        isinstance(given, str | bytes)
+        or not isinstance(given, Iterable)
+        or not (listed := list(given))
+    ):
+        raise ArgumentError(f"{name}: expected a list with at least one entry, got {quoted(given)}")
+    return listed
+
+
+@torch.inference_mode()
+def image_embeddings(
+    model: VisionLanguageNetwork, images: Sequence[Media], batch_size: int
+) -> np.ndarray:
+    """Unit vectors fp32[I, E] of images: the means of the connector's outputs.
+
+    An image that is cut in tiles counts as a whole.
+
+    Raises:
+        ArgumentError: `batch_size` is no whole number from 1 on.
+        DataError: An image can't be decoded.
+        ModelError: The connector reads the question.
+    """
+    check_count("batch_size", batch_size)
+    if model.connector.needs_text:
+        raise ModelError(
+            "an image alone has no vector here: the model's connector reads the question with it"
+        )
+    vectors: list[np.ndarray] = []
+    for start in range(0, len(images), batch_size):
+        pixels = [model.processor.images(media) for media in images[start : start + batch_size]]
+        features = model.tower(torch.stack(pixels).to(model.device))
+        connected = model.connector(matched(features, model.connector))
+        vectors.append(model.image_vectors(connected).cpu().numpy())
+    return np.concatenate(vectors)
+
+
+@torch.inference_mode()
+def text_embeddings(
+    model: VisionLanguageNetwork, texts: Sequence[str], batch_size: int
+) -> np.ndarray:
+    """Unit vectors fp32[T, E] of texts, each as a caption: the sums of their tokens' embeddings.
+
+    Raises:
+        ArgumentError: `batch_size` is no whole number from 1 on.
+        DataError: A text has no token, or more than the model's rows.
+    """
+    check_count("batch_size", batch_size)
+    captions = [_caption(model, number, text) for number, text in enumerate(texts, 1)]
+    model.processor.check_lengths(captions)
+    vectors: list[np.ndarray] = []
+    for start in range(0, len(captions), batch_size):
+        batch = collate(captions[start : start + batch_size], model.processor.spec)
+        vectors.append(model.caption_vectors(batch.labels.to(model.device)).cpu().numpy())
+    return np.concatenate(vectors)
+
+
+def _caption(model: VisionLanguageNetwork, number: int, text: str) -> Example:
+    """The example of a text as an answer, whose labels are its tokens."""
+    name = f"text {number}"
+    row = Conversation(name, (Message("user", ("",)), Message("assistant", (text,))))
+    (example,) = model.processor.examples(row)
+    ends = model.processor.stop_ids
+    if all(token < 0 or token in ends for token in example.labels.tolist()):
+        raise DataError(f"{name}: {quoted(text)} has no token, and so no vector", kind="text")
+    return example
