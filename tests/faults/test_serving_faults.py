@@ -252,6 +252,17 @@ def test_fault_62_all_bodies_together_are_bounded(serving: Callable[..., Server]
     assert chat(server, question("x")).status_code == 200
 
 
+def test_fault_62_images_that_a_request_names_are_counted_as_its_body(
+    serving: Callable[..., Server], tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(RED + bytes(1500))
+    server = serving(bodies_bytes=2000, image_root=tmp_path)
+    assert chat(server, with_images("a.png")).status_code == 200
+    refused = chat(server, with_images("a.png", "a.png"))
+    assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+    assert server.load.body_bytes == 0
+
+
 def test_fault_62_a_slow_client_is_408(model: VisionLanguageModel) -> None:
     engine = ScriptedEngine("red")
     server = served(model, engine, body_seconds=0.05)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import mimetypes
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from vlm_tune.data.types import Media
 from vlm_tune.errors import VlmTuneError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.quoting import quoted
 from vlm_tune.serving.api_errors import ApiError, api_error, internal, invalid_request, timed_out
 from vlm_tune.serving.chat_requests import job_of
 from vlm_tune.serving.exchange import Exchange
-from vlm_tune.serving.guard import HEALTH, Guard, Load
+from vlm_tune.serving.guard import FOOTPRINT, HEALTH, Guard, Load
 from vlm_tune.serving.jobs import Engine, Finished, Piece
 from vlm_tune.serving.limits import Limits
 from vlm_tune.serving.media import ImageReader
@@ -211,10 +212,13 @@ class Server:
         reply = Reply(body.model, served.model.processor, logprobs=logprobs)
         exchange: Exchange | None = None
 
+        def read_image(url: str) -> Awaitable[Media]:
+            return self._images(url, request.scope[FOOTPRINT])
+
         async def begin() -> tuple[Exchange, AsyncIterator[Piece | Finished], Piece | Finished]:
             nonlocal exchange
             async with asyncio.timeout_at(deadline):
-                job = await job_of(body, reply.id, self._limits, self._images)
+                job = await job_of(body, reply.id, self._limits, read_image)
                 exchange = Exchange(self._engine, job)
                 await exchange.submit(self._pool)
                 events = exchange.events()

@@ -37,7 +37,7 @@ async def job_of(request: ChatRequest, name: str, limits: Limits, read_image: Re
         read_image: Reads its images.
 
     Raises:
-        ApiError: The request is beyond the limits.
+        ApiError: The request is beyond the limits, or there is no room for its images.
         VlmTuneError: An image can't be read, or a setting is out of range.
     """
     # Cheap checks first: no image is read for a request that is refused anyway.
@@ -55,6 +55,8 @@ async def job_of(request: ChatRequest, name: str, limits: Limits, read_image: Re
         try:
             image = await read_image(part.image_url.url)
         except ApiError as error:
+            if error.status_code != 400:
+                raise
             raise ApiError(
                 error.status_code, f"{label}: {error.message}", param="messages", code=error.code
             ) from None

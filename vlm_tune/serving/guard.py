@@ -21,6 +21,8 @@ from vlm_tune.serving.api_errors import ApiError, draining, overloaded
 from vlm_tune.serving.limits import Limits
 
 HEALTH = "/health"
+FOOTPRINT = "vlm_tune.footprint"
+"""The key of an ASGI scope under which a request with a body has its `Footprint`."""
 
 
 @dataclass
@@ -29,13 +31,38 @@ class Load:
 
     Attributes:
         requests: The number of requests with a body that are in progress.
-        body_bytes: The bytes of their bodies.
+        body_bytes: The bytes of their bodies, and of images that they name.
         draining: Whether the server stops and takes no more requests.
     """
 
     requests: int = 0
     body_bytes: int = 0
     draining: bool = False
+
+
+class Footprint:
+    """The bytes that a request holds in memory until its end, as they are counted in the load.
+
+    Args:
+        load: The server's load.
+        most: The most bytes of all requests together.
+    """
+
+    def __init__(self, load: Load, most: int) -> None:
+        self._load = load
+        self._most = most
+        self._count = 0
+
+    def add(self, count: int) -> None:
+        """Counts further bytes. Raises `ApiError` where there is no room for them."""
+        self._count += count
+        self._load.body_bytes += count
+        if self._load.body_bytes > self._most:
+            raise overloaded()
+
+    def release(self) -> None:
+        """Ends the request."""
+        self._load.body_bytes -= self._count
 
 
 class Guard:
@@ -85,13 +112,14 @@ class Guard:
         if self._load.requests >= self._limits.requests:
             raise overloaded()
         self._load.requests += 1
-        body = bytearray()
+        scope[FOOTPRINT] = footprint = Footprint(self._load, self._limits.bodies_bytes)
         try:
-            if await self._read(headers, receive, body):
-                await self._app(scope, _replay(bytes(body), receive), send)
+            body = await self._read(headers, receive, footprint)
+            if body is not None:
+                await self._app(scope, _replay(body, receive), send)
         finally:
             self._load.requests -= 1
-            self._load.body_bytes -= len(body)
+            footprint.release()
 
     def _is_public(self, scope: Scope) -> bool:
         """Whether a request needs no key. One with a body, which is read and counted, does."""
@@ -130,26 +158,25 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    async def _read(self, headers: Headers, receive: Receive, body: bytearray) -> bool:
-        """Reads a request's body; returns whether the client is still there."""
+    async def _read(self, headers: Headers, receive: Receive, footprint: Footprint) -> bytes | None:
+        """A request's body; None if the client has left."""
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._limits.body_bytes:
             raise self._too_large()
+        body = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return False
+                        return None
                     piece = message.get("body", b"")
                     body += piece
-                    self._load.body_bytes += len(piece)
                     if len(body) > self._limits.body_bytes:
                         raise self._too_large()
-                    if self._load.body_bytes > self._limits.bodies_bytes:
-                        raise overloaded()
+                    footprint.add(len(piece))
                     if not message.get("more_body", False):
-                        return True
+                        return bytes(body)
         except TimeoutError:
             raise ApiError(
                 408,

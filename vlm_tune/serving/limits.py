@@ -52,7 +52,8 @@ class Limits:
         cors: Origins of other sites whose pages may use this server.
         body_bytes: The largest body of a request.
         body_seconds: Seconds in which a request's body must have come.
-        bodies_bytes: The most bytes of all bodies of requests in progress.
+        bodies_bytes: The most bytes of all bodies of requests in progress, and of images that they
+            name.
         text_characters: The most characters of a request's texts together.
         image_bytes: The largest encoded image.
         image_pixels: The most pixels of an image.

@@ -16,6 +16,7 @@ from vlm_tune.data.types import Media
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
 from vlm_tune.serving.api_errors import ApiError
+from vlm_tune.serving.guard import Footprint
 from vlm_tune.serving.limits import Limits
 from vlm_tune.serving.remote import RemoteImages
 
@@ -46,11 +47,15 @@ class ImageReader:
         self._observe = observe
         self._folder = None if limits.image_root is None else ImageFolder(limits.image_root)
 
-    async def __call__(self, url: str) -> Media:
+    async def __call__(self, url: str, footprint: Footprint) -> Media:
         """Returns the image at a URL, with its bytes.
 
+        Those that the request does not bring are counted in `footprint`: a small one may name large
+        images.
+
         Raises:
-            ApiError: The place is refused, or what is there is no image or too large.
+            ApiError: The place is refused, what is there is no image or too large, or there is no
+                room for it.
         """
         begun = time.perf_counter()
         loop = asyncio.get_running_loop()
@@ -60,8 +65,11 @@ class ImageReader:
                 return await loop.run_in_executor(self._pool, self._from_data, url)
             if scheme.startswith(("http://", "https://")):
                 encoded = await self._remote.fetch(url)
+                footprint.add(len(encoded))
                 return await loop.run_in_executor(self._pool, self._checked, encoded)
-            return await loop.run_in_executor(self._pool, self._from_folder, url)
+            image = await loop.run_in_executor(self._pool, self._from_folder, url)
+            footprint.add(len(image.read()))
+            return image
         except DataError as error:
             raise _bad_image(error.message) from None
         finally:

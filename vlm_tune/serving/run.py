@@ -92,8 +92,6 @@ def serve(
     check_path("model", model)
     folders = _named_folders(model, name, adapters or {})
     limits = limits or Limits()
-    if not host:
-        raise RecipeError([Problem("--host", "expected an address, such as 127.0.0.1")])
     # A port that is in use is an error before models are loaded.
     with _bound(host, port) as listening:
         models = _loaded(
@@ -146,6 +144,8 @@ def _loaded(folders: Mapping[str, Path], **options: Any) -> dict[str, VisionLang
 @contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that is bound to an address, and does not listen yet."""
+    if not host:
+        raise RecipeError([Problem("--host", "expected an address, such as 127.0.0.1")])
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
