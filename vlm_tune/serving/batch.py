@@ -37,7 +37,10 @@ PADDING = 1.25
 """The length of the longest prompt in a prefill, as a multiple of the shortest one's."""
 
 TOKENS = 1 << 16
-"""Most tokens that the rows have room for: their number times the longest one's length."""
+"""Most tokens of the rows, of their number times the longest one's length.
+
+Their buffers have room for up to four times as many.
+"""
 
 
 def batching_reason(model: VisionLanguageModel) -> str | None:

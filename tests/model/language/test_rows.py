@@ -130,6 +130,24 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
     script.step(2)
 
 
+@pytest.mark.parametrize("name", ["Mistral", "T5"])
+@torch.inference_mode()
+def test_a_long_row_after_many_short_ones_gets_no_room_for_many(name: str) -> None:
+    layout: Any = "causal" if name in DECODERS else "seq2seq"
+    llm = tiny_llm(name, layout)
+    rows: Any = llm.rows()
+    rows.join(torch.zeros(32, 4, llm.width), [4] * 32, [None] * 32)
+    rows.drop(range(1, 32))
+    rows.join(torch.zeros(1, 500, llm.width), [500], [None])
+    buffers = rows.buffers if layout == "causal" else rows.cross
+    assert buffers.layers[0][0].shape[::2] == (4, 500)
+    assert (buffers.room_of_rows, buffers.room_of_columns) == (4, 500)
+    # Many short ones after it have no more room than they need either.
+    rows.drop([1])
+    rows.join(torch.zeros(31, 4, llm.width), [4] * 31, [None] * 31)
+    assert (buffers.room_of_rows, buffers.room_of_columns) == (32, 128)
+
+
 def test_the_last_rows_take_the_places_of_dropped_ones() -> None:
     assert order_after(6, [1, 4]) == [0, 5, 2, 3]
     assert order_after(3, [2]) == [0, 1]

@@ -43,7 +43,7 @@ class CausalRows:
         """Prefills rows, see `Rows`."""
         rows, size, _ = embeds.shape
         starts = [0 if prefix is None else prefix.length for prefix in prefixes]
-        self.buffers.reserve(len(self) + rows, max(starts) + size)
+        self.buffers.reserve(len(self) + rows, max([*self.lengths, max(starts) + size]))
         for row, prefix in enumerate(prefixes):
             if prefix is not None:
                 layers = [[tensor[None] for tensor in layer] for layer in prefix.layers]
@@ -57,7 +57,7 @@ class CausalRows:
 
     def repeat(self, row: int, times: int) -> None:
         """Adds copies of a row, see `Rows`."""
-        self.buffers.reserve(len(self) + times, 0)
+        self.buffers.reserve(len(self) + times, max(self.lengths))
         for _ in range(times):
             self.buffers.copy(row, len(self))
             self.lengths.append(self.lengths[row])
@@ -65,7 +65,7 @@ class CausalRows:
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """A decode step, see `Rows`."""
         longest = max(self.lengths)
-        self.buffers.reserve(0, longest + 1)
+        self.buffers.reserve(len(self), longest + 1)
         columns = torch.tensor(self.lengths, device=tokens.device)[:, None]
         hidden = self._run(self.llm.embed(tokens[:, None]), 0, columns, longest, longest + 1)
         self.lengths = [length + 1 for length in self.lengths]

@@ -106,20 +106,21 @@ class RowBuffers:
         self._cache: Any = Cache(layer_class_to_replicate=cast(Any, self._cache_layer))
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Makes room for so many rows and columns; a room that is too small at least doubles."""
-        more_rows = 0
-        more_columns = 0
-        if rows > self.room_of_rows:
-            more_rows = max(rows, 2 * self.room_of_rows) - self.room_of_rows
-        if columns > self.room_of_columns:
-            room = max(columns, 2 * self.room_of_columns, FIRST_COLUMNS)
-            more_columns = room - self.room_of_columns
-        if more_rows or more_columns:
-            for layer in self.layers:
-                for place, tensor in enumerate(layer):
-                    layer[place] = pad(tensor, (0, 0, 0, more_columns, 0, 0, 0, more_rows))
-            self.room_of_rows += more_rows
-            self.room_of_columns += more_columns
+        """Makes room for so many rows and columns; what lies behind them may be dropped.
+
+        A room that is too small at least doubles, and the other one shrinks to twice what is
+        needed: a long row beside few does not get the room of the many rows before it.
+        """
+        if rows <= self.room_of_rows and columns <= self.room_of_columns:
+            return
+        columns = max(columns, FIRST_COLUMNS)
+        more_rows = _room(rows, self.room_of_rows) - self.room_of_rows
+        more_columns = _room(columns, self.room_of_columns) - self.room_of_columns
+        for layer in self.layers:
+            for place, tensor in enumerate(layer):
+                layer[place] = pad(tensor, (0, 0, 0, more_columns, 0, 0, 0, more_rows))
+        self.room_of_rows += more_rows
+        self.room_of_columns += more_columns
 
     def write_to(
         self, first: int, columns: torch.Tensor, *, start: int, filled: int, stop: int
@@ -191,6 +192,11 @@ class RowBuffers:
 
     def _cache_layer(self) -> Any:
         return _layer_class()(self, len(self._cache.layers))
+
+
+def _room(needed: int, room: int) -> int:
+    """The new size of a room: at least what is needed, and at most twice that."""
+    return max(needed, 2 * room) if needed > room else min(room, 2 * needed)
 
 
 @functools.cache

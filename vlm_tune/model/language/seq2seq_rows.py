@@ -66,7 +66,7 @@ class Seq2SeqRows:
                 for layer in cache.self_attention_cache.layers
             ],
         )
-        self.cross.reserve(first + rows, size)
+        self.cross.reserve(first + rows, max([*self.lengths, size]))
         self.cross.put(
             first,
             0,
@@ -78,8 +78,8 @@ class Seq2SeqRows:
 
     def repeat(self, row: int, times: int) -> None:
         """Adds copies of a row, see `Rows`."""
-        for buffers in (self.growing, self.cross):
-            buffers.reserve(len(self) + times, 0)
+        for buffers, columns in ((self.growing, self.filled), (self.cross, max(self.lengths))):
+            buffers.reserve(len(self) + times, columns)
             for number in range(times):
                 buffers.copy(row, len(self) + number)
         self.starts += [self.starts[row]] * times
@@ -126,7 +126,7 @@ class Seq2SeqRows:
             self.growing.shift(start, self.filled)
             self.starts = [column - start for column in self.starts]
             self.filled -= start
-        self.growing.reserve(0, self.filled + 1)
+        self.growing.reserve(len(self), self.filled + 1)
 
     def _cache(self, longest: int) -> Any:
         """The cache of transformers: what grows, and the prompts' keys and values."""
