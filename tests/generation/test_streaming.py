@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -159,3 +160,42 @@ def test_pieces_of_byte_tokens_add_up_wherever_an_answer_ends(run: bytes, texts:
     # A run that a text token ends does not change any more.
     assert reader.shown([*ids, 256]) == reader.answer([*ids, 256], None).text
     assert reader.answer([256, 0xC3, 257], None).text == "a\ufffd"
+
+
+class _Counting:
+    """A processor that counts the ids that it decodes."""
+
+    def __init__(self, processor: Any) -> None:
+        self.stop_ids = (-1,)
+        self.encoder = processor.encoder
+        self.decode = processor.raw_text
+        self.decoded = 0
+
+    def raw_text(self, ids: Any) -> str:
+        self.decoded += len(ids)
+        return self.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq", "bytes"])
+def test_a_growing_answer_is_not_decoded_again_and_again(kind: str, tiny_recipe: Recipes) -> None:
+    processor: Any
+    if kind == "bytes":
+        processor = _Bytes()
+        # Text, and runs of bytes that are characters or none.
+        choices = [256, 256, 256, 0xC3, 0xA9, 0xFF]
+    else:
+        processor = built(parsed(tiny_recipe(kind))).processor
+        choices = list(range(len(processor.tokenizer)))
+    counting: Any = _Counting(processor)
+    afresh: Any = _Counting(processor)
+    reader = AnswerReader(counting, ["aaaa"])
+    ids: list[int] = []
+    for token in np.random.default_rng(0).choice(choices, 300).tolist():
+        ids.append(token)
+        other = AnswerReader(afresh, ["aaaa"])
+        assert reader.shown(ids) == other.shown(ids)
+        assert reader.holds_stop(ids) == other.holds_stop(ids)
+    # All of them each time, twice, would be 90,300.
+    assert counting.decoded < 30_000
+    answer = reader.answer(ids, None)
+    assert answer == AnswerReader(afresh, ["aaaa"]).answer(ids, None)

@@ -9,6 +9,11 @@ from typing import Literal
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.generation.logprobs import TokenLogprobs
 
+DECODED = 64
+"""Ids of an answer that grows after which they are not decoded again."""
+CONTEXT = 8
+"""Ids before those, with which new ones are decoded."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -39,7 +44,8 @@ class Answer:
 
 def up_to_stop(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
     """The ids before the first stop id."""
-    return list(ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))])
+    places = [ids.index(stop) for stop in stops if stop in ids]
+    return list(ids[: min(places, default=len(ids))])
 
 
 def _unfinished(run: bytes) -> int:
@@ -58,6 +64,8 @@ class AnswerReader:
         self.processor = processor
         self.stop_ids = processor.stop_ids
         self.stop_strings = stop_strings
+        # Ids that were decoded, and their text. Threads may replace it.
+        self._decoded: tuple[list[int], str] = ([], "")
 
     def answer(self, ids: Sequence[int], logprobs: TokenLogprobs | None) -> Answer:
         """The answer of new ids, which may go on after its end.
@@ -69,10 +77,8 @@ class AnswerReader:
         if self.holds_stop(answer_ids):
             ended = True
             # Where the host does not look after each token, there are some after the stop string.
-            counts = range(1, len(answer_ids) + 1)
-            answer_ids = next(
-                answer_ids[:count] for count in counts if self.holds_stop(answer_ids[:count])
-            )
+            while self.holds_stop(answer_ids[:-1]):
+                answer_ids.pop()
         # Of an answer that was broken off inside a character, the bytes before it are text.
         broken = 0 if ended else _unfinished(self.processor.encoder.trailing_bytes(answer_ids))
         text = self.processor.raw_text(answer_ids[: len(answer_ids) - broken])
@@ -89,7 +95,7 @@ class AnswerReader:
         """Whether the text of ids, up to the first stop id, holds a stop string."""
         if not self.stop_strings:
             return False
-        text = self.processor.raw_text(up_to_stop(ids, self.stop_ids))
+        text = self._raw_text(up_to_stop(ids, self.stop_ids))
         return any(stop in text for stop in self.stop_strings)
 
     def ends(self, ids: list[list[list[int]]]) -> list[list[bool]]:
@@ -104,7 +110,7 @@ class AnswerReader:
         """
         ids = up_to_stop(ids, self.stop_ids)
         run = len(self.processor.encoder.trailing_bytes(ids))
-        text = self.processor.raw_text(ids[: len(ids) - run]).rstrip("\ufffd")
+        text = self._raw_text(ids[: len(ids) - run]).rstrip("\ufffd")
         whole = self._cut(text)
         if whole != text:
             return whole.strip()
@@ -118,6 +124,25 @@ class AnswerReader:
             default=0,
         )
         return text[: len(text) - begun].strip()
+
+    def _raw_text(self, ids: list[int]) -> str:
+        """As `Processor.raw_text`; of an answer that grows only the last ids are decoded again."""
+        decode = self.processor.raw_text
+        before, text = self._decoded
+        count = len(before)
+        if not count or ids[:count] != before:
+            count = 0
+            text = decode(ids)
+        else:
+            context = before[-CONTEXT:]
+            begin = decode(context)
+            longer = decode([*context, *ids[count:]])
+            # Otherwise new ids change the text of those before them, or begin a text here.
+            continued = begin.strip() and longer.startswith(begin)
+            text = text + longer[len(begin) :] if continued else decode(ids)
+        if len(ids) - count >= DECODED and not self.processor.encoder.trailing_bytes(ids):
+            self._decoded = (ids, text)
+        return text
 
     def _cut(self, text: str) -> str:
         """The text before the first stop string."""
