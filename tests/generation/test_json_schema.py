@@ -191,3 +191,24 @@ def test_a_tokenizer_is_prepared_once(tiny_recipe: Recipes) -> None:
         for schema in (SCHEMA, {"type": "string"})
     )
     assert one is not None and other is not None and one.tokenizer is other.tokenizer
+
+
+@both_llms
+@pytest.mark.parametrize("continued", [True, False])
+def test_an_answer_that_a_stop_string_ends_does_not_stop_others(
+    continued: bool, llm: str, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = talkative(tiny_recipe(llm))
+    if not continued:
+        monkeypatch.setattr(answering, "continues", lambda model, decoding: False)
+    settings: dict[str, Any] = {
+        "json_schema": {"type": "array", "items": {"enum": ["red", 12, True]}, "minItems": 9},
+        "stop_strings": ["t", "12"],
+        "temperature": 1.0,
+        "seed": 1,
+        "max_new_tokens": 12,
+    }
+    questions = ["hello", "what color is it?", "is it red?", "no"]
+    together = model.answer_batch(questions, **settings)
+    assert together == [model.answer(each, **settings) for each in questions]
+    assert len({len(answer.ids) for answer in together}) > 1

@@ -67,11 +67,15 @@ class JsonConstraint:
             matcher.consume_token(beginnings[0])
             self.allowed(matcher, beginnings[:1], vocabulary)
 
-    def allowed(self, matcher: LLMatcher, ids: Sequence[int], vocabulary: int) -> np.ndarray:
+    def allowed(self, matcher: LLMatcher | None, ids: Sequence[int], vocabulary: int) -> np.ndarray:
         """A mask bool[V] of the tokens that may follow the answer `ids`, whose state a matcher has.
 
-        Raises `ArgumentError` if there is none.
+        Without a matcher the answer has ended. Raises `ArgumentError` if there is no such token.
         """
+        if matcher is None:
+            mask = np.zeros(vocabulary, bool)
+            mask[self.stop_ids] = True
+            return mask
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, bitorder="little")[:vocabulary].astype(bool)
         mask = np.pad(mask, (0, vocabulary - len(mask)))
@@ -108,7 +112,8 @@ class JsonBranches:
         """Begins with no token in any answer."""
         self.constraint = constraint
         self.count = 0
-        self.matchers = [
+        # None where the answer has ended.
+        self.matchers: list[list[LLMatcher | None]] = [
             [constraint.first.deep_copy() for _ in range(branches)] for _ in range(rows)
         ]
 
@@ -116,10 +121,9 @@ class JsonBranches:
         """Scores [R, V] with -inf for what can't follow the answers int64[B, K, n]."""
         masks: list[np.ndarray] = []
         for matchers, answers in zip(self.matchers, written.tolist(), strict=True):
-            for matcher, ids in zip(matchers, answers, strict=True):
-                for token in ids[self.count :]:
-                    if not matcher.is_stopped():
-                        matcher.consume_token(token)
+            for place, ids in enumerate(answers):
+                matcher = _after(matchers[place], ids[self.count :])
+                matchers[place] = matcher
                 masks.append(self.constraint.allowed(matcher, ids, scores.shape[-1]))
         self.count = written.shape[-1]
         allowed = torch.from_numpy(np.stack(masks)).to(scores.device)
@@ -131,6 +135,16 @@ class JsonBranches:
             [matchers[place] for place in row]
             for matchers, row in zip(self.matchers, places.tolist(), strict=True)
         ]
+
+
+def _after(matcher: LLMatcher | None, tokens: Sequence[int]) -> LLMatcher | None:
+    """A matcher after further tokens; None where the answer has ended."""
+    for token in tokens:
+        # What can't follow fills up an answer that a stop string ended.
+        if matcher is None or matcher.is_stopped() or not matcher.validate_tokens([token]):
+            return None
+        matcher.consume_token(token)
+    return matcher
 
 
 def _matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
