@@ -15,6 +15,7 @@ from vlm_tune.data.chat.processor import Processor
 from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving import alone
+from vlm_tune.serving import batch as batch_module
 from vlm_tune.serving.engine import BatchingEngine
 from vlm_tune.serving.jobs import Closing, Overloaded
 
@@ -147,6 +148,25 @@ def test_a_fault_ends_its_job_alone(
     failed = submitted(engine, "what?", choices=("red", "no")).wait()
     assert isinstance(failed.error, ZeroDivisionError)
     assert submitted(engine, "hello", max_new_tokens=4).wait().answers[0].ids
+
+
+def test_a_fault_of_the_engine_ends_the_jobs_that_began_and_later_ones_are_answered(
+    tiny_recipe: Recipes,
+    engines: Callable[..., BatchingEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = talkative(tiny_recipe("causal"))
+    engine = engines(model)
+    with monkeypatch.context() as patched:
+        # Its row has joined by then.
+        patched.setattr(batch_module, "Writing", lambda *_: 1 / 0)
+        failed = submitted(engine, "what?", max_new_tokens=4).wait()
+    assert isinstance(failed.error, ZeroDivisionError)
+    assert "the engine failed" in caplog.text
+    listening = submitted(engine, "hello", max_new_tokens=4).wait()
+    assert listening.error is None
+    assert listening.answers[0] == model.answer("hello", max_new_tokens=4)
 
 
 def test_a_listener_that_fails_ends_its_job(

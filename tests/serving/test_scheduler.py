@@ -174,6 +174,21 @@ def test_an_image_is_read_once_for_many_questions(tiny_recipe: Recipes) -> None:
         assert_same(listening, offline(model, listening.job))
 
 
+def test_jobs_count_as_running_while_they_are_prefilled(tiny_recipe: Recipes) -> None:
+    model = talkative(tiny_recipe("causal"))
+    driver = Driver(model, batch=1)
+    running: list[tuple[int, int]] = []
+
+    def noted(*_: Any) -> None:
+        running.append((driver.scheduler.running, len(driver.scheduler.waiting)))
+
+    model.tower.register_forward_hook(noted)
+    for image in IMAGES[:2]:
+        driver.submit(job_of("what?", image, max_new_tokens=2))
+    driver.finish()
+    assert running == [(1, 1), (1, 0)]
+
+
 def test_remembered_prefixes_and_features_are_bounded(
     tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,8 +96,7 @@ class Batch:
     @property
     def running(self) -> int:
         """The number of jobs here."""
-        writing = {id(each.request) for each in self._writings}
-        return len(self._joining) + len(writing)
+        return len({*self._joining, *(each.request for each in self._writings)})
 
     def has_room(self, request: Request) -> bool:
         """Whether a job can join those that are here; one by itself always can."""
@@ -163,7 +162,6 @@ class Batch:
         Of those that begin with one image of which no prefix is remembered, one goes first.
         """
         coming = [request for request in self._joining if not request.ended]
-        self._joining = []
         first: list[Request] = []
         later: list[Request] = []
         images: set[object] = set()
@@ -176,6 +174,7 @@ class Batch:
         for requests in (first, later):
             for group in _alike([self._after_prefix(request) for request in requests]):
                 self._prefill(group)
+        self._joining = []
 
     def _after_prefix(self, request: Request) -> _Joining:
         prompt = request.prompt

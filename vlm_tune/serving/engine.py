@@ -50,6 +50,7 @@ class BatchingEngine:
         reasons = {name: batching_reason(model) for name, model in models.items()}
         self.one_by_one = {name: reason for name, reason in reasons.items() if reason}
         self._queue = queue
+        self._batch = batch
         self._scheduler = Scheduler(self._models, batch)
         self._arrived: deque[Request] = deque()
         self._open: set[Request] = set()
@@ -121,9 +122,13 @@ class BatchingEngine:
             try:
                 self._scheduler.step()
             except Exception as error:
-                # A lane ends the jobs at fault by itself; this is the engine's own fault.
+                # A lane ends the jobs at fault by itself; this is the engine's own fault, and what
+                # its lanes have is of no use any more.
                 logging.getLogger("vlm_tune").exception("the engine failed")
-                for request in list(self._open):
+                self._scheduler = Scheduler(self._models, self._batch)
+                with self._changed:
+                    begun = self._open.difference(self._arrived)
+                for request in begun:
                     request.emit(Failed(error))
 
     def _next(self) -> bool:

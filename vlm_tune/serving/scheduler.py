@@ -59,9 +59,9 @@ class Scheduler:
     def _admit(self) -> None:
         """Lets jobs join their lanes, in their order; a full lane keeps others not waiting."""
         full: set[Alone | Batch] = set()
-        still: list[Request] = []
-        while self.waiting:
-            request = self.waiting.popleft()
+        # Other threads count those that wait, so they are not taken out and put back.
+        still: deque[Request] = deque()
+        for request in self.waiting:
             if request.ended:
                 continue
             lane = self._lane(request)
@@ -70,7 +70,7 @@ class Scheduler:
                 still.append(request)
             else:
                 lane.add(request)
-        self.waiting.extend(still)
+        self.waiting = still
 
     def _lane(self, request: Request) -> Alone | Batch:
         """Where a job is answered: choices and beam searches are so one by one."""
