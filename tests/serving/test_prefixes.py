@@ -77,3 +77,10 @@ def test_the_entries_used_least_recently_go() -> None:
     remembered.put("d", torch.zeros(10))
     assert remembered.by_use() == ["b", "d"] and remembered.nbytes == 80
     assert remembered.get("e") is None
+
+
+def test_entries_may_be_few_however_small_they_are() -> None:
+    remembered: Remembered[int, torch.Tensor] = Remembered(1000, 2)
+    for number in range(4):
+        remembered.put(number, torch.zeros(1))
+    assert remembered.by_use() == [2, 3] and remembered.nbytes == 8

@@ -26,7 +26,7 @@ from vlm_tune.model.acceleration.onednn_products import OneDnnProducts
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.row_buffers import Prefix
 from vlm_tune.serving.jobs import Failed
-from vlm_tune.serving.prefixes import Features, Prefixes, longest_prefix
+from vlm_tune.serving.prefixes import MOST_PREFIXES, Features, Prefixes, longest_prefix
 from vlm_tune.serving.request import Request
 from vlm_tune.serving.writing import NextTokens, Writing
 
@@ -82,7 +82,7 @@ class Batch:
             feature_bytes: The most memory of the features.
         """
         self.features = Features(feature_bytes)
-        self.prefixes = Prefixes(prefix_bytes)
+        self.prefixes = Prefixes(prefix_bytes, MOST_PREFIXES)
         self._model = model
         self._size = size
         self._rows = model.llm.rows()

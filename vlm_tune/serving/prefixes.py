@@ -20,6 +20,9 @@ from vlm_tune.data.images.decode import encoded_bytes
 from vlm_tune.data.types import Example, Media
 from vlm_tune.model.language.row_buffers import Prefix
 
+MOST_PREFIXES = 256
+"""Most prefixes that are remembered: each is compared with every prompt that comes."""
+
 
 class Sized(Protocol):
     """Something that takes memory."""
@@ -40,9 +43,15 @@ class Remembered(Generic[Key, Entry]):
     Several threads may use it.
     """
 
-    def __init__(self, limit: int) -> None:
-        """Begins without entries; `limit` is the most bytes that they may take."""
+    def __init__(self, limit: int, most: int | None = None) -> None:
+        """Begins without entries.
+
+        Args:
+            limit: The most bytes that they may take.
+            most: The most entries; None for any number.
+        """
         self.limit = limit
+        self.most = most
         self.nbytes = 0
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._lock = threading.Lock()
@@ -72,7 +81,8 @@ class Remembered(Generic[Key, Entry]):
                 return
             self._entries[key] = entry
             self.nbytes += entry.nbytes
-            while self.nbytes > self.limit:
+            most = len(self._entries) if self.most is None else self.most
+            while self.nbytes > self.limit or len(self._entries) > most:
                 _, oldest = self._entries.popitem(last=False)
                 self.nbytes -= oldest.nbytes
 
