@@ -130,6 +130,14 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
     script.step(2)
 
 
+def test_rows_whose_rotation_the_longest_one_chooses_are_not_together() -> None:
+    llm = tiny_llm("Mistral", "causal")
+    llm.model.config.rope_parameters["rope_type"] = "longrope"
+    assert llm.unbatched == (
+        "its rotary positions (longrope) are those of the longest row beside it"
+    )
+
+
 @pytest.mark.parametrize("name", ["Mistral", "T5"])
 @torch.inference_mode()
 def test_a_long_row_after_many_short_ones_gets_no_room_for_many(name: str) -> None:

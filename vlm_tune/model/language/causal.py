@@ -15,7 +15,7 @@ from vlm_tune.model.language.attention import MaskedAttention, MaskedPrefill, wh
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.causal_rows import CausalRows
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.language.masks import joining_reason
+from vlm_tune.model.language.masks import joining_reason, shared_rotation_reason
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
 
 
@@ -150,7 +150,7 @@ class CausalLLM(LanguageModel):
 
     @property
     def unbatched(self) -> str | None:
-        return self.uncontinued
+        return self.uncontinued or shared_rotation_reason(self.model)
 
     def rows(self) -> CausalRows:
         """No rows yet, see the base class."""

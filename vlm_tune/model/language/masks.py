@@ -6,6 +6,7 @@ Shapes: B rows, L tokens, Q query tokens, C key tokens.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -87,6 +88,24 @@ def joining_reason(model: Any, body: Any) -> str | None:
         config, "alibi", False
     ):
         return "it counts distances by tokens' places in the row, and takes no positions"
+    return None
+
+
+def shared_rotation_reason(model: Any) -> str | None:
+    """The reason why a row of a transformers decoder depends on longer ones beside it, None if not.
+
+    transformers rotates all rows of a call as the longest one needs it.
+    """
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    # Some have parameters for each kind of layer.
+    kinds = [
+        each.get("rope_type")
+        for each in (parameters, *parameters.values())
+        if isinstance(each, Mapping)
+    ]
+    for kind in ("dynamic", "longrope"):
+        if kind in kinds:
+            return f"its rotary positions ({kind}) are those of the longest row beside it"
     return None
 
 
