@@ -1,4 +1,4 @@
-"""Charts of a run against the step, as inline SVG in the page's colors."""
+"""Charts of one or several runs against the step, as inline SVG in the page's colors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Matplotlib can't write CSS variables: charts are drawn in these stand-in colors, which are then
 # replaced by the theme's.
 SOFT, RULE, TRAIN, VALIDATION = "#010101", "#020202", "#030303", "#040404"
+RUN_INKS = ("#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a")
 WIDTH, HEIGHT, FONT = 302.0, 180.0, 11.0
 """A chart's width, height and text size, in points."""
 INKS = {
@@ -24,31 +25,88 @@ INKS = {
     RULE: "var(--rule)",
     TRAIN: "var(--train)",
     VALIDATION: "var(--validation)",
+    **{ink: f"var(--run-{number})" for number, ink in enumerate(RUN_INKS, 1)},
 }
 
 
 @dataclass(frozen=True)
+class Stroke:
+    """How a curve is drawn.
+
+    Attributes:
+        ink: its stand-in color.
+        width: the line's width, in points.
+        dashes: lengths of dash and gap in turn, in points; none for a solid line.
+        marker: the mark of a point, by Matplotlib's name.
+        marked: whether every point is marked; a lone point always is.
+    """
+
+    ink: str
+    width: float
+    dashes: tuple[float, ...] = ()
+    marker: str = "o"
+    marked: bool = False
+
+
+LINE = Stroke(TRAIN, 1.4)
+DOTS = Stroke(VALIDATION, 0.8, marked=True)
+DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (8, 2, 1.5, 2), (3, 3), (10, 3))
+MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "X": "✖"}
+"""Each mark, and the character that shows it in a key."""
+RUN_STROKES = tuple(
+    Stroke(ink, 1.3, dashes, marker)
+    for ink, dashes, marker in zip(RUN_INKS, DASHES, MARKERS, strict=True)
+)
+"""The strokes of overlaid runs, which differ by dashes and marks too: not all eyes tell colors."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Figures by step, and how they are drawn."""
+
+    points: Sequence[tuple[int, float]]
+    stroke: Stroke
+
+
+@dataclass(frozen=True)
 class Panel:
-    """One pair of axes against the step: a line of training figures, dots of validation figures."""
+    """One pair of axes against the step, and the curves in it, of which each has a point."""
 
     kind: str
-    line: list[tuple[int, float]]
-    dots: list[tuple[int, float]]
+    curves: Sequence[Curve]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A line of a chart's key: its text, and the class or the picture that shows the curve."""
+
+    text: str
+    kind: str = ""
+    swatch: Markup | None = None
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart's title, its color key as (class, text), and its panels as inline SVG."""
+    """A chart's title, its key, and its panels as inline SVG."""
 
     title: str
-    keys: Sequence[tuple[str, str]]
+    keys: Sequence[Key]
     svg: Markup
-    """The one value of a page that is not escaped: Matplotlib wrote it, and escaped its texts."""
+    """Not escaped: Matplotlib wrote it, and escaped its texts."""
 
 
-def chart(
-    title: str, keys: Sequence[tuple[str, str]], panels: Sequence[Panel], steps: int
-) -> Chart:
+def swatch(stroke: Stroke) -> Markup:
+    """A short piece of a curve with its mark, as inline SVG for a key."""
+    dashes = " ".join(f"{length * 1.33:g}" for length in stroke.dashes)
+    return Markup(
+        '<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true">'
+        '<path d="M0 6H34" stroke="{ink}" stroke-width="2" stroke-dasharray="{dashes}"/>'
+        '<text x="17" y="6" fill="{ink}" text-anchor="middle" dominant-baseline="central">'
+        "{mark}</text></svg>"
+    ).format(ink=INKS[stroke.ink], dashes=dashes, mark=MARKERS[stroke.marker])
+
+
+def chart(title: str, keys: Sequence[Key], panels: Sequence[Panel], steps: int) -> Chart:
     """Draws panels, one below the other, over the steps of a stage."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -114,25 +172,9 @@ def _margins(axes: Sequence[Axes], steps: int) -> dict[str, float]:
 def _draw(ax: Axes, panel: Panel, steps: int) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    if panel.line:
-        ax.plot(
-            *zip(*panel.line, strict=True),
-            color=TRAIN,
-            linewidth=1.4,
-            marker="o" if len(panel.line) == 1 else "",
-            markersize=4,
-        )
-    if panel.dots:
-        ax.plot(
-            *zip(*panel.dots, strict=True),
-            color=VALIDATION,
-            linewidth=0.8,
-            marker="o",
-            markersize=3.5,
-            clip_on=False,
-            zorder=3,
-        )
-    values = [value for _, value in (*panel.line, *panel.dots)]
+    for curve in panel.curves:
+        _draw_curve(ax, curve)
+    values = [value for curve in panel.curves for _, value in curve.points]
     low = min(values)
     high = max(values)
     ax.set_xlim(0, max(steps, 1))
@@ -162,3 +204,19 @@ def _draw(ax: Axes, panel: Panel, steps: int) -> None:
     for side, spine in ax.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(RULE)
+
+
+def _draw_curve(ax: Axes, curve: Curve) -> None:
+    stroke = curve.stroke
+    marked = stroke.marked or len(curve.points) == 1
+    ax.plot(
+        *zip(*curve.points, strict=True),
+        color=stroke.ink,
+        linewidth=stroke.width,
+        linestyle=(0, stroke.dashes) if stroke.dashes else "-",
+        marker=stroke.marker if marked else "",
+        markersize=3.5 if stroke.marked else 4,
+        # A mark at the edge is whole.
+        clip_on=not stroke.marked,
+        zorder=3 if stroke.marked else 2,
+    )

@@ -5,19 +5,12 @@ Its charts are inline SVG, its images inline PNG.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config.yaml_source import read_yaml_text
-from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.evaluation.registry import lower_is_better
 from vlm_tune.evaluation.texts import normalise
-from vlm_tune.paths import shown_path
-from vlm_tune.rendering.charts import Chart, Panel, chart
+from vlm_tune.rendering.charts import DOTS, LINE, Chart, Curve, Key, Panel, chart
 from vlm_tune.rendering.page import is_long, percent, thumbnail, write_html
 from vlm_tune.rendering.report_scores import (
     baseline_rows,
@@ -31,34 +24,44 @@ from vlm_tune.rendering.report_scores import (
     score_notes,
     worst_answers,
 )
-from vlm_tune.rendering.scores_text import is_share, metric_title
+from vlm_tune.rendering.run_log import (
+    StageLog,
+    best_score,
+    check_run_folder,
+    duration,
+    points_of,
+    read_events,
+    read_json,
+    recipe_of,
+    result_of,
+    rows_of,
+    score_panel,
+    stage_logs,
+    start_facts,
+    steps_of,
+    validation_scores,
+)
+from vlm_tune.rendering.scores_text import MARGINS, metric_title
 
 COLUMNS = ("before", "after")
 """The columns of samples.json that hold the model's answers: before and after training."""
 
 
-def write_report(run: Path) -> Path:
-    """Writes `report.html` into a run's folder, from the files there, and returns its path.
+def write_report(run: Path, path: Path | None = None) -> Path:
+    """Writes the report of a run from the files in its folder, and returns the report's path.
 
-    Parts whose file is missing are left out. Raises `RecipeError` for a folder without recipe.yaml.
+    It is `report.html` in that folder where `path` is not given. Parts whose file is missing are
+    left out. Raises `RecipeError` for a folder without recipe.yaml.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise RecipeError(
-            [Problem(shown_path(run), "not the folder of a run: it has no recipe.yaml")]
-        )
-    recipe = (run / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
-    try:
-        values = read_yaml_text(recipe, "recipe.yaml").value
-    except RecipeError:
-        values = {}
-    events = _events(run / "log.jsonl")
-    result = _read(run / "result.json")
-    result = result if isinstance(result, dict) else {}
-    samples = _rows(_read(run / "samples.json"))
+    check_run_folder(run)
+    recipe, values = recipe_of(run)
+    events = read_events(run / "log.jsonl")
+    result = result_of(run)
+    samples = rows_of(read_json(run / "samples.json"))
     worst, worst_note = worst_answers(run)
     page = {
         "name": str(values.get("name") or run.resolve().name),
-        "note": _facts(values.get("seed"), events),
+        "note": start_facts(values.get("seed"), events),
         "figures": _figures(result),
         "metrics": metric_rows(result),
         "groups": {
@@ -69,8 +72,8 @@ def write_report(run: Path) -> Path:
         "classes": class_tables(result),
         "worst": worst,
         "worst_note": worst_note,
-        "stages": [_stage(stage) for stage in _stages(events)],
-        "tuning": _tuning(_rows(_read(run / "tuning.json"))),
+        "stages": [_stage(stage) for stage in stage_logs(events)],
+        "tuning": _tuning(rows_of(read_json(run / "tuning.json"))),
         "samples": [_sample(run, row) for row in samples],
         "right_counts": _right_counts(samples),
         "notes": [
@@ -83,96 +86,12 @@ def write_report(run: Path) -> Path:
         ],
         "recipe": recipe,
     }
-    path = run / "report.html"
+    path = path or run / "report.html"
     write_html(path, "report.html", page)
     return path
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> Any:
-    """The value of a JSON file; None if it is missing or can't be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError):
-        return None
-
-
-def _events(path: Path) -> list[dict[str, Any]]:
-    """The log's events; lines that can't be read (the last, if the run was killed) are skipped."""
-    events = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ()
-    ):
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return _rows(events)
-
-
-def _rows(value: Any) -> list[dict[str, Any]]:
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-
-
-@dataclass
-class _Stage:
-    """The log of one stage: its stage event, and its train and evaluate events by step."""
-
-    number: int
-    name: str = ""
-    start: dict[str, Any] = field(default_factory=dict)
-    train: dict[int, dict[str, Any]] = field(default_factory=dict)
-    evaluate: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-
-def _stages(events: Sequence[dict[str, Any]]) -> list[_Stage]:
-    """The stages in order; for a step that a resumed run repeated, the later event counts."""
-    stages: dict[int, _Stage] = {}
-    for event in events:
-        number = event.get("stage")
-        step = number_of(event.get("step"))
-        kind = event.get("event")
-        if not isinstance(number, int) or kind not in ("stage", "train", "evaluate"):
-            continue
-        stage = stages.setdefault(number, _Stage(number))
-        stage.name = str(event.get("name") or stage.name)
-        if kind == "stage":
-            stage.start = event
-        elif step is not None:
-            (stage.train if kind == "train" else stage.evaluate)[int(step)] = event
-    return [stages[number] for number in sorted(stages)]
-
-
-def _points(events: dict[int, dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """The values by step of a field, or of a mean that the objective logs."""
-    return [
-        (step, value)
-        for step in sorted(events)
-        if (value := number_of(events[step].get(key, _metric(events[step], key)))) is not None
-    ]
-
-
-def _metric(event: dict[str, Any], name: str) -> Any:
-    """A metric of an event, with or without its interval; an edited log may hold anything."""
-    metrics = event.get("metrics")
-    entry = metrics.get(name) if isinstance(metrics, dict) else None
-    return entry.get("value") if isinstance(entry, dict) else entry
-
-
 # --- parts ----------------------------------------------------------------------------------------
-
-
-def _duration(seconds: float) -> str:
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes} min {rest:02d} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
 
 
 def _count(value: Any, unit: str = "") -> str:
@@ -183,19 +102,6 @@ def _count(value: Any, unit: str = "") -> str:
         if number is None
         else f"{number:,.0f} {unit if number == 1 or not unit else unit + 's'}".rstrip()
     )
-
-
-def _facts(seed: Any, events: Sequence[dict[str, Any]]) -> str:
-    """The run's seed, and when it started."""
-    facts = [] if seed is None else [f"seed {seed}"]
-    times = [
-        moment
-        for event in events
-        if (moment := number_of(event.get("time"))) is not None and 0 <= moment < 1e11
-    ]
-    if times:
-        facts.append(f"started {datetime.fromtimestamp(times[0], UTC):%Y-%m-%d %H:%M} UTC")
-    return ", ".join(facts)
 
 
 def _figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -211,7 +117,7 @@ def _figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if (loss := number_of(result.get("loss"))) is not None:
         figures.append(("Test loss", f"{loss:.4g}", "per supervised token"))
     if (seconds := number_of(result.get("seconds"))) is not None:
-        figures.append(("Training time", _duration(seconds), "all stages"))
+        figures.append(("Training time", duration(seconds), "all stages"))
     if (memory := number_of(result.get("peak_memory_mb"))) is not None:
         figures.append(("Peak memory", f"{memory:,.0f} MB", "of the process"))
     if (memory := number_of(result.get("peak_gpu_memory_mb"))) is not None:
@@ -221,28 +127,26 @@ def _figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     return figures
 
 
-def _reward_charts(stage: _Stage, steps: int) -> list[Any]:
+def _reward_charts(stage: StageLog, steps: int) -> list[Chart]:
     """The chart of the margin between the rewards of chosen and rejected answers."""
-    trained, held_out = (
-        _points(events, "rewards/margins") for events in (stage.train, stage.evaluate)
-    )
-    keys = [("line", f"training, last {trained[-1][1]:.3g}")] if trained else []
+    trained, held_out = (points_of(events, MARGINS) for events in (stage.train, stage.evaluate))
+    keys = [Key(f"training, last {trained[-1][1]:.3g}", "line")] if trained else []
     if held_out:
-        keys.append(("dots", f"validation, last {held_out[-1][1]:.3g}"))
+        keys.append(Key(f"validation, last {held_out[-1][1]:.3g}", "dots"))
     if not keys:
         return []
-    return [chart("Margin of rewards", keys, [Panel("margin", trained, held_out)], steps)]
+    curves = [Curve(points, stroke) for points, stroke in ((trained, LINE), (held_out, DOTS))]
+    panel = Panel("margin", [curve for curve in curves if curve.points])
+    return [chart("Margin of rewards", keys, [panel], steps)]
 
 
-def _stage(stage: _Stage) -> dict[str, Any]:
+def _stage(stage: StageLog) -> dict[str, Any]:
     """A stage's title, its facts in words, and its charts."""
     loss, rate, speed = (
-        _points(stage.train, key) for key in ("loss", "learning_rate", "questions_per_s")
+        points_of(stage.train, key) for key in ("loss", "learning_rate", "questions_per_s")
     )
-    held_out = _points(stage.evaluate, "loss")
-    last = max([0, *stage.train, *stage.evaluate])
-    planned = [stage.start.get("steps"), *(event.get("of") for event in stage.train.values())]
-    steps = round(max([last, *filter(None, map(number_of, planned))]))
+    held_out = points_of(stage.evaluate, "loss")
+    last, steps = steps_of(stage)
     facts = [
         _count(steps, "step"),
         _count(stage.start.get("questions"), "question"),
@@ -252,72 +156,37 @@ def _stage(stage: _Stage) -> dict[str, Any]:
         facts.append(f"the log ends at step {last:,}")
     charts = []
     if loss or held_out:
-        keys = [("line", f"training, last {loss[-1][1]:.3g}")] if loss else []
+        keys = [Key(f"training, last {loss[-1][1]:.3g}", "line")] if loss else []
         if held_out:
             step, lowest = min(held_out, key=lambda point: point[1])
-            keys.append(("dots", f"validation, lowest {lowest:.3g} at {step:,}"))
-        charts.append(chart("Loss", keys, [Panel("loss", loss, held_out)], steps))
-    charts += [_score_chart(name, points, steps) for name, points in _scores(stage)]
+            keys.append(Key(f"validation, lowest {lowest:.3g} at {step:,}", "dots"))
+        curves = [Curve(points, stroke) for points, stroke in ((loss, LINE), (held_out, DOTS))]
+        panel = Panel("loss", [curve for curve in curves if curve.points])
+        charts.append(chart("Loss", keys, [panel], steps))
+    charts += [_score_chart(name, points, steps) for name, points in validation_scores(stage)]
     charts += _reward_charts(stage, steps)
     panels = [
-        Panel(kind, points, [])
+        Panel(kind, [Curve(points, LINE)])
         for kind, points in (("learning rate", rate), ("questions/s", speed))
         if points
     ]
     if panels:
-        keys = [("", f"highest {max(value for _, value in rate):.3g}")] if rate else []
+        keys = [Key(f"highest {max(value for _, value in rate):.3g}")] if rate else []
         if speed:
-            keys.append(
-                ("", f"mean {sum(value for _, value in speed) / len(speed):,.4g} questions/s")
-            )
+            mean = sum(value for _, value in speed) / len(speed)
+            keys.append(Key(f"mean {mean:,.4g} questions/s"))
         charts.append(chart("Learning rate and speed", keys, panels, steps))
     title = f"Stage {stage.number + 1}" + (f": {stage.name}" if stage.name else "")
     return {"title": title, "facts": ", ".join(filter(None, facts)), "charts": charts}
 
 
-def _scores(stage: _Stage) -> list[tuple[str, list[tuple[int, float]]]]:
-    """Validation scores by step: of the metric that chooses the best checkpoint, and exact match.
-
-    Those of a metric without a score that can be read are left out.
-    """
-    chosen = [str(stage.evaluate[step].get("best_by")) for step in sorted(stage.evaluate)][-1:]
-    scores = [
-        (
-            name,
-            [
-                (step, value)
-                for step in sorted(stage.evaluate)
-                if (value := _score(stage.evaluate[step], name)) is not None
-            ],
-        )
-        for name in dict.fromkeys([*chosen, "exact_match"])
-    ]
-    return [(name, points) for name, points in scores if points]
-
-
-def _score(event: dict[str, Any], name: str) -> float | None:
-    """The score by a metric of an evaluation during training; None where it can't be read."""
-    if name == "exact_match":
-        return number_of(event.get("accuracy"))
-    return number_of(_metric(event, name))
-
-
 def _score_chart(name: str, points: Sequence[tuple[int, float]], steps: int) -> Chart:
     """The chart of validation scores by a metric, with the best."""
-    sign = -1 if lower_is_better(name) else 1
-    # Of checkpoints with equal scores the run keeps the later.
-    step, best = max(points, key=lambda point: (sign * point[1], point[0]))
-    share = is_share(name)
-    panel = Panel(
-        "share" if share else "score",
-        [],
-        [(step, 100 * value if share else value) for step, value in points],
-    )
     title = metric_title(name)
     return chart(
         title[0].upper() + title[1:],
-        [("dots", f"validation, best {percent(best) if share else f'{best:.4g}'} at {step:,}")],
-        [panel],
+        [Key(f"validation, {best_score(name, points)}", "dots")],
+        [score_panel(name, [Curve(points, DOTS)])],
         steps,
     )
 
@@ -326,7 +195,7 @@ def _tuning(stages: Sequence[dict[str, Any]]) -> list[tuple[Any, list[dict[str, 
     """The lines of each stage's tuning table, with their sum where there are several."""
     tables = []
     for stage in stages:
-        rows = _rows(stage.get("rows"))
+        rows = rows_of(stage.get("rows"))
         if len(rows) > 1:
             together = {
                 key: sum(number_of(row.get(key)) or 0 for row in rows)
