@@ -56,6 +56,7 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             vlm_tune.evaluate,
             {"model": run, "data": folder / "messages.jsonl", "limit": 1},
         ),
+        "report": (vlm_tune.report, {"runs": [run, run], "output": folder / "page.html"}),
         "compare": (
             vlm_tune.compare,
             {"first": run, "second": run, "data": folder / "messages.jsonl", "limit": 1},

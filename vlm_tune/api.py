@@ -36,10 +36,20 @@ from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.checkpoint import find_model, load_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
-from vlm_tune.paths import ANSWERS, check_path, check_writable, is_folder, shown_path
+from vlm_tune.paths import (
+    ANSWERS,
+    PAGE,
+    check_path,
+    check_writable,
+    is_folder,
+    shown_path,
+    writing,
+)
 from vlm_tune.precision import dtype_of
 from vlm_tune.quoting import quoted
 from vlm_tune.rendering.report import write_report
+from vlm_tune.rendering.run_log import check_run_folder
+from vlm_tune.rendering.runs_report import write_runs_report
 from vlm_tune.run_folder import recipe_above
 from vlm_tune.saved_models import find_recipe, recipe_differences
 from vlm_tune.train.allocator import keep_freed_memory, shut_range
@@ -49,7 +59,18 @@ from vlm_tune.train.replay import verify_run
 from vlm_tune.train.run import Run
 from vlm_tune.train.run import sft as run_recipe
 
-__all__ = ["compare", "dpo", "evaluate", "export", "kto", "merge", "predict", "sft", "verify_run"]
+__all__ = [
+    "compare",
+    "dpo",
+    "evaluate",
+    "export",
+    "kto",
+    "merge",
+    "predict",
+    "report",
+    "sft",
+    "verify_run",
+]
 
 log = logging.getLogger(__name__)
 
@@ -358,6 +379,42 @@ def compare(
     names = str(first), str(second)
     changes = recipe_differences(*recipes)
     return compare_answers(*answers, names=names, metrics=chosen, limit=limit, recipe=changes)
+
+
+def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Writes the report of a run anew, or one page that overlays several runs.
+
+    Args:
+        runs: one run's folder, or up to six: the first is the one the others are compared with.
+        output: the HTML file to write, which replaces an earlier page; `report.html` in the run's
+            folder, or of several runs in the current folder, where not given.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RecipeError: an argument has the wrong type, a folder is not a run's, there are too many, or
+            the page can't be written.
+    """
+    if isinstance(runs, str | Path):
+        runs = [runs]
+    if not isinstance(runs, Sequence) or isinstance(runs, bytes) or not runs:
+        raise RecipeError([Problem("RUN", f"expected folders of runs, got {quoted(runs)}")])
+    for run in runs:
+        check_path("RUN", run)
+    folders = [Path(run) for run in runs]
+    for folder in folders:
+        check_run_folder(folder)
+    if output is None:
+        output = folders[0] / "report.html" if len(folders) == 1 else "report.html"
+    check_path("--output", output)
+    path = Path(output)
+    check_writable(path, "the page", mark=PAGE)
+    with writing(path, "the page"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if len(folders) == 1:
+            return write_report(folders[0], path)
+        return write_runs_report(folders, path)
 
 
 def predict(

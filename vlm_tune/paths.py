@@ -17,6 +17,9 @@ from vlm_tune.quoting import quoted
 ANSWERS = b'"expected"'
 """Text that every line of a file of answers holds, scored or not."""
 
+PAGE = b"<!doctype html>"
+"""The first line of every page that is written."""
+
 FIRST_LINE = 1_000_000
 """Bytes of a file's first line that are searched for its mark."""
 

@@ -75,9 +75,9 @@ def test_a_run_raises_margin_and_accuracy(
     losses = [event.loss for event in shown if isinstance(event, TrainSteps)]
     scores = [event for event in shown if isinstance(event, Evaluation)]
     assert losses[-1] < share * losses[0]
-    assert scores[-1].accuracy == 1.0 and scores[-1].n == 8
+    assert scores[-1].figures["rewards/accuracies"] == 1.0 and scores[-1].n == 8
     assert scores[-1].metrics is not None and scores[0].metrics is not None
-    assert scores[-1].metrics["rewards/margins"] > scores[0].metrics["rewards/margins"] > 0
+    assert scores[-1].figures["rewards/margins"] > scores[0].figures["rewards/margins"] > 0
     written = events_of(run.folder, "evaluate")[-1]["metrics"]
     assert written == scores[-1].metrics
     assert "Margin of rewards" in (run.folder / "report.html").read_text()
@@ -97,7 +97,7 @@ def test_a_wrong_sign_of_the_gradient_is_noticed(
     dpo(recipe, show=shown.append)
     (scores,) = [event for event in shown if isinstance(event, Evaluation)]
     assert scores.metrics is not None
-    assert scores.metrics["rewards/margins"] < 0 and scores.accuracy < 0.5
+    assert scores.figures["rewards/margins"] < 0 and scores.figures["rewards/accuracies"] < 0.5
 
 
 def test_every_reference_is_the_model_before_training(tiny_recipe: Callable[..., str]) -> None:
@@ -170,8 +170,8 @@ def test_kto_pulls_liked_and_disliked_answers_apart(tiny_recipe: Callable[..., s
     shown: list[Event] = []
     kto(recipe, show=shown.append)
     (scores,) = [event for event in shown if isinstance(event, Evaluation)]
-    assert scores.metrics is not None and scores.metrics["kl"] >= 0
-    assert scores.metrics["rewards/chosen"] > 0 > scores.metrics["rewards/rejected"]
+    assert scores.figures["kl"] >= 0
+    assert scores.figures["rewards/chosen"] > 0 > scores.figures["rewards/rejected"]
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])

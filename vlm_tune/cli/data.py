@@ -23,7 +23,7 @@ from vlm_tune.cli.options import (
 )
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import EXIT_TRAINING, Problem, RecipeError
-from vlm_tune.paths import check_writable, shown_path, writing
+from vlm_tune.paths import PAGE, check_writable, shown_path, writing
 from vlm_tune.quoting import quoted, reason_of
 
 
@@ -123,7 +123,7 @@ def check(
     """
     loaded = load(recipe, set_)
     if html:
-        check_writable(html, "the page", mark=b"<!doctype html>")
+        check_writable(html, "the page", mark=PAGE)
     quiet_libraries()
     from vlm_tune.data_check.check import check as run
     from vlm_tune.rendering.check_text import show_check, show_exports

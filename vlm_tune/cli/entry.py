@@ -13,7 +13,7 @@ import typer
 from vlm_tune.cli.chat import chat
 from vlm_tune.cli.data import check, init, plan, recipes, schema, show
 from vlm_tune.cli.embed import embed
-from vlm_tune.cli.evaluate import compare, evaluate, predict
+from vlm_tune.cli.evaluate import compare, evaluate, predict, report
 from vlm_tune.cli.model import export, merge
 from vlm_tune.cli.options import print_json
 from vlm_tune.cli.serve import serve
@@ -68,6 +68,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "kto": kto,
     "eval": evaluate,
     "compare": compare,
+    "report": report,
     "predict": predict,
     "verify-run": verify_run,
     "merge": merge,

@@ -1,4 +1,4 @@
-"""Commands that ask a trained model about rows: eval, compare, predict."""
+"""Commands on what a trained model answers: eval, compare, report, predict."""
 
 from __future__ import annotations
 
@@ -172,6 +172,33 @@ def compare(
         print_json(comparison.summary())
     else:
         print_comparison(console, comparison, flips)
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="a run, or several: the others are compared with the first"
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="the HTML file to write; report.html in the run's folder, or of several runs in "
+            "the current folder, where not given"
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the report of one RUN anew, or a page that overlays several."""
+    quiet_libraries()
+    from vlm_tune.api import report as run
+
+    path = run(runs, output)
+    if as_json:
+        print_json({"report": str(path)})
+    else:
+        print_text(f"report: {path}")
 
 
 def predict(

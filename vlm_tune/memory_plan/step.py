@@ -62,23 +62,11 @@ def traced(
     half = DTYPES[stage.train.precision]
     model_batch = _with_images(batch, model.tower, features, half, fake)
     vocabulary = model.llm.vocabulary
-    align = stage.objective.kind == "contrastive"
-    by_answer = model_batch.answers is not None
-    compares = getattr(stage.objective, "reference", None) in ("adapter_off", "copy")
     accumulating = stage.train.gradient_accumulation > 1
     idle = [0]
 
     def step() -> torch.Tensor:
-        if compares:
-            with torch.no_grad():
-                model(model_batch, by_answer=by_answer)
-        output = model(model_batch, align=align, by_answer=by_answer)
-        match output:
-            case Alignment():
-                return output.images.sum() + output.captions.sum()
-            case AnswerLogprobs():
-                return output.sums.sum()
-        return output.sum
+        return _loss(model, stage, model_batch)
 
     def measure() -> np.ndarray:
         to_fake(model, fake)
@@ -99,6 +87,21 @@ def traced(
 
     with disable_input_dtype_casting(model, active=half != torch.float32):
         return by_depth(model.llm, measure), idle[0]
+
+
+def _loss(model: VisionLanguageNetwork, stage: Recipe, batch: Batch) -> torch.Tensor:
+    """A scalar whose backward pass is that of the stage's objective; a reference pass before."""
+    by_answer = batch.answers is not None
+    if getattr(stage.objective, "reference", None) in ("adapter_off", "copy"):
+        with torch.no_grad():
+            model(batch, by_answer=by_answer)
+    output = model(batch, align=stage.objective.kind == "contrastive", by_answer=by_answer)
+    match output:
+        case Alignment():
+            return output.images.sum() + output.captions.sum()
+        case AnswerLogprobs():
+            return output.sums.sum()
+    return output.sum
 
 
 def _with_images(

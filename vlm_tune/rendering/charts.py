@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup
 
@@ -38,24 +38,29 @@ class Stroke:
         width: the line's width, in points.
         dashes: lengths of dash and gap in turn, in points; none for a solid line.
         marker: the mark of a point, by Matplotlib's name.
-        marked: whether every point is marked; a lone point always is.
+        marks: "all" points are marked, "some", or only a "lone" one.
+        place: of a stroke with some marks, its place among the others: marks of curves that lie on
+            each other are at different points.
     """
 
     ink: str
     width: float
     dashes: tuple[float, ...] = ()
     marker: str = "o"
-    marked: bool = False
+    marks: Literal["all", "some", "lone"] = "lone"
+    place: int = 0
 
 
 LINE = Stroke(TRAIN, 1.4)
-DOTS = Stroke(VALIDATION, 0.8, marked=True)
+DOTS = Stroke(VALIDATION, 0.8, marks="all")
+SOME_MARKS = 6
+"""Marks of a curve of which some points are marked."""
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (8, 2, 1.5, 2), (3, 3), (10, 3))
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "X": "✖"}
 """Each mark, and the character that shows it in a key."""
 RUN_STROKES = tuple(
-    Stroke(ink, 1.3, dashes, marker)
-    for ink, dashes, marker in zip(RUN_INKS, DASHES, MARKERS, strict=True)
+    Stroke(ink, 1.3, dashes, marker, "some", place)
+    for place, (ink, dashes, marker) in enumerate(zip(RUN_INKS, DASHES, MARKERS, strict=True))
 )
 """The strokes of overlaid runs, which differ by dashes and marks too: not all eyes tell colors."""
 
@@ -208,15 +213,21 @@ def _draw(ax: Axes, panel: Panel, steps: int) -> None:
 
 def _draw_curve(ax: Axes, curve: Curve) -> None:
     stroke = curve.stroke
-    marked = stroke.marked or len(curve.points) == 1
+    count = len(curve.points)
+    every = slice(None)
+    if stroke.marks == "some" and count > SOME_MARKS:
+        apart = -(-count // SOME_MARKS)
+        # Steps of the golden ratio lie far from each other, however many there are.
+        every = slice(round(0.382 * stroke.place * apart) % apart, None, apart)
     ax.plot(
         *zip(*curve.points, strict=True),
         color=stroke.ink,
         linewidth=stroke.width,
         linestyle=(0, stroke.dashes) if stroke.dashes else "-",
-        marker=stroke.marker if marked else "",
-        markersize=3.5 if stroke.marked else 4,
+        marker=stroke.marker if count == 1 or stroke.marks != "lone" else "",
+        markevery=every,
+        markersize=3.5 if stroke.marks == "all" else 4,
         # A mark at the edge is whole.
-        clip_on=not stroke.marked,
-        zorder=3 if stroke.marked else 2,
+        clip_on=stroke.marks != "all",
+        zorder=3 if stroke.marks == "all" else 2,
     )

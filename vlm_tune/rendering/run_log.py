@@ -1,4 +1,4 @@
-"""What a run's files say, for the reports: they may be cut or edited, or of a run that goes on."""
+"""A run's files as the reports read them: they may be cut or edited, or of a run that goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from vlm_tune.config.yaml_source import read_yaml_text
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.evaluation.registry import lower_is_better
-from vlm_tune.paths import is_file, shown_path
+from vlm_tune.paths import is_file, is_folder, shown_path
 from vlm_tune.rendering.charts import Curve, Panel
 from vlm_tune.rendering.page import percent
 from vlm_tune.rendering.report_scores import number_of
@@ -21,6 +21,8 @@ from vlm_tune.rendering.scores_text import is_share
 
 def check_run_folder(run: Path) -> None:
     """Raises `RecipeError` for a folder without recipe.yaml, and where there is no folder."""
+    if not is_folder(run):
+        raise RecipeError([Problem(shown_path(run), "no such folder")])
     if not is_file(run / "recipe.yaml"):
         raise RecipeError(
             [Problem(shown_path(run), "not the folder of a run: it has no recipe.yaml")]
