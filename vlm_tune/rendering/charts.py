@@ -111,6 +111,11 @@ def swatch(stroke: Stroke) -> Markup:
     ).format(ink=INKS[stroke.ink], dashes=dashes, mark=MARKERS[stroke.marker])
 
 
+def beside_swatch(stroke: Stroke, text: str) -> Markup:
+    """A text, which is escaped, after a swatch."""
+    return Markup("{}{}").format(swatch(stroke), text)
+
+
 def chart(title: str, keys: Sequence[Key], panels: Sequence[Panel], steps: int) -> Chart:
     """Draws panels, one below the other, over the steps of a stage."""
     import matplotlib

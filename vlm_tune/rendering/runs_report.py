@@ -24,6 +24,7 @@ from vlm_tune.rendering.charts import (
     Key,
     Panel,
     Stroke,
+    beside_swatch,
     chart,
     swatch,
 )
@@ -82,7 +83,7 @@ class _Run:
     @property
     def label(self) -> Markup:
         """The run's letter beside a piece of its curve."""
-        return Markup("{}{}").format(swatch(self.stroke), self.letter)
+        return beside_swatch(self.stroke, self.letter)
 
     @property
     def short(self) -> str:
@@ -212,7 +213,7 @@ def _pair_notes(pairs: Sequence[_Pair]) -> list[str]:
 
 def _figure(run: _Run) -> tuple[Markup, str, str]:
     """A run's headline: its name, test accuracy, and the interval of that."""
-    label = Markup("{} {}").format(run.label, run.name)
+    label = beside_swatch(run.stroke, f"{run.letter} {run.name}")
     accuracy = number_of(run.result.get("accuracy"))
     if accuracy is None:
         return label, "–", "no test scores"
