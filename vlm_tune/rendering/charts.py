@@ -233,6 +233,6 @@ def _draw_curve(ax: Axes, curve: Curve) -> None:
         markevery=every,
         markersize=3.5 if stroke.marks == "all" else 4,
         # A mark at the edge is whole.
-        clip_on=stroke.marks != "all",
+        clip_on=stroke.marks == "lone",
         zorder=3 if stroke.marks == "all" else 2,
     )
