@@ -140,6 +140,20 @@ def test_rows_whose_rotation_the_longest_one_chooses_are_not_together() -> None:
 
 @pytest.mark.parametrize("name", ["Mistral", "T5"])
 @torch.inference_mode()
+def test_a_row_of_nan_reaches_no_later_one_in_its_place(name: str) -> None:
+    llm = tiny_llm(name, "causal" if name in DECODERS else "seq2seq")
+    rows = llm.rows()
+    good = torch.ones(1, 12, llm.width)
+    rows.join(good, [12], [None])
+    rows.join(good[:, :9] * torch.nan, [9], [None])
+    assert rows.step(torch.tensor([1, 2])).isnan().any()
+    rows.drop([1])
+    rows.join(good[:, :6], [6], [None])
+    assert not rows.step(torch.tensor([1, 2])).isnan().any()
+
+
+@pytest.mark.parametrize("name", ["Mistral", "T5"])
+@torch.inference_mode()
 def test_a_long_row_after_many_short_ones_gets_no_room_for_many(name: str) -> None:
     layout: Any = "causal" if name in DECODERS else "seq2seq"
     llm = tiny_llm(name, layout)

@@ -77,6 +77,7 @@ class CausalRows:
         for target, source in enumerate(order):
             if target != source:
                 self.buffers.copy(source, target)
+        self.buffers.clear(len(order), len(self))
         self.lengths = [self.lengths[row] for row in order]
         if not order:
             self.buffers = RowBuffers()

@@ -177,6 +177,12 @@ class RowBuffers:
             for tensor in layer:
                 tensor[target] = tensor[source]
 
+    def clear(self, start: int, stop: int) -> None:
+        """Sets rows to zero: a NaN there would reach a row in its place, though it is masked."""
+        for layer in self.layers:
+            for tensor in layer:
+                tensor[start:stop] = 0
+
     def shift(self, start: int, stop: int) -> None:
         """Moves the columns from `start` to `stop` to the beginning."""
         for layer in self.layers:

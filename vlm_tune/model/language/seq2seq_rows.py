@@ -148,6 +148,8 @@ class Seq2SeqRows:
             if target != source:
                 self.growing.copy(source, target)
                 self.cross.copy(source, target)
+        for buffers in (self.growing, self.cross):
+            buffers.clear(len(order), len(self))
         self.starts = [self.starts[row] for row in order]
         self.lengths = [self.lengths[row] for row in order]
         if not order:
