@@ -94,8 +94,9 @@ def assert_same(listening: Listening, expected: list[Answer]) -> None:
         answer = listening.answers[number]
         assert (answer.ids, answer.text) == (other.ids, other.text), listening.job
         assert answer.finish_reason == other.finish_reason
-        # Offline ones, alone and in a batch, differ by 2e-4 too: the logits are large.
-        assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+        # Weights times 3 enlarge rounding in every layer: offline answers, alone and in a batch,
+        # differ by 2e-4 too, and oneDNN's products round otherwise than MKL's.
+        assert answer.logprobs == pytest.approx(other.logprobs, abs=4e-3)
         assert answer.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 

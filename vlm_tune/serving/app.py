@@ -28,6 +28,7 @@ from vlm_tune.quoting import quoted
 from vlm_tune.serving.api_errors import ApiError, api_error, internal, invalid_request, timed_out
 from vlm_tune.serving.chat_requests import job_of
 from vlm_tune.serving.exchange import Exchange
+from vlm_tune.serving.failures import log_failure
 from vlm_tune.serving.guard import FOOTPRINT, HEALTH, Guard, Load
 from vlm_tune.serving.jobs import Engine, Finished, Piece
 from vlm_tune.serving.limits import Limits
@@ -36,7 +37,7 @@ from vlm_tune.serving.metrics import Metrics
 from vlm_tune.serving.remote import RemoteImages
 from vlm_tune.serving.replies import Reply
 from vlm_tune.serving.streaming import EventStream, collect, until, while_there
-from vlm_tune.serving.watch import Watch, log_failure
+from vlm_tune.serving.watch import Watch
 from vlm_tune.serving.wire import (
     ChatRequest,
     Completion,
@@ -266,7 +267,7 @@ class Server:
         except Exception as error:
             answer = api_error(error)
             if answer.status_code == 500:
-                log_failure(error)
+                log_failure(error, "on a request")
             yield _error_event(answer)
         yield ServerSentEvent("[DONE]")
 
@@ -333,12 +334,12 @@ def _error_event(error: ApiError) -> ServerSentEvent:
 async def _answer_error(_: Request, error: Exception) -> Response:
     answer = api_error(error)
     if answer.status_code == 500:
-        log_failure(error)
+        log_failure(error, "on a request")
     return answer.response()
 
 
 async def _answer_failure(_: Request, error: Exception) -> Response:
-    log_failure(error)
+    log_failure(error, "on a request")
     return internal().response()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.language.decoding import check_count
 from vlm_tune.quoting import quoted
 from vlm_tune.serving.batch import batching_reason
+from vlm_tune.serving.failures import log_failure
 from vlm_tune.serving.jobs import Closing, Failed, Job, Listener, Overloaded
 from vlm_tune.serving.request import Request, request_of
 from vlm_tune.serving.scheduler import Scheduler
@@ -121,15 +121,17 @@ class BatchingEngine:
         while self._next():
             try:
                 self._scheduler.step()
-            except Exception as error:
+            # A panic of a library in Rust, such as a tokenizer, is no Exception.
+            except BaseException as error:
                 # A lane ends the jobs at fault by itself; this is the engine's own fault, and what
                 # its lanes have is of no use any more.
-                logging.getLogger("vlm_tune").exception("the engine failed")
+                log_failure(error, "in the engine")
                 self._scheduler = Scheduler(self._models, self._batch)
+                panic = RuntimeError("the engine failed")
                 with self._changed:
                     begun = self._open.difference(self._arrived)
                 for request in begun:
-                    request.emit(Failed(error))
+                    request.emit(Failed(error if isinstance(error, Exception) else panic))
 
     def _next(self) -> bool:
         """Waits for jobs; returns whether there is a further step."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Container
 from dataclasses import replace
@@ -15,6 +14,7 @@ from vlm_tune.errors import DataError, ModelError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.generation.choices import choices_of_each
 from vlm_tune.generation.constraints import json_constraint
+from vlm_tune.serving.failures import log_failure
 from vlm_tune.serving.jobs import Closing, Failed, Finished, Job, JobEvent, Listener
 from vlm_tune.serving.prefixes import Beginning, beginning_of, image_digest
 
@@ -74,9 +74,9 @@ class Request:
             self._ended = isinstance(event, Failed) or self._unfinished == 0
             try:
                 self._listener(event)
-            except Exception:
+            except Exception as error:
                 self._ended = True
-                logging.getLogger("vlm_tune").exception("a listener of the engine failed")
+                log_failure(error, "in a listener of the engine")
 
     def stop(self) -> None:
         """Ends a job that the engine has no more time for."""

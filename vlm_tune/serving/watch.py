@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlm_tune.serving.api_errors import api_error
+from vlm_tune.serving.failures import log_failure
 from vlm_tune.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-PLACES = 8
-"""Most lines of code that the log names for an error: the last ones."""
 CLIENT_LEFT = 499
 """The status, in logs and metrics, of a request whose client left before its answer."""
 HEADERS = {
@@ -70,7 +68,7 @@ class Watch:
             if status == CLIENT_LEFT:
                 answer = api_error(error)
                 if answer.status_code == 500:
-                    log_failure(error)
+                    log_failure(error, "on a request")
                 await answer.response()(scope, receive, watched)
         finally:
             seconds = time.perf_counter() - begun
@@ -78,12 +76,3 @@ class Watch:
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.request_seconds.labels(route).observe(seconds)
             log.info("%s %s %d in %.3f s", scope["method"], route, status, seconds)
-
-
-def log_failure(error: Exception) -> None:
-    """Logs where an unexpected error was raised, without its message.
-
-    The message may quote what a client sent.
-    """
-    places = "".join(traceback.format_tb(error.__traceback__, -PLACES))
-    log.error("%s on a request, raised at\n%s", type(error).__name__, places)
