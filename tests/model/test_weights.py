@@ -120,6 +120,13 @@ def mapped(folder: Path) -> nn.Module:
     return module
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small modules are released too."""
+    monkeypatch.setattr("vlm_tune.model.weights.RELEASED", MB)
+
+
+@pytest.mark.usefixtures("small")
 def test_mapped_weights_that_were_read_are_released_and_read_again(tmp_path: Path) -> None:
     module = mapped(tmp_path)
     total = sum(parameter.double().sum() for parameter in module.parameters())
@@ -129,6 +136,7 @@ def test_mapped_weights_that_were_read_are_released_and_read_again(tmp_path: Pat
     assert sum(parameter.double().sum() for parameter in module.parameters()) == total
 
 
+@pytest.mark.usefixtures("small")
 def test_a_mapping_that_was_written_is_not_released(tmp_path: Path) -> None:
     module = mapped(tmp_path)
     with torch.no_grad():
@@ -137,9 +145,10 @@ def test_a_mapping_that_was_written_is_not_released(tmp_path: Path) -> None:
     assert module[0].weight[5, 7] == 3.0
 
 
+@pytest.mark.usefixtures("small")
 def test_weights_in_other_memory_and_other_modules_mappings_stay(tmp_path: Path) -> None:
     module = mapped(tmp_path)
-    other = frozen()
+    other = frozen(width=1024)
     assert module[0].weight.double().sum() != 0
     before = resident_bytes(module[0].weight)
     values = [parameter.clone() for parameter in other.parameters()]
@@ -148,8 +157,8 @@ def test_weights_in_other_memory_and_other_modules_mappings_stay(tmp_path: Path)
     assert all(map(torch.equal, other.parameters(), values))
 
 
-def test_copied_weights_leave_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_tune.model.weights.RELEASED", MB)
+@pytest.mark.usefixtures("small")
+def test_copied_weights_leave_their_file(tmp_path: Path) -> None:
     module = mapped(tmp_path)
     file = str(tmp_path / "weights.safetensors")
     values = [parameter.clone() for parameter in module.parameters()]
