@@ -17,6 +17,7 @@ tune:
   - {match: "connector.*", how: frozen}
   - {match: "llm.*", how: lora, r: 4}
 train:"""
+FROZEN = {"match": "*", "how": "frozen"}
 WITH_CONNECTOR = LORA.replace('"connector.*", how: frozen', '"connector.*", how: full')
 DORA = LORA.replace("r: 4", "r: 4, variant: dora")
 
@@ -82,6 +83,16 @@ def test_adapters_of_an_earlier_stage_are_not_switched_off(
     stages: Any = [{"name": "sft"}, {"name": "dpo", "objective": {"kind": "dpo"}}]
     with pytest.raises(RecipeError, match="an earlier stage trains the adapters"):
         parsed(with_tune(tiny_recipe("causal"), LORA), stages=stages)
+    # The same adapters, with their defaults written out.
+    stages[1]["tune"] = [
+        {"match": "llm.*", "how": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        FROZEN,
+    ]
+    with pytest.raises(RecipeError, match="an earlier stage trains the adapters"):
+        parsed(with_tune(tiny_recipe("causal"), LORA), stages=stages)
+    # A stage between them that trains others has these merged.
+    merged = [stages[0], {"name": "r8", "tune": [{**stages[1]["tune"][0], "r": 8}, FROZEN]}]
+    parsed(with_tune(tiny_recipe("causal"), LORA), stages=[*merged, stages[1]])
     stages[1]["objective"]["reference"] = "copy"
     staged = parsed(with_tune(tiny_recipe("causal"), LORA), stages=stages)
     check_command(staged, "dpo")

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
+
+from pydantic import ValidationError
 
 from vlm_tune.config.faults import Fault, broken
 from vlm_tune.config.objectives import JUDGED_FORMS
+from vlm_tune.config.tune import LORA_RANK, TuneRule
 from vlm_tune.config.yaml_source import value_at
 
 SMOOTHED = ("robust", "exo_pair")
 """DPO's losses that take `label_smoothing`."""
+
+CONTINUED = (
+    "an earlier stage trains the adapters that adapter_off switches off; use "
+    "reference: copy or precomputed"
+)
+"""What is wrong where adapters go on from an earlier stage."""
 
 
 def objective_contradictions(raw: Any) -> list[Fault]:
@@ -150,32 +160,44 @@ def _not_switched_off(rules: Sequence[Any]) -> list[str]:
 
 
 def later_adapter_fault(earlier: Sequence[Any], raw: Any) -> list[Fault]:
-    """Returns the fault of a stage whose adapters begin where an earlier stage's ended.
+    """Returns the fault of a stage whose adapters begin where the stage's before ended.
 
     Switched off, these would give the model before that stage.
     """
     objective = value_at(raw, "objective")
     kind = value_at(objective, "kind")
-    tuned = [
-        adapter for stage in earlier for adapter in _adapters(stage) if adapter in _adapters(raw)
-    ]
+    continued = any(adapter in _adapters(raw) for adapter in _adapters((earlier or [None])[-1]))
     off = kind in ("dpo", "kto") and (value_at(objective, "reference") in (None, "adapter_off"))
-    return broken(
-        (
-            tuned and off,
-            ("objective", "reference"),
-            "an earlier stage trains the adapters that adapter_off switches off; use "
-            "reference: copy or precomputed",
-        )
-    )
+    return broken((continued and off, ("objective", "reference"), CONTINUED))
 
 
-def _adapters(stage: Any) -> list[dict[str, Any]]:
-    """The LoRA adapters that a stage's rules describe; others are merged before the next stage."""
+def _adapters(stage: Any) -> list[TuneRule]:
+    """The LoRA adapters that a stage's rules describe; others are merged before the next stage.
+
+    Rules with faults of their own are left out. Settings that no rule gives have their defaults.
+    """
     rules = value_at(stage, "tune")
-    rates = ("learning_rate", "lora_plus_ratio")
-    return [
-        {key: rule[key] for key in rule if key not in rates}
-        for rule in (rules if isinstance(rules, list) else [])
-        if value_at(rule, "how") == "lora"
-    ]
+    adapters: list[TuneRule] = []
+    for raw in rules if isinstance(rules, list) else []:
+        with suppress(ValidationError):
+            rule = TuneRule.model_validate(raw)
+            if rule.how == "lora":
+                adapters.append(_with_defaults(rule))
+    return adapters
+
+
+def _with_defaults(rule: TuneRule) -> TuneRule:
+    """A LoRA rule with the defaults that its adapter gets, and without its rates."""
+    r = rule.r or LORA_RANK
+    return rule.model_copy(
+        update={
+            "r": r,
+            "lora_alpha": rule.lora_alpha or 2 * r,
+            "lora_dropout": rule.lora_dropout or 0.0,
+            "target_modules": rule.target_modules or "all-linear",
+            "variant": rule.variant or "lora",
+            "init": rule.init or "default",
+            "learning_rate": None,
+            "lora_plus_ratio": None,
+        }
+    )

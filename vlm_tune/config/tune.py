@@ -11,6 +11,9 @@ from vlm_tune.config.base import Config, LearningRate, PositiveFloat, PositiveIn
 TRAINS_BASE = ("full", "last_layers", "norms", "biases")
 """Kinds of tuning that change the model's own weights, all of them or some."""
 
+LORA_RANK = 16
+"""The rank of a LoRA rule without one; its alpha is twice its rank."""
+
 
 class TuneRule(Config):
     """A rule for training the parameters whose name matches; the first matching rule applies."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlm_tune.compat import is_attention_projection
-from vlm_tune.config.tune import TuneRule
+from vlm_tune.config.tune import LORA_RANK, TuneRule
 from vlm_tune.errors import ModelError
 from vlm_tune.model.lora import (
     PISSA,
@@ -96,7 +96,7 @@ def _lora_config(
     every = _adaptable_layers(model, module, rule)
     matched = [name for name in every if owner.get(f"{part}.{name}.weight") == place]
     chosen = _target_layers(rule, matched)
-    alpha = rule.lora_alpha or 2 * (rule.r or 16)
+    alpha = rule.lora_alpha or 2 * (rule.r or LORA_RANK)
     init = INITS[rule.init or "default"]
     if rule.pissa_niter:
         init = f"{PISSA}_niter_{rule.pissa_niter}"
@@ -105,7 +105,7 @@ def _lora_config(
         "." in name for name in chosen
     )
     return LoraConfig(
-        r=rule.r or 16,
+        r=rule.r or LORA_RANK,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
         lora_dropout=rule.lora_dropout or 0.0,
         target_modules=short if exact else sorted(chosen),

@@ -159,10 +159,6 @@ class KtoObjective:
             metrics["kl"] = self.kl * number, number
         return Loss(loss, counts.items, metrics=metrics)
 
-    def _losses(self, ratios: Tensor, *, liked: bool) -> Tensor:
-        """The losses of answers that are all liked, or all not, from their log-ratios."""
-        return kto_losses(ratios, self.kl, beta=self.config.beta, desirable=liked)
-
 
 def _by_prompt(of_answers: Tensor | None) -> Tensor:
     """Figures of answers, [A], by prompt and kind: [P, kinds]."""

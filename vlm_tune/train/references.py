@@ -5,7 +5,7 @@ Its log-probabilities are those of the same modules with other weights, or were 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vlm_tune.config.objective_rules import CONTINUED
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import Batch
-from vlm_tune.errors import TrainingError
+from vlm_tune.errors import ModelError, TrainingError
 from vlm_tune.model.lora import adapters_off
 from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -100,6 +101,24 @@ class Precomputed:
         if batch.reference is None:
             raise TrainingError(f"no log-probabilities of the reference model for {batch.ids}")
         return batch.reference
+
+
+def check_adapters_off(
+    model: VisionLanguageNetwork, recipe: Recipe, earlier: Mapping[str, Any]
+) -> None:
+    """Raises `ModelError` where adapters that are to be switched off go on from an earlier stage.
+
+    Args:
+        model: The model with the stage's adapters, before their training.
+        recipe: The stage's recipe.
+        earlier: The adapters of its parts before the stage's rules were applied.
+    """
+    if getattr(recipe.objective, "reference", None) == "adapter_off" and any(
+        model.adapters[part] is adapter
+        for part, adapter in earlier.items()
+        if part in model.adapters
+    ):
+        raise ModelError(f"objective.reference: {CONTINUED}")
 
 
 START = "reference.safetensors"

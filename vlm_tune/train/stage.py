@@ -49,6 +49,7 @@ from vlm_tune.train.engines.base import shards
 from vlm_tune.train.engines.registry import build_engine
 from vlm_tune.train.gpu_memory import GpuPeak, largest_gpu_peak, reset_gpu_peak
 from vlm_tune.train.precomputed import references, validation_units
+from vlm_tune.train.references import check_adapters_off
 from vlm_tune.train.resuming import read_json, write_data
 from vlm_tune.train.stage_data import (
     StageRows,
@@ -155,7 +156,10 @@ def stage_loop(
             raise Interrupted("stopped before the first step; go on with --resume")
         context.report(event.of_stage(progress.stage, name))
 
+    earlier = dict(model.adapters)
     tuned = apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
+    if checkpoint is None:
+        check_adapters_off(model, recipe, earlier)
     cached = decide_features(recipe, model, rows, context.accelerator, progress, report)
     context.caches = cached
     # With augmented images the tower runs in every step.
