@@ -110,3 +110,10 @@ def test_each_objective_has_its_command(
     for other in {"sft", "dpo", "kto"} - {command}:
         with pytest.raises(RecipeError, match=f"is trained by `vlm-tune {command}`"):
             check_command(of_kind, other)
+
+
+def test_a_stages_own_objective_is_pointed_at(tiny_recipe: Callable[..., str]) -> None:
+    text = with_tune(tiny_recipe("causal"), LORA).rstrip()
+    text += "\nstages:\n  - {name: sft}\n  - name: dpo\n    objective: {kind: simpo}\n"
+    with pytest.raises(RecipeError, match=rf"recipe:{len(text.splitlines())}:5: objective\.kind"):
+        check_command(parsed(text), "sft")

@@ -234,3 +234,9 @@ def test_faults_of_the_models_section_are_told_with_their_place(
     head, _, rest = tiny_recipe("causal").partition("\nmodel:")
     with pytest.raises(RecipeError, match=message):
         parsed(f"{head}\nmodel: {model}{rest[rest.index(chr(10) + 'data:') :]}")
+
+
+def test_a_folder_that_is_not_there_is_named(llava: tuple[Path, str]) -> None:
+    folder, text = llava
+    with pytest.raises(ModelError, match="there is no such folder, and no vision-language model"):
+        model_section(parsed(text.replace(str(folder), "merged")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.helpers.preference_samples import (
     LORA,
@@ -32,6 +34,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.packing import with_mismatched
 from vlm_tune.errors import DataError, RecipeError, TrainingError
 from vlm_tune.events import Evaluation, Event, TrainSteps
+from vlm_tune.rendering.terminal import Display
 from vlm_tune.train import preferences
 from vlm_tune.train.objectives import Counts
 from vlm_tune.train.references import START, StartCopy
@@ -172,6 +175,24 @@ def test_kto_pulls_liked_and_disliked_answers_apart(tiny_recipe: Callable[..., s
     (scores,) = [event for event in shown if isinstance(event, Evaluation)]
     assert scores.figures["kl"] >= 0
     assert scores.figures["rewards/chosen"] > 0 > scores.figures["rewards/rejected"]
+
+
+def test_validation_answers_that_are_all_liked_have_no_margin(
+    tiny_recipe: Callable[..., str],
+) -> None:
+    recipe = recipe_of(tiny_recipe, "{kind: kto}", train__steps=1, evaluate__limit=1)
+    screen = io.StringIO()
+    shown: list[Event] = []
+    display = Display(Console(file=screen, width=200))
+
+    def show(event: Event) -> None:
+        shown.append(event)
+        display(event)
+
+    kto(recipe, show=show)
+    (scores,) = [event for event in shown if isinstance(event, Evaluation)]
+    assert "rewards/chosen" in scores.figures and "rewards/margins" not in scores.figures
+    assert "validation rewards/accuracies 100.00% of 1, loss" in screen.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])

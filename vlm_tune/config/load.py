@@ -245,12 +245,15 @@ def check_command(recipe: Recipe, command: str) -> None:
     Earlier stages may have other objectives.
     """
     kind = recipe.resolved_stages()[-1][1].objective.kind
+    place: Path = ("objective",)
+    if recipe.stages and "objective" in recipe.stages[-1].model_fields_set:
+        place = ("stages", len(recipe.stages) - 1, "objective")
     if COMMANDS[kind] != command:
         message = (
             f"objective.kind: {kind} is trained by `vlm-tune {COMMANDS[kind]}`, "
             f"not by `vlm-tune {command}`"
         )
-        raise RecipeError([Problem(recipe.where(("objective",)), message)])
+        raise RecipeError([Problem(recipe.where(place), message)])
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -36,10 +36,13 @@ def is_share(name: str) -> bool:
 
 
 def shown_figures(figures: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The figures of a validation that a line has room for: of preferences two."""
+    """The figures of a validation that a line has room for: of preferences two.
+
+    Answers that are all liked, or all disliked, have no margin.
+    """
     if ACCURACIES not in figures:
         return dict(figures)
-    return {name: figures[name] for name in (ACCURACIES, MARGINS)}
+    return {name: figures[name] for name in (ACCURACIES, MARGINS) if name in figures}
 
 
 def amount(name: str, number: float | None, *, signed: bool = False) -> str:

@@ -105,6 +105,12 @@ def _section(source: PretrainedModel) -> ModelSection:
         return _own_section(folder, source)
     check_base(source.pretrained, "model.pretrained")
     vlm = find_vlm(source.pretrained)
+    if vlm is None and not folder.exists():
+        raise ModelError(
+            f"model.pretrained: {quoted(source.pretrained)}: there is no such folder, and no "
+            "vision-language model of that name on the Hub that is LLaVA-1.5, BLIP-2 or "
+            "InstructBLIP; a run's whole model is written by `vlm-tune merge RUN --output FOLDER`"
+        )
     if vlm is None:
         raise ModelError(
             f"model.pretrained: {quoted(source.pretrained)} is no vision-language model "
