@@ -72,7 +72,7 @@ def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_a_run_raises_margin_and_accuracy(
     tiny_recipe: Callable[..., str], objective: str, share: float
 ) -> None:
-    recipe = recipe_of(tiny_recipe, objective, train__steps=16, evaluate__every=8)
+    recipe = recipe_of(tiny_recipe, objective, train__steps=24, evaluate__every=12)
     shown: list[Event] = []
     run = dpo(recipe, show=shown.append)
     losses = [event.loss for event in shown if isinstance(event, TrainSteps)]
@@ -252,3 +252,13 @@ def test_a_lost_start_is_an_error_of_the_resumed_run(tiny_recipe: Callable[..., 
     (Path(recipe.output) / "stages/1-main" / START).unlink()
     with pytest.raises(TrainingError, match="weights before this stage"):
         dpo(recipe, resume=True)
+
+
+def test_stored_references_of_other_rows_are_refused(tiny_recipe: Callable[..., str]) -> None:
+    objective = "{kind: dpo, reference: precomputed}"
+    changes: dict[str, Any] = {"evaluate__every": 2, "evaluate__limit": 4}
+    recipe = recipe_of(tiny_recipe, objective, **changes)
+    interrupted(lambda **options: dpo(recipe, **options), at=Evaluation, stage=0, step=2)
+    longer = recipe_of(tiny_recipe, objective, **changes | {"evaluate__limit": 8})
+    with pytest.raises(TrainingError, match=r"other rows than data and evaluate\.limit give"):
+        dpo(longer, resume=True, accept_changes=True)

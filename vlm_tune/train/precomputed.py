@@ -51,10 +51,14 @@ def validation_units(
 
 @dataclass(frozen=True)
 class References:
-    """The stored log-probabilities of a stage's training units and validation rows."""
+    """The stored log-probabilities of a stage's training units and validation rows.
+
+    `rows` is a hash of these, by whose places they are stored.
+    """
 
     train: StoredReferences
     validation: StoredReferences
+    rows: str
 
     def write(self, path: Path) -> None:
         """Writes the file under a temporary name first."""
@@ -66,7 +70,7 @@ class References:
             for name in ("logprobs", "starts")
         }
         with temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, rows=np.array(self.rows), **arrays)
         temporary.replace(path)
 
     @classmethod
@@ -78,7 +82,8 @@ class References:
                     *(
                         StoredReferences(arrays[f"{part}_logprobs"], arrays[f"{part}_starts"])
                         for part in ("train", "validation")
-                    )
+                    ),
+                    rows=str(arrays["rows"]),
                 )
         except zipfile.BadZipFile as error:
             raise ValueError(str(error)) from None
@@ -112,12 +117,13 @@ def references(
         resumed: Whether the stage goes on from a checkpoint.
 
     Raises:
-        TrainingError: The file of a resumed stage is lost or damaged.
+        TrainingError: The file of a resumed stage is lost, damaged or of other rows.
     """
     path = stage / NAME
+    rows = _rows_key(feed, validation)
     if resumed:
-        return _own(path)
-    cached = cache_folder("references") / f"{_key(model, recipe, feed, validation)}.npz"
+        return _own(path, rows)
+    cached = cache_folder("references") / f"{_key(model, recipe, rows)}.npz"
     stored: References | None = None
     if accelerator.is_main_process:
         check_cache(cached.parent)
@@ -132,6 +138,7 @@ def references(
         stored = References(
             compute(units, feed.fetch, cached=feed.cached),
             compute(validation, fetch, cached=validation_cached),
+            rows,
         )
         if accelerator.is_main_process:
             with cache_room(cached.parent):
@@ -142,15 +149,22 @@ def references(
     return stored
 
 
-def _own(path: Path) -> References:
-    """Reads a resumed stage's file. Raises `TrainingError` if it is lost or damaged."""
+def _own(path: Path, rows: str) -> References:
+    """Reads a resumed stage's file.
+
+    Raises `TrainingError` if it is lost or damaged, or not of the rows with this hash.
+    """
     try:
-        return References.read(path)
+        stored = References.read(path)
+        if stored.rows == rows:
+            return stored
+        fault = "it is of other rows than data and evaluate.limit give now"
     except (OSError, ValueError, KeyError) as error:
-        raise TrainingError(
-            f"{path}: {reason_of(error)}. It holds what the model before this stage finds of the "
-            "answers (objective.reference: precomputed): start the run again with --overwrite"
-        ) from None
+        fault = reason_of(error)
+    raise TrainingError(
+        f"{path}: {fault}. It holds what the model before this stage finds of the "
+        "answers (objective.reference: precomputed): start the run again with --overwrite"
+    )
 
 
 @torch.no_grad()
@@ -188,21 +202,9 @@ def _computed(
     return StoredReferences(whole, starts)
 
 
-def _key(
-    model: VisionLanguageNetwork,
-    recipe: Recipe,
-    feed: PreparedFeed,
-    validation: Sequence[Group],
-) -> str:
-    """A hash of all that the log-probabilities depend on: the rows, and every weight."""
-    state = xxhash.xxh3_128()
-    described = (
-        feed.prepared.folder.name,
-        feed.mismatches,
-        recipe.train.precision,
-        model.config.model_dump_json(),
-    )
-    state.update(repr(described).encode())
+def _rows_key(feed: PreparedFeed, validation: Sequence[Group]) -> str:
+    """A hash of the training and validation rows, in their order."""
+    state = xxhash.xxh3_128(repr((feed.prepared.folder.name, feed.mismatches)).encode())
     for unit in validation:
         for example in unit:
             state.update(example.id.encode())
@@ -210,6 +212,13 @@ def _key(
                 state.update(array.tobytes())
             for item in example.media:
                 state.update(item.name.encode())
+    return state.hexdigest()
+
+
+def _key(model: VisionLanguageNetwork, recipe: Recipe, rows: str) -> str:
+    """A hash of all that the log-probabilities depend on: the rows, and every weight."""
+    described = (rows, recipe.train.precision, model.config.model_dump_json())
+    state = xxhash.xxh3_128(repr(described).encode())
     for name, tensor in model.state_dict().items():
         state.update(name.encode())
         if isinstance(tensor, torch.Tensor):
