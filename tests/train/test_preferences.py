@@ -32,7 +32,7 @@ from tests.helpers.tiny_models import (
 from vlm_tune.api import dpo, kto, sft
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.packing import with_mismatched
-from vlm_tune.errors import DataError, RecipeError, TrainingError
+from vlm_tune.errors import DataError, ModelError, RecipeError, TrainingError
 from vlm_tune.events import Evaluation, Event, TrainSteps
 from vlm_tune.rendering.terminal import Display
 from vlm_tune.train import preferences
@@ -262,3 +262,16 @@ def test_stored_references_of_other_rows_are_refused(tiny_recipe: Callable[..., 
     longer = recipe_of(tiny_recipe, objective, **changes | {"evaluate__limit": 8})
     with pytest.raises(TrainingError, match=r"other rows than data and evaluate\.limit give"):
         dpo(longer, resume=True, accept_changes=True)
+
+
+def test_adapters_that_go_on_under_another_glob_are_not_switched_off(
+    tiny_recipe: Callable[..., str],
+) -> None:
+    later = [
+        {"match": "llm.model.*", "how": "lora", "r": 4, "lora_alpha": 8},
+        {"match": "*", "how": "frozen"},
+    ]
+    stages = [{"name": "first"}, {"name": "second", "objective": {"kind": "dpo"}, "tune": later}]
+    recipe = recipe_of(tiny_recipe, "{kind: simpo}", stages=stages, train__steps=1)
+    with pytest.raises(ModelError, match="an earlier stage trains the adapters"):
+        dpo(recipe)

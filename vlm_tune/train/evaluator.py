@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -140,7 +140,7 @@ class Evaluator:
         loss_sum = 0.0
         cut_short = False
         with self.accelerator.autocast():
-            self.objective.before(self.model, map(self._batch, parts), totals)
+            self.objective.before(self.model, self._watched(parts), totals)
             for done, part in enumerate(parts):
                 self.watch.at(f"the evaluation, {done * size} of {len(mine)} rows")
                 self.report(Scoring(done * size, len(mine)))
@@ -187,6 +187,12 @@ class Evaluator:
         if self.engine.sharded:
             return rows, True
         return rows[self.accelerator.process_index :: self.accelerator.num_processes], False
+
+    def _watched(self, parts: Sequence[Sequence[Example]]) -> Iterator[Batch]:
+        """The batches of a pass before that of the loss, each of which is a sign of progress."""
+        for done, part in enumerate(parts):
+            self.watch.at(f"the evaluation, before its loss, {done} of {len(parts)} batches")
+            yield self._batch(part)
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
         """The examples as a batch on the model's device."""
