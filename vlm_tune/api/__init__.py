@@ -1,0 +1,22 @@
+"""The functions of `import vlm_tune`: train, score, predict, merge, export; the CLI calls them."""
+
+from __future__ import annotations
+
+from vlm_tune.api.scoring import compare, evaluate, predict, report
+from vlm_tune.api.training import dpo, kto, sft
+from vlm_tune.exporting import export
+from vlm_tune.exporting.merge import merge
+from vlm_tune.train.replay import verify_run
+
+__all__ = [
+    "compare",
+    "dpo",
+    "evaluate",
+    "export",
+    "kto",
+    "merge",
+    "predict",
+    "report",
+    "sft",
+    "verify_run",
+]
