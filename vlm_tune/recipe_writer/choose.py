@@ -16,6 +16,11 @@ FEW_IMAGES = 10
 """Images under which none is held out: a score on one or two would say nothing."""
 SMALL_SET = 40
 """Images under which larger shares are held out."""
+FEW = 1000
+"""Images up to which data is small."""
+UNREPEATED = 0.2
+"""Share of questions with an answer of one image only, from which small data has no validation
+part of its own."""
 QUESTIONS = 1.5
 """Questions an image from which on a decoder reads an image's rows together."""
 LONGEST = 2048
@@ -115,6 +120,29 @@ def _about(part: str, facts: Facts) -> str:
 def held_out(facts: Facts, sources: Sources) -> tuple[dict[str, Any] | None, str]:
     """The shares to hold out for parts without a source, and the reason."""
     missing = [part for part in ("validation", "test") if not sources[part]]
+    if not missing:
+        return None, ""
+    if unlearnable(facts) and "validation" in missing:
+        missing.remove("validation")
+        open_answers = (
+            f"no validation part is held out: {facts.unrepeated:.0%} of the questions have an "
+            "answer that belongs to one image, which could not be learned from the others"
+        )
+        split, reason = _shares(facts, missing)
+        return split, f"{open_answers}\n{reason}".strip()
+    return _shares(facts, missing)
+
+
+def unlearnable(facts: Facts) -> bool:
+    """Whether held-out images of small data would often have answers that training never shows."""
+    small = (
+        FEW_IMAGES <= facts.all_images <= FEW and facts.answers != "long" and facts.single_images
+    )
+    return small and facts.unrepeated >= UNREPEATED
+
+
+def _shares(facts: Facts, missing: list[str]) -> tuple[dict[str, Any] | None, str]:
+    """The shares to hold out for these parts, and the reason."""
     if not missing:
         return None, ""
     if facts.all_images < FEW_IMAGES:

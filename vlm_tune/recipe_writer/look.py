@@ -43,9 +43,17 @@ Answers = Literal["repeated", "short", "long"]
 """Kinds of answers: few different ones, open but short ones, and sentences."""
 
 
+SEVERAL = object()
+"""Stands for the images of an answer that several have."""
+
+
 @dataclass
 class _Seen:
-    """Counts over the rows that were read."""
+    """Counts over the rows that were read.
+
+    `single` counts the rows with exactly one image. `shown_with` has the images of each answer, or
+    `SEVERAL`.
+    """
 
     rows: int = 0
     bad: int = 0
@@ -56,7 +64,9 @@ class _Seen:
     images: set[object] = field(default_factory=set)
     samples: list[Media] = field(default_factory=list)
     most_images: int = 0
+    single: int = 0
     answers: Counter[str] = field(default_factory=Counter)
+    shown_with: dict[str, object] = field(default_factory=dict)
     categories: Counter[str] = field(default_factory=Counter)
     longest: int = 0
     texts: list[str] = field(default_factory=list)
@@ -69,6 +79,12 @@ class _Seen:
         self.categories[row.category] += 1
         media = row.media
         self.most_images = max(self.most_images, len(media))
+        self.single += len(media) == 1
+        shown = tuple(map(_identity, media))
+        for answer in answers:
+            self.shown_with[answer] = (
+                shown if self.shown_with.get(answer, shown) == shown else SEVERAL
+            )
         for each in media:
             identity = _identity(each)
             if identity not in self.images and len(self.samples) < SIZED:
@@ -93,9 +109,10 @@ class Facts:
 
     `rows` counts all of them; the rest is of the first `read` rows that can be used, of each source
     `ROWS` at most. `longest_row` is in bytes of UTF-8, `longest_answer` in characters, and sides
-    are in pixels. `smallest_class` is the number of rows of the rarest category, 0 without
-    categories. `language` is an ISO 639-1 code, None if unknown; `latin` is the share of the texts'
-    letters that are Latin.
+    are in pixels. `single_images` says whether each row has exactly one image. `unrepeated` is the
+    share of the questions whose answer belongs to one image only. `smallest_class` is the number of
+    rows of the rarest category, 0 without categories. `language` is an ISO 639-1 code, None if
+    unknown; `latin` is the share of the texts' letters that are Latin.
     """
 
     forms: tuple[str, ...]
@@ -105,11 +122,13 @@ class Facts:
     questions: int
     images: int
     most_images: int
+    single_images: bool
     width: int
     height: int
     elongated: float
     answers: Answers
     distinct_answers: int
+    unrepeated: float
     longest_answer: int
     longest_row: int
     smallest_class: int
@@ -214,12 +233,15 @@ def _read(reader: SourceReader) -> _Seen:
 
 def _merge(whole: _Seen, part: _Seen) -> None:
     """Adds the counts of another source."""
-    for name in ("rows", "bad", "questions"):
+    for name in ("rows", "bad", "questions", "single"):
         setattr(whole, name, getattr(whole, name) + getattr(part, name))
     for name in ("most_images", "longest"):
         setattr(whole, name, max(getattr(whole, name), getattr(part, name)))
     for name in ("fault_kinds", "answers", "categories"):
         getattr(whole, name).update(getattr(part, name))
+    for answer, shown in part.shown_with.items():
+        same = whole.shown_with.get(answer, shown) == shown
+        whole.shown_with[answer] = shown if same else SEVERAL
     whole.first_fault = whole.first_fault or part.first_fault
     whole.images |= part.images
     whole.texts += part.texts
@@ -258,17 +280,25 @@ def _facts(seen: _Seen, forms: tuple[str, ...], rows: int) -> Facts:
         questions=max(seen.questions, 1),
         images=len(seen.images),
         most_images=seen.most_images,
+        single_images=seen.single == seen.rows,
         width=round(median(width for width, _ in sizes)),
         height=round(median(height for _, height in sizes)),
         elongated=sum(max(each) > LONGER_THAN_WIDE * min(each) for each in sizes) / len(sizes),
         answers=_kind_of_answers(seen.answers, lengths),
         distinct_answers=len(seen.answers),
+        unrepeated=_unrepeated(seen),
         longest_answer=lengths[-1] if lengths else 0,
         longest_row=seen.longest,
         smallest_class=min(categories.values(), default=0) if len(categories) > 1 else 0,
         language=_language(seen.texts),
         latin=sum(each < LATIN_ENDS for each in letters) / len(letters) if letters else 1.0,
     )
+
+
+def _unrepeated(seen: _Seen) -> float:
+    """The share of the questions whose answer belongs to one image only."""
+    several = sum(times for text, times in seen.answers.items() if seen.shown_with[text] is SEVERAL)
+    return 1 - several / max(seen.answers.total(), 1)
 
 
 def _kind_of_answers(answers: Counter[str], lengths: Sequence[int]) -> Answers:
