@@ -90,7 +90,8 @@ def test_a_model_is_loaded_where_it_is_to_be(named: str, moves: list[Any], tmp_p
         assert moves == [("loaded", str(expected)), ("moved", expected)]
     moves.clear()
     VisionLanguageModel.from_pretrained(tmp_path / "saved", device="cpu")
-    assert moves == [("loaded", None), ("moved", torch.device("cpu"))]
+    # The tower and the LLM are placed before the model is assembled over them.
+    assert moves == [("loaded", None), *[("moved", torch.device("cpu"))] * 3]
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

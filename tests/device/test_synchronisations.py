@@ -134,12 +134,12 @@ def test_a_step_that_is_not_finite_is_left_out(
     tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one value that is read decides, before the optimizer's step."""
-    read = trainer._read
+    read = trainer.read_figures
     monkeypatch.setattr(
         trainer,
-        "_read",
-        lambda loss, norm: (
-            (math.nan, 1.0) if not (tmp_path / "seen").exists() else read(loss, norm)
+        "read_figures",
+        lambda figures, norm: (
+            ([math.nan], 1.0) if not (tmp_path / "seen").exists() else read(figures, norm)
         ),
     )
     taken: list[int] = []
@@ -213,7 +213,7 @@ def test_a_real_gpu_is_not_waited_for(
     """torch itself raises at each synchronisation but the one that reads the step's outcome."""
     recipe = parsed(tiny_recipe(llm, precision="bf16"), **TRAIN, **keys)
     step = StageLoop._step
-    read = trainer._read
+    read = trainer.read_figures
 
     def watched(loop: StageLoop, *args: Any) -> float:
         torch.cuda.set_sync_debug_mode("error")
@@ -229,7 +229,7 @@ def test_a_real_gpu_is_not_waited_for(
         return outcome
 
     monkeypatch.setattr(StageLoop, "_step", watched)
-    monkeypatch.setattr(trainer, "_read", allowed)
+    monkeypatch.setattr(trainer, "read_figures", allowed)
     loop = stage_loop(built(recipe), recipe, tmp_path / "gpu")
     assert loop.accelerator.device.type == "cuda"
     assert loop.run().step == STEPS

@@ -207,6 +207,7 @@ def test_a_run_trains_in_the_range_and_shuts_it(tiny_recipe: Callable[..., str])
 
     def show(event: Event) -> None:
         if isinstance(event, TrainSteps):
+            gc.collect()  # of objects that refer to one another, as earlier tests left them
             states.append(range_state())
 
     gc.collect()

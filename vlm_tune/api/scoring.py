@@ -61,7 +61,7 @@ def evaluate(
     *,
     split: Literal["validation", "test"] = "test",
     data: str | Path | Sequence[str | Path] | None = None,
-    benchmark: Sequence[str] | None = None,
+    benchmark: str | Sequence[str] | None = None,
     limit: int | None = None,
     metrics: Sequence[str] | None = None,
     baselines: Literal["auto"] | Sequence[str] | None = None,
@@ -99,7 +99,7 @@ def evaluate(
     folder = _model_folder(model, split, limit)
     precision = dtype_of(dtype)
     places = base_choice(base, accept_other_base)
-    if data is not None or benchmark:
+    if data is not None or benchmark is not None:
         stage = _last_stage(folder, recipe, overrides)
         given = EvaluateSection() if stage is None else stage.evaluate
         settings = chosen_settings(given, metrics, baselines, answering)
@@ -126,10 +126,13 @@ def _model_folder(model: str | Path, split: str, limit: int | None) -> Path:
 
 
 def _rows_of(
-    data: str | Path | Sequence[str | Path] | None, benchmark: Sequence[str] | None
+    data: str | Path | Sequence[str | Path] | None, benchmark: str | Sequence[str] | None
 ) -> list[Conversation]:
     """The rows of copies of benchmarks and of files. Raises as `evaluate`."""
-    return [*read_benchmarks(benchmark or ()), *([] if data is None else read_files(data))]
+    return [
+        *read_benchmarks(() if benchmark is None else benchmark),
+        *([] if data is None else read_files(data)),
+    ]
 
 
 def _check_part(stage: Recipe, split: Literal["validation", "test"]) -> None:

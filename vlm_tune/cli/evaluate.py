@@ -126,7 +126,7 @@ def evaluate(
             set_ or [],
             **choices,
             data=data,
-            benchmark=benchmark,
+            benchmark=benchmark or None,
             limit=limit,
             metrics=names_in(metrics),
             baselines="auto" if baselines == "auto" else names_in(baselines),

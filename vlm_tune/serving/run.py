@@ -17,8 +17,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.errors import ArgumentError, Problem, RecipeError
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.generation.requests import check_text
 from vlm_tune.model.base_places import BaseArgument
 from vlm_tune.paths import check_path, reason
 from vlm_tune.quoting import quoted
@@ -87,9 +88,17 @@ def serve(
 
     Raises:
         RecipeError: an argument is invalid, or the port can't be used.
+        ArgumentError: an argument is of the wrong type.
         ModelError: a model can't be loaded.
     """
     check_path("model", model)
+    if limits is not None and not isinstance(limits, Limits):
+        raise ArgumentError(f"limits is a Limits of vlm_tune.serving.limits, got {quoted(limits)}")
+    check_text("host", host)
+    if name is not None:
+        check_text("name", name)
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise ArgumentError(f"adapters is a mapping of names to folders, got {quoted(adapters)}")
     folders = _named_folders(model, name, adapters or {})
     limits = limits or Limits()
     # A port that is in use is an error before models are loaded.
@@ -122,6 +131,7 @@ def _named_folders(
     """The folders of what is served, by name; the first is the model's."""
     folders = {Path(model).resolve().name if name is None else name: Path(model)}
     for each, folder in adapters.items():
+        check_text("an adapter's name", each)
         check_path(f"adapter {quoted(each)}", folder)
         if each in folders:
             raise RecipeError([Problem("--adapter", f"two models are named {quoted(each)}")])

@@ -20,14 +20,15 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-def read_benchmarks(copies: Sequence[str]) -> list[Conversation]:
-    """The rows of local copies, each written as `name=path`.
+def read_benchmarks(copies: str | Sequence[str]) -> list[Conversation]:
+    """The rows of local copies, or of one, each written as `name=path`.
 
     Raises `RecipeError` for a copy that is not written so or of no benchmark, and `DataError` for
     one that can't be used or has no rows.
     """
     rows: list[Conversation] = []
-    for copy in copies:
+    listed = copies if isinstance(copies, list | tuple) else [copies]
+    for copy in listed:
         name, equals, path = str(copy).partition("=")
         if name not in BENCHMARKS or not equals or not path:
             known = ", ".join(BENCHMARKS)
