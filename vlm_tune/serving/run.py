@@ -91,14 +91,7 @@ def serve(
         ArgumentError: an argument is of the wrong type.
         ModelError: a model can't be loaded.
     """
-    check_path("model", model)
-    if limits is not None and not isinstance(limits, Limits):
-        raise ArgumentError(f"limits is a Limits of vlm_tune.serving.limits, got {quoted(limits)}")
-    check_text("host", host)
-    if name is not None:
-        check_text("name", name)
-    if adapters is not None and not isinstance(adapters, Mapping):
-        raise ArgumentError(f"adapters is a mapping of names to folders, got {quoted(adapters)}")
+    _check_arguments(model, host, name, adapters, limits)
     folders = _named_folders(model, name, adapters or {})
     limits = limits or Limits()
     # A port that is in use is an error before models are loaded.
@@ -123,6 +116,18 @@ def serve(
         keyed = limits.api_key is not None
         event = Started(_url(*address), tuple(models), keyed, engine.one_by_one)
         asyncio.run(server.run(listening, lambda: started(event) if started else None))
+
+
+def _check_arguments(model: Any, host: Any, name: Any, adapters: Any, limits: Any) -> None:
+    """Raises `RecipeError` or `ArgumentError` for an argument of `serve` of the wrong type."""
+    check_path("model", model)
+    if limits is not None and not isinstance(limits, Limits):
+        raise ArgumentError(f"limits is a Limits of vlm_tune.serving.limits, got {quoted(limits)}")
+    check_text("host", host)
+    if name is not None:
+        check_text("name", name)
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise ArgumentError(f"adapters is a mapping of names to folders, got {quoted(adapters)}")
 
 
 def _named_folders(
