@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm_tune.api.scoring import compare, evaluate, predict, report
+from vlm_tune.api.scoring import compare, evaluate, evaluate_model, predict, report
 from vlm_tune.api.training import dpo, kto, sft
 from vlm_tune.exporting import export
 from vlm_tune.exporting.merge import merge
@@ -12,6 +12,7 @@ __all__ = [
     "compare",
     "dpo",
     "evaluate",
+    "evaluate_model",
     "export",
     "kto",
     "merge",
