@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse
 
 from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.quoting import QUOTED_NAME, cut, quoted
+from vlm_tune.serving.failures import log_failure
 from vlm_tune.serving.jobs import Closing, Overloaded
 from vlm_tune.serving.limits import MOST_FIELDS
 from vlm_tune.serving.wire import MANY_FIELDS, REFUSED, ChatRequest
@@ -135,6 +136,14 @@ def api_error(error: Exception) -> ApiError:
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return internal()
+
+
+def logged_api_error(error: Exception) -> ApiError:
+    """The error to answer a request with; one of the server's own is logged."""
+    answer = api_error(error)
+    if answer.status_code == 500:
+        log_failure(error, "on a request")
+    return answer
 
 
 def _in_request_names(message: str) -> str:

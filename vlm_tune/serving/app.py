@@ -25,10 +25,9 @@ from vlm_tune.data.types import Media
 from vlm_tune.errors import VlmTuneError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.quoting import quoted
-from vlm_tune.serving.api_errors import ApiError, api_error, internal, invalid_request, timed_out
+from vlm_tune.serving.api_errors import ApiError, invalid_request, logged_api_error, timed_out
 from vlm_tune.serving.chat_requests import job_of
 from vlm_tune.serving.exchange import Exchange
-from vlm_tune.serving.failures import log_failure
 from vlm_tune.serving.guard import FOOTPRINT, HEALTH, Guard, Load
 from vlm_tune.serving.jobs import Engine, Finished, Piece
 from vlm_tune.serving.limits import Limits
@@ -145,7 +144,7 @@ class Server:
                 HTTPException: _answer_error,
                 VlmTuneError: _answer_error,
                 RequestValidationError: _answer_invalid,
-                Exception: _answer_failure,
+                Exception: _answer_error,
             },
         )
         bearer = HTTPBearer(
@@ -265,10 +264,7 @@ class Server:
         except TimeoutError:
             yield _error_event(timed_out(self._limits.timeout))
         except Exception as error:
-            answer = api_error(error)
-            if answer.status_code == 500:
-                log_failure(error, "on a request")
-            yield _error_event(answer)
+            yield _error_event(logged_api_error(error))
         yield ServerSentEvent("[DONE]")
 
     async def _apart(self, work: Callable[[], T]) -> T:
@@ -332,15 +328,7 @@ def _error_event(error: ApiError) -> ServerSentEvent:
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
-    answer = api_error(error)
-    if answer.status_code == 500:
-        log_failure(error, "on a request")
-    return answer.response()
-
-
-async def _answer_failure(_: Request, error: Exception) -> Response:
-    log_failure(error, "on a request")
-    return internal().response()
+    return logged_api_error(error).response()
 
 
 async def _answer_invalid(_: Request, error: Exception) -> Response:

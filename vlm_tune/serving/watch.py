@@ -11,8 +11,7 @@ import time
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlm_tune.serving.api_errors import api_error
-from vlm_tune.serving.failures import log_failure
+from vlm_tune.serving.api_errors import logged_api_error
 from vlm_tune.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -66,10 +65,7 @@ class Watch:
             await self._app(scope, receive, watched)
         except Exception as error:
             if status == CLIENT_LEFT:
-                answer = api_error(error)
-                if answer.status_code == 500:
-                    log_failure(error, "on a request")
-                await answer.response()(scope, receive, watched)
+                await logged_api_error(error).response()(scope, receive, watched)
         finally:
             seconds = time.perf_counter() - begun
             route = getattr(scope.get("route"), "path", "none")
