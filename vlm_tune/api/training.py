@@ -9,9 +9,7 @@ from typing import Any, TypedDict, Unpack
 
 from vlm_tune.config.load import as_recipe, check_command
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.errors import (
-    TrainingError,
-)
+from vlm_tune.errors import TrainingError
 from vlm_tune.events import Report
 from vlm_tune.rendering.report import write_report
 from vlm_tune.train.out_of_memory import is_out_of_memory, out_of_memory
@@ -106,28 +104,11 @@ def kto(
     return _train("kto", as_recipe(recipe, overrides), **options)
 
 
-def _train(
-    command: str,
-    loaded: Recipe,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    accept_changes: bool = False,
-    test: bool = True,
-    show: Report | None = None,
-) -> Run:
+def _train(command: str, loaded: Recipe, **options: Unpack[TrainOptions]) -> Run:
     """Trains a recipe whose objective is of a command."""
     check_command(loaded, command)
     try:
-        return run_recipe(
-            loaded,
-            resume=resume,
-            overwrite=overwrite,
-            accept_changes=accept_changes,
-            test=test,
-            show=show,
-            write_report=write_report,
-        )
+        return run_recipe(loaded, write_report=write_report, **options)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
