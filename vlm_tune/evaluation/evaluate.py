@@ -16,7 +16,7 @@ from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Media, References, distinct_media
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.answering import answer_rows
-from vlm_tune.evaluation.metrics import Answer, Losses, Scores, scores
+from vlm_tune.evaluation.metrics import Answer, Losses, Scores, scores, sum_losses
 from vlm_tune.evaluation.registry import RETRIEVAL
 from vlm_tune.evaluation.retrieval import losses_by_source, retrieve, with_ranks
 from vlm_tune.evaluation.texts import normalise
@@ -106,7 +106,8 @@ def _with_losses(
             replace(answer, loss=total, tokens=tokens)
             for answer, (total, tokens) in zip(answers, row_losses, strict=True)
         ]
-        return scores(answers, _losses_by_source(answers) if loss else {})
+        entries = ((answer.source, answer.loss, answer.tokens) for answer in answers)
+        return scores(answers, sum_losses(entries) if loss else {})
     losses: Losses = {}
     for name in dict.fromkeys(row.source_name for row in conversations) if loss else ():
         rows = [row for row in conversations if row.source_name == name]
@@ -154,15 +155,6 @@ def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) ->
             )
         )
     return answers
-
-
-def _losses_by_source(answers: Sequence[Answer]) -> Losses:
-    """The summed losses of each source's answers, and their number of tokens."""
-    losses: Losses = {}
-    for answer in answers:
-        total, tokens = losses.get(answer.source, (0.0, 0))
-        losses[answer.source] = total + answer.loss, tokens + answer.tokens
-    return losses
 
 
 def _scored(references: References) -> References:

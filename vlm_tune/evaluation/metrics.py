@@ -6,7 +6,7 @@ Other metrics, intervals and baselines are added by `assessment`. This module do
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,16 +123,22 @@ Losses = dict[str, tuple[float, int]]
 def join_scores(shards: Sequence[Scores]) -> Scores:
     """Joins the scores of ranks that each scored rows of its own."""
     answers = [answer for shard in shards for answer in shard.answers]
-    losses: Losses = {}
-    for name, entry in (
-        (name, entry)
+    losses = sum_losses(
+        (name, entry["loss"] * entry["tokens"], int(entry["tokens"]))
         for shard in shards
         for name, entry in shard.by_source.items()
         if "tokens" in entry
-    ):
-        total, tokens = losses.get(name, (0.0, 0))
-        losses[name] = total + entry["loss"] * entry["tokens"], tokens + int(entry["tokens"])
+    )
     return scores(answers, losses)
+
+
+def sum_losses(entries: Iterable[tuple[str, float, int]]) -> Losses:
+    """The sums by source of entries (source, summed loss, number of tokens)."""
+    losses: Losses = {}
+    for source, loss, count in entries:
+        total, tokens = losses.get(source, (0.0, 0))
+        losses[source] = total + loss, tokens + count
+    return losses
 
 
 def scores(answers: list[Answer], losses: Losses) -> Scores:

@@ -17,7 +17,7 @@ import torch
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
-from vlm_tune.evaluation.metrics import Answer, Losses, Ranks
+from vlm_tune.evaluation.metrics import Answer, Losses, Ranks, sum_losses
 from vlm_tune.model.vlm import Alignment, VisionLanguageNetwork
 
 BLOCK = 1 << 24
@@ -102,11 +102,8 @@ def with_ranks(answers: Sequence[Answer], retrieved: Retrieved, *, answering: bo
 
 def losses_by_source(answers: Sequence[Answer], retrieved: Retrieved) -> Losses:
     """The summed contrastive loss of each source's rows, and their number."""
-    losses: Losses = {}
-    for answer, loss in zip(answers, retrieved.losses.tolist(), strict=True):
-        total, rows = losses.get(answer.source, (0.0, 0))
-        losses[answer.source] = total + loss, rows + 1
-    return losses
+    rows = zip(answers, retrieved.losses.tolist(), strict=True)
+    return sum_losses((answer.source, loss, 1) for answer, loss in rows)
 
 
 @torch.inference_mode()
