@@ -146,6 +146,8 @@ METRICS = (
 LOSS = "loss"
 """What `evaluate.best` names besides metrics: the loss of the reference answers."""
 
+Answering = Literal["generate", "likelihood"]
+"""Ways to answer rows that are scored."""
 Baseline = Literal["majority", "same_question", "nearest", "probe", "blind"]
 
 
@@ -171,7 +173,7 @@ class EvaluateSection(Config):
     batch_size: PositiveInt = Field(default=64, description="rows scored together")
     max_new_tokens: PositiveInt = 32
     num_beams: Layers = 1
-    answering: Literal["generate", "likelihood"] = Field(
+    answering: Answering = Field(
         default="generate",
         description="likelihood: rows with choices (multiple choice, classes) are answered by the "
         "choice that the model finds likeliest, and nothing else can be answered",

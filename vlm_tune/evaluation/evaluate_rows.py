@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.config.train import Baseline, EvaluateSection
+from vlm_tune.config.train import Answering, Baseline, EvaluateSection
 from vlm_tune.data.prepare.run import find_prepared, prepared_parts
 from vlm_tune.data.sources.registry import read_path
 from vlm_tune.data.types import Conversation, distinct_media
@@ -28,9 +28,6 @@ from vlm_tune.model.feature_choice import caches_images
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import check_path
 from vlm_tune.quoting import quoted
-
-ANSWERING = ("generate", "likelihood")
-"""Ways to answer that `evaluate.answering` names."""
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +54,8 @@ def chosen_settings(
         if names is not None:
             changes[option] = names if isinstance(names, str) else list(names)
     if answering is not None:
-        if answering not in ANSWERING:
-            message = f"{quoted(answering)} is none of {', '.join(ANSWERING)}"
+        if answering not in get_args(Answering):
+            message = f"{quoted(answering)} is none of {', '.join(get_args(Answering))}"
             raise RecipeError([Problem("--answering", message)])
         changes["answering"] = answering
     given = changes.get("baselines", "auto")
