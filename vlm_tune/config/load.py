@@ -244,7 +244,7 @@ def check_command(recipe: Recipe, command: str) -> None:
 
     Earlier stages may have other objectives.
     """
-    kind = recipe.resolved_stages()[-1][1].objective.kind
+    kind = recipe.last_stage.objective.kind
     place: Path = ("objective",)
     if recipe.stages and "objective" in recipe.stages[-1].model_fields_set:
         place = ("stages", len(recipe.stages) - 1, "objective")
