@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from vlm_tune.config.faults import Fault, broken
 from vlm_tune.config.objectives import JUDGED_FORMS
 from vlm_tune.config.tune import LORA_RANK, TuneRule
+from vlm_tune.config.tune_rules import adds_virtual_tokens, written_rules
 from vlm_tune.config.yaml_source import value_at
 
 SMOOTHED = ("robust", "exo_pair")
@@ -72,11 +73,6 @@ def _layout_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]:
         or value_at(raw, "model", "connector", "kind") == "fusion"
     )
     estimates = objective["kind"] == "kto" and objective.get("loss_type", "kto") == "kto"
-    rules = value_at(raw, "tune")
-    virtual = any(
-        value_at(rule, "how") in ("prompt", "prefix")
-        for rule in (rules if isinstance(rules, list) else [])
-    )
     scored_by = objective.get("scored_by", "rewards/accuracies")
     return broken(
         (
@@ -92,7 +88,7 @@ def _layout_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]:
             "rows of preferences",
         ),
         (
-            seq2seq and virtual,
+            seq2seq and adds_virtual_tokens(raw),
             ("objective", "kind"),
             "virtual tokens (how: prompt or prefix) stand before one answer of an "
             "encoder-decoder, and preferences compare several; use LoRA",
@@ -117,8 +113,7 @@ def _reference_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault
     if objective["kind"] not in ("dpo", "kto"):
         return []
     reference = objective.get("reference", "adapter_off")
-    rules = value_at(raw, "tune")
-    others = _not_switched_off(rules if isinstance(rules, list) else [])
+    others = _not_switched_off(written_rules(raw))
     engine = value_at(raw, "engine", "kind")
     sharded = engine == "fsdp" or (engine == "deepspeed" and value_at(raw, "engine", "stage") == 3)
     return broken(
@@ -148,14 +143,14 @@ def _reference_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault
     )
 
 
-def _not_switched_off(rules: Sequence[Any]) -> list[str]:
+def _not_switched_off(rules: Sequence[dict[str, Any]]) -> list[str]:
     """The tunings of rules besides LoRA adapters whose scale can be 0, in words."""
     return [
-        f"how: {value_at(rule, 'how')} for {value_at(rule, 'match')}"
-        if value_at(rule, "how") != "lora"
-        else f"variant: dora for {value_at(rule, 'match')}"
+        f"how: {rule.get('how')} for {rule.get('match')}"
+        if rule.get("how") != "lora"
+        else f"variant: dora for {rule.get('match')}"
         for rule in rules
-        if value_at(rule, "how") not in ("lora", "frozen") or value_at(rule, "variant") == "dora"
+        if rule.get("how") not in ("lora", "frozen") or rule.get("variant") == "dora"
     ]
 
 
@@ -176,9 +171,8 @@ def _adapters(stage: Any) -> list[TuneRule]:
 
     Rules with faults of their own are left out. Settings that no rule gives have their defaults.
     """
-    rules = value_at(stage, "tune")
     adapters: list[TuneRule] = []
-    for raw in rules if isinstance(rules, list) else []:
+    for raw in written_rules(stage):
         with suppress(ValidationError):
             rule = TuneRule.model_validate(raw)
             if rule.how == "lora":

@@ -12,7 +12,7 @@ from vlm_tune.config.model import ModelSection
 from vlm_tune.config.objective_rules import objective_contradictions
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.train import LOSS, METRICS
-from vlm_tune.config.tune_rules import tune_contradictions
+from vlm_tune.config.tune_rules import adds_virtual_tokens, tune_contradictions
 from vlm_tune.config.yaml_source import Path, dotted_name, value_at
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.quoting import quoted
@@ -134,11 +134,7 @@ def _engine_contradictions(raw: Any) -> list[Fault]:
     name = f"ZeRO-{stage}" if deepspeed else "fsdp"
     offload = engine.get("offload")
     offloaded = offload if deepspeed and isinstance(offload, list) else []
-    rules = raw.get("tune")
-    virtual = any(
-        value_at(rule, "how") in ("prompt", "prefix")
-        for rule in (rules if isinstance(rules, list) else [])
-    )
+    virtual = adds_virtual_tokens(raw)
     return broken(
         (
             (zero3 or not deepspeed) and value_at(raw, "model", "llm", "quantize"),

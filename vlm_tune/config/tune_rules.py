@@ -36,13 +36,23 @@ RULE_KEYS = {
 """Keys of a tuning rule that belong to some kinds of tuning only."""
 
 
-def tune_contradictions(raw: Any) -> list[Fault]:
-    """Returns faults of the tuning rules; `raw` holds unchecked values."""
-    written = raw.get("tune") if isinstance(raw, dict) else None
-    rules = [
+def written_rules(raw: Any) -> list[dict[str, Any]]:
+    """Returns a recipe's unchecked tuning rules; one that is not a mapping is empty."""
+    written = value_at(raw, "tune")
+    return [
         rule if isinstance(rule, dict) else {}
         for rule in (written if isinstance(written, list) else [])
     ]
+
+
+def adds_virtual_tokens(raw: Any) -> bool:
+    """Whether a tuning rule trains a prompt or a prefix."""
+    return any(rule.get("how") in ("prompt", "prefix") for rule in written_rules(raw))
+
+
+def tune_contradictions(raw: Any) -> list[Fault]:
+    """Returns faults of the tuning rules; `raw` holds unchecked values."""
+    rules = written_rules(raw)
     faults = [
         (("tune", index, *path), message)
         for index, rule in enumerate(rules)
