@@ -174,10 +174,6 @@ def flex_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
 
 
-# --- transformers ---------------------------------------------------------------------------------
-
-
-@cache
 def onednn_linear(rows: Any, weight: Any, bias: Any = None) -> Any:
     """`torch.nn.functional.linear` of fp32 on a CPU by oneDNN, and not by MKL."""
     import torch
@@ -185,6 +181,10 @@ def onednn_linear(rows: Any, weight: Any, bias: Any = None) -> Any:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
+# --- transformers ---------------------------------------------------------------------------------
+
+
+@cache
 def cache_name() -> str:
     """Returns transformers' name of the KV cache, as an argument and in outputs.
 

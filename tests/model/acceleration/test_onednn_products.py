@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -43,3 +44,16 @@ def test_fp32_rows_in_inference_go_by_onednn(
         layer(given)
     assert bool(calls) == taken
     assert computed.requires_grad != inference
+
+
+@torch.inference_mode()
+def test_a_product_is_computed_each_time_and_leaves_no_tensor_in_memory() -> None:
+    layer = nn.Linear(16, 24, bias=False)
+    rows = torch.ones(8, 16)
+    with OneDnnProducts():
+        assert layer(rows).any()
+        layer.weight.zero_()
+        assert not layer(rows).any()
+    alive = weakref.ref(rows)
+    del rows
+    assert alive() is None
