@@ -74,10 +74,7 @@ class CausalRows:
     def drop(self, rows: Collection[int]) -> list[int]:
         """Drops rows, see `Rows`. Without any the buffers are released."""
         order = order_after(len(self), rows)
-        for target, source in enumerate(order):
-            if target != source:
-                self.buffers.copy(source, target)
-        self.buffers.clear(len(order), len(self))
+        self.buffers.reorder(order, len(self))
         self.lengths = [self.lengths[row] for row in order]
         if not order:
             self.buffers = RowBuffers()

@@ -177,11 +177,18 @@ class RowBuffers:
             for tensor in layer:
                 tensor[target] = tensor[source]
 
-    def clear(self, start: int, stop: int) -> None:
-        """Sets rows to zero: a NaN there would reach a row in its place, though it is masked."""
+    def reorder(self, order: Sequence[int], count: int) -> None:
+        """Moves rows to the places that `order_after` gives them among the first `count`.
+
+        The places behind them are set to zero: a NaN there would reach a later row, though it is
+        masked.
+        """
+        for target, source in enumerate(order):
+            if target != source:
+                self.copy(source, target)
         for layer in self.layers:
             for tensor in layer:
-                tensor[start:stop] = 0
+                tensor[len(order) : count] = 0
 
     def shift(self, start: int, stop: int) -> None:
         """Moves the columns from `start` to `stop` to the beginning."""

@@ -144,12 +144,8 @@ class Seq2SeqRows:
     def drop(self, rows: Collection[int]) -> list[int]:
         """Drops rows, see `Rows`. Without any the buffers are released."""
         order = order_after(len(self), rows)
-        for target, source in enumerate(order):
-            if target != source:
-                self.growing.copy(source, target)
-                self.cross.copy(source, target)
         for buffers in (self.growing, self.cross):
-            buffers.clear(len(order), len(self))
+            buffers.reorder(order, len(self))
         self.starts = [self.starts[row] for row in order]
         self.lengths = [self.lengths[row] for row in order]
         if not order:
