@@ -25,6 +25,7 @@ from vlm_tune.rendering.report_scores import (
     worst_answers,
 )
 from vlm_tune.rendering.run_log import (
+    Points,
     StageLog,
     best_score,
     check_run_folder,
@@ -135,9 +136,14 @@ def _reward_charts(stage: StageLog, steps: int) -> list[Chart]:
         keys.append(Key(f"validation, last {held_out[-1][1]:.3g}", "dots"))
     if not keys:
         return []
-    curves = [Curve(points, stroke) for points, stroke in ((trained, LINE), (held_out, DOTS))]
-    panel = Panel("margin", [curve for curve in curves if curve.points])
+    panel = Panel("margin", _curves(trained, held_out))
     return [chart("Margin of rewards", keys, [panel], steps)]
+
+
+def _curves(trained: Points, held_out: Points) -> list[Curve]:
+    """A line of training figures and dots of validation figures, of which either may be missing."""
+    strokes = ((trained, LINE), (held_out, DOTS))
+    return [Curve(points, stroke) for points, stroke in strokes if points]
 
 
 def _stage(stage: StageLog) -> dict[str, Any]:
@@ -160,9 +166,7 @@ def _stage(stage: StageLog) -> dict[str, Any]:
         if held_out:
             step, lowest = min(held_out, key=lambda point: point[1])
             keys.append(Key(f"validation, lowest {lowest:.3g} at {step:,}", "dots"))
-        curves = [Curve(points, stroke) for points, stroke in ((loss, LINE), (held_out, DOTS))]
-        panel = Panel("loss", [curve for curve in curves if curve.points])
-        charts.append(chart("Loss", keys, [panel], steps))
+        charts.append(chart("Loss", keys, [Panel("loss", _curves(loss, held_out))], steps))
     charts += [_score_chart(name, points, steps) for name, points in validation_scores(stage)]
     charts += _reward_charts(stage, steps)
     panels = [
@@ -180,7 +184,7 @@ def _stage(stage: StageLog) -> dict[str, Any]:
     return {"title": title, "facts": ", ".join(filter(None, facts)), "charts": charts}
 
 
-def _score_chart(name: str, points: Sequence[tuple[int, float]], steps: int) -> Chart:
+def _score_chart(name: str, points: Points, steps: int) -> Chart:
     """The chart of validation scores by a metric, with the best."""
     title = metric_title(name)
     return chart(

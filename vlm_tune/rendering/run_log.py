@@ -18,6 +18,9 @@ from vlm_tune.rendering.page import percent
 from vlm_tune.rendering.report_scores import number_of
 from vlm_tune.rendering.scores_text import is_share
 
+Points = list[tuple[int, float]]
+"""Figures by step."""
+
 
 def check_run_folder(run: Path) -> None:
     """Raises `RecipeError` for a folder without recipe.yaml, and where there is no folder."""
@@ -100,7 +103,7 @@ def stage_logs(events: Sequence[dict[str, Any]]) -> list[StageLog]:
     return [stages[number] for number in sorted(stages)]
 
 
-def points_of(events: dict[int, dict[str, Any]], key: str) -> list[tuple[int, float]]:
+def points_of(events: dict[int, dict[str, Any]], key: str) -> Points:
     """The numbers by step of a key, or of a mean that the objective logs under that name."""
     return [
         (step, value)
@@ -116,7 +119,7 @@ def _metric(event: dict[str, Any], name: str) -> Any:
     return entry.get("value") if isinstance(entry, dict) else entry
 
 
-def validation_scores(stage: StageLog) -> list[tuple[str, list[tuple[int, float]]]]:
+def validation_scores(stage: StageLog) -> list[tuple[str, Points]]:
     """Validation scores by step: of the metric that chooses the best checkpoint, and exact match.
 
     Those of a metric without a score that can be read are left out.
@@ -178,7 +181,7 @@ def start_facts(seed: Any, events: Sequence[dict[str, Any]]) -> str:
     return ", ".join(facts)
 
 
-def best_score(name: str, points: Sequence[tuple[int, float]]) -> str:
+def best_score(name: str, points: Points) -> str:
     """The best of the validation scores by a metric, and its step, in words."""
     sign = -1 if lower_is_better(name) else 1
     # Of checkpoints with equal scores the run keeps the later.

@@ -40,6 +40,7 @@ from vlm_tune.rendering.report_scores import (
     score_notes,
 )
 from vlm_tune.rendering.run_log import (
+    Points,
     StageLog,
     best_score,
     check_run_folder,
@@ -63,8 +64,6 @@ FLIPS = 6
 """Rows shown that became right, and as many that became wrong."""
 NAME = 32
 """Characters of a run's name in the key of a chart."""
-
-Points = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
