@@ -268,23 +268,25 @@ def _flips(pair: _Pair) -> list[dict[str, Any]]:
     """The rows that one of two runs alone answers right, as two lists of cards."""
     comparison = pair.comparison
     assert comparison is not None
+    first, second = pair.first.letter, pair.second.letter
     sides = (
-        (pair.second.letter, comparison.fixed, ("wrong", "right")),
-        (pair.first.letter, comparison.broken, ("right", "wrong")),
+        (f"Right in {second}, wrong in {first}", comparison.fixed, ("wrong", "right")),
+        (f"Right in {first}, wrong in {second}", comparison.broken, ("right", "wrong")),
     )
     lists = []
-    for letter, rows, verdicts in sides:
+    for title, rows, verdicts in sides:
+        if not rows:
+            continue
         chosen = _spread(rows)[:FLIPS]
         shown = f"{len(chosen)} of " if len(chosen) < len(rows) else ""
-        other = (pair.first if letter == pair.second.letter else pair.second).letter
         lists.append(
             {
-                "title": f"Right in {letter}, wrong in {other}",
+                "title": title,
                 "note": f"{shown}{len(rows):,} of {comparison.n:,} rows, by exact match",
                 "rows": [_card(pair, row, verdicts) for row in chosen],
             }
         )
-    return [each for each in lists if each["rows"]]
+    return lists
 
 
 def _spread(rows: Sequence[Flip]) -> list[Flip]:
@@ -349,13 +351,13 @@ def _charts(logs: Sequence[tuple[_Run, StageLog]]) -> list[Chart]:
             steps,
         ),
     ]
-    names = dict.fromkeys(name for _, stage in logs for name, _ in validation_scores(stage))
-    for name in names:
+    scores = [(run, dict(validation_scores(stage))) for run, stage in logs]
+    for name in dict.fromkeys(name for _, by_metric in scores for name in by_metric):
         title = metric_title(name)
         charts.append(
             _overlay(
                 f"Validation: {title}",
-                [(run, dict(validation_scores(stage)).get(name, [])) for run, stage in logs],
+                [(run, by_metric.get(name, [])) for run, by_metric in scores],
                 lambda points, name=name: best_score(name, points),
                 lambda curves, name=name: score_panel(name, curves),
                 steps,
