@@ -20,11 +20,11 @@ from vlm_tune.cli.options import (
     print_json,
     print_text,
     quiet_libraries,
+    unreadable,
     use_device,
 )
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.paths import check_writable, shown_path, writing
-from vlm_tune.quoting import reason_of
 
 ZIP = b"PK"
 """How a file of NumPy arrays begins."""
@@ -91,9 +91,7 @@ def _lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            [Problem("--texts", f"{shown_path(path)} can't be read: {reason_of(error)}")]
-        ) from None
+        raise unreadable("--texts", path, error) from None
     if not lines:
         raise RecipeError([Problem("--texts", f"{shown_path(path)} has no line")])
     return lines

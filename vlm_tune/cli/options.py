@@ -100,13 +100,16 @@ def read_schema(path: Path | None) -> dict[str, Any] | None:
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(
-            [Problem("--json-schema", f"{shown_path(path)} can't be read: {reason_of(error)}")]
-        ) from None
+        raise unreadable("--json-schema", path, error) from None
     if not isinstance(schema, dict):
         message = f"{shown_path(path)} holds no JSON object, and a schema is one"
         raise RecipeError([Problem("--json-schema", message)])
     return schema
+
+
+def unreadable(option: str, path: Path, error: Exception) -> RecipeError:
+    """The error for an option's file that can't be read."""
+    return RecipeError([Problem(option, f"{shown_path(path)} can't be read: {reason_of(error)}")])
 
 
 def use_device(device: str | None) -> None:
