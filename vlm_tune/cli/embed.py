@@ -1,4 +1,4 @@
-"""The command `embed`: vectors of images and texts."""
+"""The command `embed`: embeddings of images and texts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def embed(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write MODEL's vectors of images and of a file's lines, which their dot products compare."""
+    """Write MODEL's embeddings of images and of a file's lines; dot products compare them."""
     check_dtype(dtype)
     if not images and texts is None:
         raise typer.BadParameter("name images, or a file of --texts", param_hint="IMAGES")
