@@ -32,8 +32,9 @@ def sample_tokens(recipe: Recipe, n: int) -> list[dict[str, Any]]:
     """The tokens of the first `n` units of every stage, without loading weights.
 
     Returns [{stage, id, tokens: [{id, text, kind, branch}]}], where `kind` is prompt, trained
-    (decoders), image, or target (the labels of an encoder-decoder). Tokens of answers that are
-    judged also have `answer`, which is chosen or rejected, and `prompt`, the number of theirs.
+    (decoders), image, or target (the labels of an encoder-decoder). The answers' tokens of a
+    preference stage also have `answer`, which is chosen or rejected, and `prompt`, the number of
+    the prompt that the answer belongs to.
     """
     stages = recipe.resolved_stages()
     processor = build_processor(recipe, scratch_texts(recipe))
@@ -134,7 +135,7 @@ def show_samples(console: Console, samples: list[dict[str, Any]], *, ids: bool) 
 
 
 def _judgement(token: dict[str, Any]) -> str:
-    """The judgement of the answer that a token belongs to; empty where it is not judged."""
+    """The text before a preference answer, from one of its tokens; empty for another token."""
     return f"{token['answer']}: " if "answer" in token else ""
 
 

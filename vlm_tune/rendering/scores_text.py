@@ -20,7 +20,8 @@ SHOWN = 2
 
 
 ACCURACIES = "rewards/accuracies"
-"""The share of preferences that a model has."""
+"""The share of pairs whose chosen answer has the higher reward; of KTO, of answers whose reward
+has the sign of their label."""
 MARGINS = "rewards/margins"
 """The mean difference between the rewards of chosen and rejected answers."""
 
@@ -36,9 +37,9 @@ def is_share(name: str) -> bool:
 
 
 def shown_figures(figures: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The figures of a validation that a line has room for: of preferences two.
+    """The figures that a line on a validation has room for: two of a preference stage's.
 
-    Answers that are all liked, or all disliked, have no margin.
+    Where all answers are liked, or all are disliked, there is no margin.
     """
     if ACCURACIES not in figures:
         return dict(figures)

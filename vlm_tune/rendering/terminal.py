@@ -279,7 +279,7 @@ def _of_source(entry: Mapping[str, Any], metric: str) -> float | None:
 
 
 def _rewards(event: TrainSteps) -> str:
-    """The figures of preferences that a line has room for, with white space after them."""
+    """The figures of a preference stage that a line has room for, and two spaces; else empty."""
     metrics = event.metrics or {}
     shown = {"accuracies": ACCURACIES, "margins": MARGINS}
     figures = [f"{word} {metrics[name]:.3g}" for word, name in shown.items() if name in metrics]
