@@ -7,10 +7,10 @@ import { LANGUAGES, snippet } from "./snippets.js";
 
 /** The options of a request, with the limits that the server has too; an empty field sends none. */
 const OPTIONS = [
-  { name: "temperature", label: "Temperature", note: "0: no draws", min: 0, max: 2, step: 0.1 },
+  { name: "temperature", label: "Temperature", note: "0 is greedy", min: 0, max: 2, step: 0.1 },
   { name: "top_p", label: "Top p", note: "1: all tokens", min: 0.05, max: 1, step: 0.05 },
   { name: "max_tokens", label: "Most tokens", note: "of an answer", min: 1, step: 1 },
-  { name: "seed", label: "Seed", note: "same draws again", min: 0, step: 1 },
+  { name: "seed", label: "Seed", note: "of the sampling", min: 0, step: 1 },
 ];
 const THEMES = { "": "As the system", light: "Light", dark: "Dark" };
 
