@@ -96,8 +96,9 @@ def serve(
     limits = limits or Limits()
     # A port that is in use is an error before models are loaded.
     with _bound(host, port) as listening:
-        choices: dict[str, Any] = {"base": base, "accept_other_base": accept_other_base}
-        models = _loaded(folders, dtype=dtype, device=device, **choices)
+        models = _loaded(
+            folders, dtype=dtype, base=base, accept_other_base=accept_other_base, device=device
+        )
         # Another server may have come to listen at the port while the models were loaded.
         with _port_problems(host, port):
             listening.listen(limits.requests)
