@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def _worktree(root: Path, commit: str, folder: str) -> Iterator[Path]:
-    """A checkout of the commit, which finds the models that are beside this one."""
+    """A checkout of the commit in a folder, which is removed afterwards."""
     place = Path(folder) / "other"
     git = ["git", "-C", str(root), "worktree"]
     subprocess.run([*git, "add", "--quiet", "--detach", str(place), commit], check=True)
@@ -94,7 +94,10 @@ def shortened(path: Path, target: Path, steps: int) -> Path:
 
 
 def run_rates(place: Path, recipe: Path, output: Path) -> dict[str, float]:
-    """The median tokens per second of each stage's warm steps, in a run of a checkout's code."""
+    """The median tokens per second of each stage's warm steps, in a run of a checkout's code.
+
+    Its working directory is this checkout, so that a recipe's relative paths lead to one place.
+    """
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "vlm_tune.cli", "sft", str(recipe)]
     done = subprocess.run(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 HARMLESS = ("transformers.configuration_utils", "bitsandbytes.backends.cpu.ops")
-"""Loggers of harmless warnings: of config.json's type, which is ours, and of no 4-bit kernel."""
+"""Loggers of harmless warnings: our own type in config.json, and a missing 4-bit kernel."""
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from vlm_tune.data.chat.processor import Processor
 from vlm_tune.generation.logprobs import TokenLogprobs
 
 DECODED = 64
-"""Ids of an answer that grows after which they are not decoded again."""
+"""The number of new ids after which the cached text of a growing answer is renewed."""
 CONTEXT = 8
-"""Ids before those, with which new ones are decoded."""
+"""The number of cached ids that are decoded again with those that follow."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class AnswerReader:
         self.processor = processor
         self.stop_ids = processor.stop_ids
         self.stop_strings = stop_strings
-        # Ids that were decoded, and their text. Threads may replace it.
+        # The cache: decoded ids and their text. A pair, so that threads replace both at once.
         self._decoded: tuple[list[int], str] = ([], "")
 
     def answer(self, ids: Sequence[int], logprobs: TokenLogprobs | None) -> Answer:

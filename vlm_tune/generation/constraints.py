@@ -62,6 +62,7 @@ class JsonConstraint:
         self.tokenizer = _tokenizer(processor, vocabulary)
         self.first = _matcher(self.tokenizer, self.grammar)
         beginnings = self.allowed(self.first, [], vocabulary).nonzero()[0].tolist()
+        # The grammar lets any answer begin with a space: then what follows it is checked.
         if all(self.tokenizer.decode_str([token]) == " " for token in beginnings):
             matcher = self.first.deep_copy()
             matcher.consume_token(beginnings[0])

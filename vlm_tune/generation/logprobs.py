@@ -56,9 +56,9 @@ class TokenLogprobs:
         return TokenLogprobs(self.chosen[place], self.top[place], self.top_ids[place])
 
     def write(self, step: int, places: torch.Tensor, logprobs: TokenLogprobs) -> None:
-        """Writes those of tokens [B, K'] into rows `places` int64[B, K'] of step `step`.
+        """Writes those of a step's tokens [B, K'] to their branches' places int64[B, K'].
 
-        This is [B, K, N] then, N steps of K rows.
+        The object is of shape [B, K, N]: N steps of K branches in each row.
         """
         self.chosen[..., step].scatter_(1, places, logprobs.chosen)
         wide = places[..., None].expand_as(logprobs.top)
@@ -66,9 +66,9 @@ class TokenLogprobs:
         self.top_ids[..., step, :].scatter_(1, wide, logprobs.top_ids)
 
     def likeliest(self, count: int) -> tuple[dict[int, float], ...] | None:
-        """The likeliest tokens of the first `count` places, by id; None if there are none.
+        """The likeliest tokens of the first `count` places, by id; None if T is 0.
 
-        This is [N] then.
+        The object is of shape [N].
         """
         if not self.top.shape[-1]:
             return None

@@ -39,7 +39,7 @@ def draws(decoding: Decoding, sample: int) -> np.ndarray | None:
 def penalised_ids(llm: LanguageModel, prompt: Example, decoding: Decoding) -> list[int]:
     """The ids of a prompt whose repetition is penalised: those of a decoder's text.
 
-    None where there is no penalty.
+    The list is empty where there is no penalty.
     """
     if llm.layout == "seq2seq" or decoding.repetition_penalty == 1:
         return []
