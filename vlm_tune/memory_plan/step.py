@@ -180,16 +180,15 @@ def _multiplied(model: VisionLanguageNetwork, batch: Batch, gpu: bool) -> Iterat
 
     def count(module: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         of_head = module is head or module is model.llm
+        # Without gradients it is a reference model's pass.
+        if not torch.is_grad_enabled() or id(head if of_head else module) in counted:
+            return
+        counted.add(id(head if of_head else module))
         if module is model.llm:
             loss = output.sums if isinstance(output, AnswerLogprobs) else output.sum
             flows = loss.requires_grad
         else:
             flows = inputs[0].requires_grad
-        if not torch.is_grad_enabled():  # a reference model's pass
-            return
-        if id(head if of_head else module) in counted:
-            return
-        counted.add(id(head if of_head else module))
         taken = supervised if of_head else inputs[0].numel() // inputs[0].shape[-1]
         place = 2 if of_head else place_of.get(taken, 3)
         for layer, needed in _linear(head if of_head else module, flows):
