@@ -145,10 +145,11 @@ def use_device(device: str | None) -> None:
         )
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(*, model_code: bool = True) -> None:
     """Keeps libraries' progress bars, banners and warnings out of our output.
 
-    Libraries report what matters by raising.
+    Libraries report what matters by raising. With `model_code` it also imports the model code, as
+    `import_without_unused` does.
     """
     import logging
     import warnings
@@ -168,7 +169,8 @@ def quiet_libraries() -> None:
     # DeepSpeed sets up its logger again when it is imported; a filter stays.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    import_without_unused()
+    if model_code:
+        import_without_unused()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
