@@ -152,7 +152,7 @@ def answer_others(
     context: Context, model: VisionLanguageNetwork, rows: Mapping[str, Sequence[Conversation]]
 ) -> None:
     """Answers rows of other tasks before training. Raises `Interrupted` if asked to stop."""
-    recipe = context.recipe.resolved_stages()[-1][1]
+    recipe = context.recipe.last_stage
     with _autocast(context, model.device):
         answer_before(
             context.run, model, recipe, rows, lambda done, of: _progress(context, done, of, BEFORE)
