@@ -38,9 +38,9 @@ from vlm_tune.train.stage import Context
 from vlm_tune.train.stage_data import StageRows
 
 STOPPED = "stopped: the model is trained, the test part is not scored yet; --resume does that"
-
-BEFORE = "stopped before training; --resume starts the run"
-STOPPED_BASELINES = "the run was asked to stop"
+STOPPED_BEFORE = "stopped before training; --resume starts the run"
+STOPPED_AFTERWARDS = "the run was asked to stop"
+"""Of what follows the scores of the test part: baselines, and the scores on other tasks."""
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _add_baselines(
             seconds * (context.accelerator.num_processes if _shares(context, recipe) else 1),
             _caches(context, recipe),
             DTYPES[recipe.train.precision],
-            lambda done, of: _progress(context, done, of, STOPPED_BASELINES),
+            lambda done, of: _progress(context, done, of, STOPPED_AFTERWARDS),
         ).add(scores, measured)
 
 
@@ -155,7 +155,11 @@ def answer_others(
     recipe = context.recipe.last_stage
     with _autocast(context, model.device):
         answer_before(
-            context.run, model, recipe, rows, lambda done, of: _progress(context, done, of, BEFORE)
+            context.run,
+            model,
+            recipe,
+            rows,
+            lambda done, of: _progress(context, done, of, STOPPED_BEFORE),
         )
 
 
@@ -173,7 +177,7 @@ def _others_after(
             context.run,
             model,
             recipe,
-            lambda done, of: _progress(context, done, of, STOPPED_BASELINES),
+            lambda done, of: _progress(context, done, of, STOPPED_AFTERWARDS),
         )
     scores.notes += notes
     return {"also": compared, **({"notes": scores.notes} if scores.notes else {})}
