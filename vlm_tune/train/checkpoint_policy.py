@@ -88,6 +88,6 @@ class CheckpointPolicy:
     def _better(self, score: float) -> bool:
         """Whether a score is as good as the best so far."""
         best = self.progress.best_score
-        if best is None or score == best:
+        if best is None:
             return True
-        return score < best if lower_is_better(self.progress.best_by) else score > best
+        return score <= best if lower_is_better(self.progress.best_by) else score >= best
