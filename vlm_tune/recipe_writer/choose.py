@@ -120,8 +120,6 @@ def _about(part: str, facts: Facts) -> str:
 def held_out(facts: Facts, sources: Sources) -> tuple[dict[str, Any] | None, str]:
     """The shares to hold out for parts without a source, and the reason."""
     missing = [part for part in ("validation", "test") if not sources[part]]
-    if not missing:
-        return None, ""
     if unlearnable(facts) and "validation" in missing:
         missing.remove("validation")
         open_answers = (
