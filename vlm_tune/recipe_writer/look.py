@@ -42,9 +42,8 @@ LATIN_ENDS = 0x250
 Answers = Literal["repeated", "short", "long"]
 """Kinds of answers: few different ones, open but short ones, and sentences."""
 
-
 SEVERAL = object()
-"""Stands for the images of an answer that several have."""
+"""Stands for the images of an answer that is given about different ones."""
 
 
 @dataclass
@@ -82,9 +81,7 @@ class _Seen:
         self.single += len(media) == 1
         shown = tuple(map(_identity, media))
         for answer in answers:
-            self.shown_with[answer] = (
-                shown if self.shown_with.get(answer, shown) == shown else SEVERAL
-            )
+            self.add_shown(answer, shown)
         for each in media:
             identity = _identity(each)
             if identity not in self.images and len(self.samples) < SIZED:
@@ -94,6 +91,11 @@ class _Seen:
         self.longest = max(self.longest, sum(map(len, texts)))
         if len(self.texts) < LANGUAGE_TEXTS:
             self.texts.append(" ".join(message.text for message in row.messages))
+
+    def add_shown(self, answer: str, shown: object) -> None:
+        """Notes the images that an answer is about; `SEVERAL` if it is about others too."""
+        same = self.shown_with.get(answer, shown) == shown
+        self.shown_with[answer] = shown if same else SEVERAL
 
     def add_fault(self, fault: DataError) -> None:
         self.bad += 1
@@ -240,8 +242,7 @@ def _merge(whole: _Seen, part: _Seen) -> None:
     for name in ("fault_kinds", "answers", "categories"):
         getattr(whole, name).update(getattr(part, name))
     for answer, shown in part.shown_with.items():
-        same = whole.shown_with.get(answer, shown) == shown
-        whole.shown_with[answer] = shown if same else SEVERAL
+        whole.add_shown(answer, shown)
     whole.first_fault = whole.first_fault or part.first_fault
     whole.images |= part.images
     whole.texts += part.texts
