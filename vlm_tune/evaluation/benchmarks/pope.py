@@ -40,15 +40,14 @@ def read(folder: Path) -> list[Conversation]:
     check_folder(
         folder, "coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json"
     )
-    files = sorted(path for path in folder.iterdir() if FILE.fullmatch(path.name))
+    matches = [(path, FILE.fullmatch(path.name)) for path in sorted(folder.iterdir())]
+    files = [(path, match[1]) for path, match in matches if match]
     if not files:
         raise DataError("has no coco_pope_<split>.json", source=str(folder))
-    return [row for path in files for row in _split(folder, path)]
+    return [row for path, split in files for row in _split(folder, path, split)]
 
 
-def _split(folder: Path, path: Path) -> list[Conversation]:
-    match = FILE.fullmatch(path.name)
-    assert match is not None
+def _split(folder: Path, path: Path, split: str) -> list[Conversation]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -70,7 +69,7 @@ def _split(folder: Path, path: Path) -> list[Conversation]:
                 row_id=str(entry.get("question_id", number)),
                 source=path,
                 row=number,
-                part=match[1],
+                part=split,
                 references=References("pope", (), CHOICES, CHOICES.index(label)),
             )
         )
