@@ -29,9 +29,8 @@ COPIES = 1_000_000
 """An index above it is a rotated copy of the row whose index is the remainder."""
 EMPTY = ("", "nan")
 MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-QUANTIFIED = 3
-"""Words above which the word A is taken as an article and not as a letter."""
-
+LETTER_WORDS = 3
+"""The most words of an answer in which A is a letter; in a longer one it is taken as an article."""
 
 Entry = dict[str, str]
 
@@ -129,7 +128,7 @@ def chosen_place(text: str, choices: Sequence[str]) -> int | None:
     """
     words = text.translate(MARKS).split()
     letters = [place for place in range(len(choices)) if LETTERS[place] in words]
-    article = "A" in words and len(words) > QUANTIFIED
+    article = "A" in words and len(words) > LETTER_WORDS
     if len(letters) == 1 and not article:
         return letters[0]
     if len(text) > 2 * sum(map(len, choices)):
