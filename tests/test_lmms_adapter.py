@@ -118,6 +118,7 @@ def test_answers_are_those_of_the_model_with_the_tasks_settings(model: Any) -> N
     ]
     requests.append(request("a <image> mark", until, images_of, 0, "colors", "test"))
     requests.append(request("no <image>", until, lambda doc: [], 0, "colors", "test"))
+    requests.append(request("a \\<image>", until, lambda doc: [], 0, "colors", "test"))
     docs = model.task_dict["colors"]["test"]
     expected = []
     for settings in (
@@ -131,6 +132,7 @@ def test_answers_are_those_of_the_model_with_the_tasks_settings(model: Any) -> N
         ]
     expected.append(plain.chat("a <image> mark", docs[0]["image"], max_new_tokens=4))
     expected.append(plain.chat("no \\<image>", max_new_tokens=4))
+    expected.append(plain.chat("a \\\\\\<image>", max_new_tokens=4))
     assert model.generate_until(requests) == expected
 
 

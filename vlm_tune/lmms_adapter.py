@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from vlm_tune.data.chat.image_marks import escaped_marks
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.errors import ArgumentError
 from vlm_tune.generation.chat import VisionLanguageModel
@@ -160,7 +161,7 @@ class LmmsModel(_base):
         images = list(visuals)
         marked = context.count(MARK) == len(images)
         return {
-            "prompt": context if marked else context.replace(MARK, f"\\{MARK}"),
+            "prompt": context if marked else escaped_marks(context),
             "images": images,
         }
 
