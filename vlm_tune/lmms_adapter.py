@@ -73,10 +73,10 @@ class LmmsModel(_base):
             dtype: bf16, fp16 or fp32; the model's own where not given.
             device: where the model goes; by default the GPU if there is one.
             max_new_tokens: the longest answer where a task sets none.
-            **unknown: what lmms-eval passes to every model, such as `max_batch_size`.
+            **unknown: `max_batch_size`, which lmms-eval passes to every model, has no effect.
 
         Raises:
-            ArgumentError: a `model_args` that is not known, or `batch_size` is no number.
+            ArgumentError: an unknown argument, or a `batch_size` that is no whole number.
             VlmTuneError: the model can't be loaded.
         """
         super().__init__()
@@ -206,7 +206,7 @@ class LmmsModel(_base):
         return answers
 
     def _settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Our names of a task's generation settings. A temperature of 0 is greedy."""
+        """A task's generation settings as arguments of `chat_batch`; temperature 0 is greedy."""
         until = settings.get("until") or ()
         stops = [until] if isinstance(until, str) else [text for text in until if text]
         limit = settings.get("max_new_tokens") or self.max_new_tokens
