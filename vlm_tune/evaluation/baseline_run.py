@@ -279,7 +279,7 @@ class BaselineRun:
         # Features are cached by the whole set of images, whose bytes have to be read.
         few = len(training.media) <= MOST_IMAGES
         shown = distinct_media(training.rows)
-        # A prepared part may name images by other paths than its rows do, read again, name them.
+        # The rows are read again, and may name images by other paths than the prepared part does.
         sets = [*([[*training.media, *shown]] if few else []), shown]
         cached = self._cached(*sets)
         scored_cached = self._cached(distinct_media(self.rows))
