@@ -24,7 +24,7 @@ def events_of(request: Request) -> Events:
             yield from _whole(
                 request, choose(model, [job.conversation], [job.choices], fetch=fetch)
             )
-        elif request.answers > 1:
+        elif job.answers > 1:
             (first,) = prompt_answers(model, [request.prompt], job.decoding, fetch=fetch)
             yield from _whole(request, [first, *first.alternatives])
         else:

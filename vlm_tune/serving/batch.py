@@ -103,7 +103,7 @@ class Batch:
         requests = [*self._joining, *(each.request for each in self._writings)]
         if not requests:
             return True
-        answers = len(self._writings) + sum(each.answers for each in (*self._joining, request))
+        answers = len(self._writings) + sum(each.job.answers for each in (*self._joining, request))
         longest = max(_length(each) for each in (*requests, request))
         waiting = sum(len(each.prompt.input_ids) for each in self._joining)
         return answers <= self._size and answers * longest <= TOKENS and waiting < PREFILL
@@ -202,7 +202,7 @@ class Batch:
         parts = [hidden] if self._hidden is None else [self._hidden, hidden]
         for place, joining in enumerate(group):
             self._remember(joining, first + place)
-            others = joining.request.answers - 1
+            others = joining.request.job.answers - 1
             if others:
                 self._rows.repeat(first + place, others)
                 self._writings += [Writing(joining.request, k + 1) for k in range(others)]

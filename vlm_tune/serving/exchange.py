@@ -27,7 +27,7 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
         self._events: list[JobEvent] = []
-        self._unfinished = 1 if job.choices else job.decoding.num_return_sequences
+        self._unfinished = job.answers
         self._ticket: Ticket | None = None
         self._closed = False
 

@@ -36,6 +36,11 @@ class Job:
     model: str
     choices: tuple[str, ...] = ()
 
+    @property
+    def answers(self) -> int:
+        """The number of answers that end the job."""
+        return 1 if self.choices else self.decoding.num_return_sequences
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -27,7 +27,6 @@ class Request:
         model: The model that answers it.
         prompt: The laid out conversation.
         images: Its images.
-        answers: The number of answers that end it.
         constraint: The `json_constraint` of its settings.
     """
 
@@ -44,10 +43,9 @@ class Request:
         self.prompt = prompt
         self.images = images
         self.constraint = json_constraint(model.processor, job.decoding, model.llm.vocabulary)
-        self.answers = 1 if job.choices else job.decoding.num_return_sequences
         self._listener = listener
         self._ended = False
-        self._unfinished = self.answers
+        self._unfinished = job.answers
         # A listener may cancel its own job.
         self._lock = threading.RLock()
 
