@@ -95,6 +95,11 @@ def draining() -> ApiError:
     )
 
 
+def bad_image(message: str) -> ApiError:
+    """The error of a request with an image that is refused or can't be read."""
+    return ApiError(400, message, param="messages", code="invalid_image")
+
+
 def timed_out(seconds: float) -> ApiError:
     """The error of a request whose answer took too long."""
     return ApiError(

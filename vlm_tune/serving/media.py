@@ -15,7 +15,7 @@ from vlm_tune.data.sources.media import ImageFolder, data_url
 from vlm_tune.data.types import Media
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
-from vlm_tune.serving.api_errors import ApiError
+from vlm_tune.serving.api_errors import ApiError, bad_image
 from vlm_tune.serving.guard import Footprint
 from vlm_tune.serving.limits import Limits
 from vlm_tune.serving.remote import RemoteImages
@@ -71,7 +71,7 @@ class ImageReader:
             footprint.add(len(image.read()))
             return image
         except DataError as error:
-            raise _bad_image(error.message) from None
+            raise bad_image(error.message) from None
         finally:
             self._observe(time.perf_counter() - begun)
 
@@ -83,7 +83,7 @@ class ImageReader:
 
     def _from_folder(self, name: str) -> Media:
         """The image of a path in the folder; any other path gets one answer, whatever is there."""
-        refused = _bad_image(
+        refused = bad_image(
             "an image is a data URL (data:image/png;base64,...)"
             if self._folder is None
             else f"there is no image {quoted(name)} in the server's image folder"
@@ -105,15 +105,11 @@ class ImageReader:
         media = Media(encoded, label="it")
         width, height = image_size(media)
         if width * height > self._limits.image_pixels:
-            raise _bad_image(
+            raise bad_image(
                 f"{width}x{height} is more than {self._limits.image_pixels:,} pixels, the most "
                 f"that this server reads"
             )
         return media
 
     def _too_large(self) -> ApiError:
-        return _bad_image(f"it has more than {self._limits.image_bytes:,} bytes")
-
-
-def _bad_image(message: str) -> ApiError:
-    return ApiError(400, message, param="messages", code="invalid_image")
+        return bad_image(f"it has more than {self._limits.image_bytes:,} bytes")
