@@ -16,7 +16,7 @@ import httpx2
 from tests.helpers.tiny_models import png
 from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat import VisionLanguageModel
-from vlm_tune.serving.app import Served, Server
+from vlm_tune.serving.app import Server
 from vlm_tune.serving.engine import BatchingEngine
 from vlm_tune.serving.jobs import Engine, Failed, Finished, Job, Listener, Piece
 from vlm_tune.serving.limits import Limits
@@ -132,11 +132,7 @@ def served(
     named = {"tiny": models} if isinstance(models, VisionLanguageModel) else dict(models)
     settings = Limits(**limits)
     engine = engine or BatchingEngine(named, queue=settings.queue, batch=settings.batch)
-    first = next(iter(named))
-    entries = {
-        name: Served(model, None if name == first else first) for name, model in named.items()
-    }
-    return Server(engine, entries, settings)
+    return Server(engine, named, settings)
 
 
 def ask(server: Server, *requests: tuple[str, str, Any], **headers: Any) -> list[httpx2.Response]:

@@ -8,7 +8,6 @@ import mimetypes
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,20 +72,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 """The errors of routes, for the OpenAPI schema."""
 
 
-@dataclass(frozen=True)
-class Served:
-    """A model that is served, and the name of the model whose base it shares, if it does."""
-
-    model: VisionLanguageModel
-    parent: str | None = None
-
-
 class Server:
     """Answers the API's requests by an engine.
 
     Args:
         engine: The engine, which knows the models by the same names.
-        models: The models by the names under which they are served.
+        models: The models by the names under which they are served; the others are adapters over
+            the first one's base.
         limits: What the server accepts.
         remote: Fetches images from other hosts; by default as the limits say.
 
@@ -97,7 +89,7 @@ class Server:
     def __init__(
         self,
         engine: Engine,
-        models: Mapping[str, Served],
+        models: Mapping[str, VisionLanguageModel],
         limits: Limits,
         remote: RemoteImages | None = None,
     ) -> None:
@@ -207,9 +199,9 @@ class Server:
         """Answers a conversation."""
         begun = time.perf_counter()
         deadline = asyncio.get_running_loop().time() + self._limits.timeout
-        served = self._served(body.model)
+        model = self._served(body.model)
         logprobs = bool(body.logprobs)
-        reply = Reply(body.model, served.model.processor, logprobs=logprobs)
+        reply = Reply(body.model, model.processor, logprobs=logprobs)
         exchange: Exchange | None = None
 
         def read_image(url: str) -> Awaitable[Media]:
@@ -301,7 +293,7 @@ class Server:
             count(event)
             yield event
 
-    def _served(self, name: str) -> Served:
+    def _served(self, name: str) -> VisionLanguageModel:
         if name not in self._models:
             names = ", ".join(self._models)
             message = f"there is no model {quoted(name)}; served are {names}"
@@ -309,12 +301,12 @@ class Server:
         return self._models[name]
 
     def _card(self, name: str) -> ModelCard:
-        served = self._models[name]
+        first = next(iter(self._models))
         return ModelCard(
             id=name,
             created=self._created,
-            parent=served.parent,
-            max_model_len=served.model.processor.spec.max_length,
+            parent=None if name == first else first,
+            max_model_len=self._models[name].processor.spec.max_length,
             max_images=self._limits.max_images,
             max_tokens=self._limits.max_tokens,
         )

@@ -23,7 +23,7 @@ from vlm_tune.generation.requests import check_text
 from vlm_tune.model.base_places import BaseArgument
 from vlm_tune.paths import check_path, reason
 from vlm_tune.quoting import quoted
-from vlm_tune.serving.app import Served, Server
+from vlm_tune.serving.app import Server
 from vlm_tune.serving.engine import BatchingEngine
 from vlm_tune.serving.jobs import Engine
 from vlm_tune.serving.limits import Limits
@@ -103,11 +103,7 @@ def serve(
         with _port_problems(host, port):
             listening.listen(limits.requests)
         engine = BatchingEngine(models, queue=limits.queue, batch=limits.batch)
-        first = next(iter(models))
-        served = {
-            each: Served(vlm, None if each == first else first) for each, vlm in models.items()
-        }
-        server = HttpServer(Server(engine, served, limits), engine, limits)
+        server = HttpServer(Server(engine, models, limits), engine, limits)
         address = listening.getsockname()[:2]
         keyed = limits.api_key is not None
         event = Started(_url(*address), tuple(models), keyed, engine.one_by_one)
