@@ -63,11 +63,11 @@ ImageRootOption = Annotated[
 ]
 CorsOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="ORIGIN", help="a site whose pages may ask (again for more)"),
+    typer.Option(metavar="ORIGIN", help="an origin whose pages may send requests (again for more)"),
 ]
 QueueOption = Annotated[int, typer.Option(min=1, max=100_000, help="most requests that wait")]
 BatchOption = Annotated[
-    int, typer.Option(min=1, max=4096, help="most answers that are written at a time")
+    int, typer.Option(min=1, max=4096, help="most answers that are generated at a time")
 ]
 ImagesOption = Annotated[int, typer.Option(min=1, max=10_000, help="most images of a request")]
 TokensOption = Annotated[

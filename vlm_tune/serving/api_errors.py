@@ -157,7 +157,7 @@ def _in_request_names(message: str) -> str:
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """The error of a request that is not of the schema.
+    """The error of a request that does not match the schema.
 
     Args:
         errors: The faults as pydantic lists them.

@@ -1,4 +1,4 @@
-"""Answers to many jobs of one model, which are written together: continuous batching.
+"""Answers to many jobs of one model, which are generated together: continuous batching.
 
 A step prefills prompts that joined, writes a token of every answer, and drops those that ended.
 
@@ -77,7 +77,7 @@ class Batch:
 
         Args:
             model: The model; `batching_reason` has none against it.
-            size: The most answers that are written at a time.
+            size: The most answers that are generated at a time.
             prefix_bytes: The most memory of the prefixes.
             feature_bytes: The most memory of the features.
         """

@@ -39,7 +39,7 @@ class BatchingEngine:
         Args:
             models: The models by the names under which they are served.
             queue: The most jobs that wait.
-            batch: The most answers of a model that are written at a time.
+            batch: The most answers of a model that are generated at a time.
 
         Raises:
             ArgumentError: `queue` or `batch` is not a whole number from 1 on.

@@ -30,7 +30,7 @@ class Scheduler:
 
         Args:
             models: The models by the names under which they are served.
-            batch: The most answers of a model that are written at a time.
+            batch: The most answers of a model that are generated at a time.
         """
         self.batches = {
             name: Batch(model, batch, PREFIX_BYTES // len(models), FEATURE_BYTES // len(models))

@@ -250,7 +250,7 @@ class ChatRequest(Strict):
     ] = None
     top_p: Annotated[
         float | None,
-        Field(ge=0, le=1, allow_inf_nan=False, description="Nucleus sampling's share."),
+        Field(ge=0, le=1, allow_inf_nan=False, description="Nucleus sampling, as transformers'."),
     ] = None
     top_k: Annotated[
         int | None,
@@ -258,17 +258,22 @@ class ChatRequest(Strict):
     ] = None
     min_p: Annotated[
         float | None,
-        Field(ge=0, le=1, allow_inf_nan=False, description="The least share of the likeliest's."),
+        Field(
+            ge=0,
+            le=1,
+            allow_inf_nan=False,
+            description="As transformers': a share of the likeliest's.",
+        ),
     ] = None
     seed: Annotated[
         int | None,
-        Field(ge=-(2**63), le=2**63 - 1, description="Where draws start: the same again."),
+        Field(ge=-(2**63), le=2**63 - 1, description="Of the draws: the same seed draws the same."),
     ] = None
     repetition_penalty: Annotated[
         float | None, Field(ge=0.01, le=100, allow_inf_nan=False, description="As transformers'.")
     ] = None
     num_beams: Annotated[
-        int | None, Field(ge=1, le=MOST_ANSWERS, description="Beams of a search; 1 is none.")
+        int | None, Field(ge=1, le=MOST_ANSWERS, description="Beams of a beam search; 1: none.")
     ] = None
     stop: Annotated[
         Stop | None,
