@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import material
+from benchmarks.memory_plan import resident
 from benchmarks.serving import WORDS
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.resources import cache_folder
@@ -68,13 +69,6 @@ def random_job(rng: random.Random, images: list[Path]) -> Job:
     return Job(request_conversation(1, request), decoding, "model")
 
 
-def resident() -> int:
-    """The resident memory of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024
-
-
 class Asked:
     """A question that takes one of the clients' places until it ends or is broken off."""
 
@@ -115,7 +109,7 @@ def answer_all(
             ticket.cancel()
             place.end()
         if number % (options.requests // 10) == 0:
-            memory.append(resident())
+            memory.append(resident("VmRSS"))
             print(f"{number} questions: {memory[-1] / 2**20:.0f} MiB", flush=True)
     return {"memory": memory, "ratio": memory[-1] / memory[0], "errors": len(errors)}
 
