@@ -10,8 +10,7 @@ from pydantic import ValidationError
 
 from vlm_tune.config.faults import Fault, broken
 from vlm_tune.config.objectives import JUDGED_FORMS
-from vlm_tune.config.tune import LORA_RANK, TuneRule
-from vlm_tune.config.tune_rules import adds_virtual_tokens, written_rules
+from vlm_tune.config.tune import LORA_RANK, TuneRule, adds_virtual_tokens, written_rules
 from vlm_tune.config.yaml_source import value_at
 
 SMOOTHED = ("robust", "exo_pair")

@@ -12,7 +12,8 @@ from vlm_tune.config.model import ModelSection
 from vlm_tune.config.objective_rules import objective_contradictions
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.train import LOSS, METRICS
-from vlm_tune.config.tune_rules import adds_virtual_tokens, tune_contradictions
+from vlm_tune.config.tune import adds_virtual_tokens
+from vlm_tune.config.tune_rules import tune_contradictions
 from vlm_tune.config.yaml_source import Path, dotted_name, value_at
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.quoting import quoted

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from vlm_tune.config.base import Config, LearningRate, PositiveFloat, PositiveInt, Width
+from vlm_tune.config.yaml_source import value_at
 
 TRAINS_BASE = ("full", "last_layers", "norms", "biases")
 """Kinds of tuning that change the model's own weights, all of them or some."""
@@ -73,3 +74,17 @@ class TuneRule(Config):
     def trains_base(self) -> bool:
         """Whether the rule changes the model's own weights, all of them or some."""
         return self.how in TRAINS_BASE
+
+
+def written_rules(raw: Any) -> list[dict[str, Any]]:
+    """Returns a recipe's unchecked tuning rules; one that is not a mapping is empty."""
+    written = value_at(raw, "tune")
+    return [
+        rule if isinstance(rule, dict) else {}
+        for rule in (written if isinstance(written, list) else [])
+    ]
+
+
+def adds_virtual_tokens(raw: Any) -> bool:
+    """Whether a tuning rule trains a prompt or a prefix."""
+    return any(rule.get("how") in ("prompt", "prefix") for rule in written_rules(raw))

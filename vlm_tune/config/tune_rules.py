@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlm_tune.config.faults import Fault, broken
-from vlm_tune.config.tune import TuneRule
+from vlm_tune.config.tune import TuneRule, written_rules
 from vlm_tune.config.yaml_source import value_at
 from vlm_tune.quoting import quoted
 
@@ -34,20 +34,6 @@ RULE_KEYS = {
     "tokens": ("prompt", "prefix"),
 }
 """Keys of a tuning rule that belong to some kinds of tuning only."""
-
-
-def written_rules(raw: Any) -> list[dict[str, Any]]:
-    """Returns a recipe's unchecked tuning rules; one that is not a mapping is empty."""
-    written = value_at(raw, "tune")
-    return [
-        rule if isinstance(rule, dict) else {}
-        for rule in (written if isinstance(written, list) else [])
-    ]
-
-
-def adds_virtual_tokens(raw: Any) -> bool:
-    """Whether a tuning rule trains a prompt or a prefix."""
-    return any(rule.get("how") in ("prompt", "prefix") for rule in written_rules(raw))
 
 
 def tune_contradictions(raw: Any) -> list[Fault]:
