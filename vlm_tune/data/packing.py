@@ -200,10 +200,14 @@ def _renumbered(members: Sequence[_Member]) -> np.ndarray | None:
             return None
         if index and member.place != members[index - 1].place:
             first = after
-        shifted = np.where(answers < 0, -1, answers + first)
-        after = max(after, first + ANSWER_KINDS * member.branch.judged)
-        numbers.append(shifted[member.common :])
+        after = max(after, first + member.branch.answer_numbers)
+        numbers.append(numbered_from(first, answers[member.common :]))
     return np.concatenate(numbers).astype(np.int32)
+
+
+def numbered_from(first: int, answers: np.ndarray) -> np.ndarray:
+    """The numbers of answers, with `first` added; -1 stays where there is none."""
+    return np.where(answers < 0, -1, answers + first)
 
 
 def answers_layout(examples: Sequence[Example]) -> Example:
@@ -362,14 +366,11 @@ def _packed_answers(examples: Sequence[Example]) -> dict[str, np.ndarray | None]
     answers = [example.answers for example in examples if example.answers is not None]
     if not answers:
         return {}
-    firsts = np.cumsum([0, *(ANSWER_KINDS * example.judged for example in examples[:-1])]).tolist()
+    firsts = np.cumsum([0, *(example.answer_numbers for example in examples[:-1])]).tolist()
     references = [example.reference for example in examples if example.reference is not None]
     return {
         "answers": np.concatenate(
-            [
-                np.where(of_row < 0, -1, of_row + first)
-                for of_row, first in zip(answers, firsts, strict=True)
-            ]
+            [numbered_from(first, of_row) for of_row, first in zip(answers, firsts, strict=True)]
         ).astype(np.int32),
         "reference": np.concatenate(references) if references else None,
     }

@@ -242,6 +242,11 @@ class Example:
         return (int(self.answers.max(initial=-1)) + ANSWER_KINDS) // ANSWER_KINDS
 
     @property
+    def answer_numbers(self) -> int:
+        """The numbers that its answers take up: one of each kind for each prompt."""
+        return ANSWER_KINDS * self.judged
+
+    @property
     def supervised(self) -> int:
         """The number of supervised tokens."""
         return int((self.labels != IGNORE_INDEX).sum())

@@ -26,7 +26,7 @@ from vlm_tune.data.batching.loader import PreparedFeed
 from vlm_tune.data.batching.references import StoredReferences
 from vlm_tune.data.packing import with_mismatched
 from vlm_tune.data.prepare.dataset import Group
-from vlm_tune.data.types import ANSWER_KINDS, Conversation
+from vlm_tune.data.types import Conversation
 from vlm_tune.errors import TrainingError
 from vlm_tune.events import Note, StageReport
 from vlm_tune.model.language.base import AnswerLogprobs
@@ -178,7 +178,7 @@ def _computed(
     cached: bool,
 ) -> StoredReferences:
     """The log-probabilities of units' answers; each process computes a share of the units."""
-    sizes = [sum(ANSWER_KINDS * example.judged for example in unit) for unit in units]
+    sizes = [sum(example.answer_numbers for example in unit) for unit in units]
     starts = np.cumsum([0, *sizes])
     logprobs = np.zeros(starts[-1], dtype=np.float32)
     # Units of similar length, so that there is little padding.

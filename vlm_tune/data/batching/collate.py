@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlm_tune.data.types import ANSWER_KINDS, IGNORE_INDEX, Batch, Example, InputSpec, Media
+from vlm_tune.data.packing import numbered_from
+from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
 
 if TYPE_CHECKING:
     import torch
@@ -133,17 +134,15 @@ def _preferences(examples: Sequence[Example], outputs: _Columns) -> dict[str, to
 
     if all(example.answers is None for example in examples):
         return {}
-    firsts = np.cumsum([0, *(ANSWER_KINDS * example.judged for example in examples)])
+    firsts = np.cumsum([0, *(example.answer_numbers for example in examples)])
     numbers = [
-        -1
-        if example.answers is None
-        else np.where(example.answers < 0, -1, example.answers + first)
+        -1 if example.answers is None else numbered_from(first, example.answers)
         for example, first in zip(examples, firsts[:-1].tolist(), strict=True)
     ]
     fields = {"answers": outputs.padded(numbers, -1)}
     if any(example.reference is not None for example in examples):
         known = [
-            np.full(ANSWER_KINDS * example.judged, np.nan, np.float32)
+            np.full(example.answer_numbers, np.nan, np.float32)
             if example.reference is None
             else example.reference
             for example in examples

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vlm_tune.data.prepare.dataset import Group
-from vlm_tune.data.types import ANSWER_KINDS
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class StoredReferences:
         start = int(self.starts[number])
         examples: Group = []
         for example in unit:
-            end = start + ANSWER_KINDS * example.judged
+            end = start + example.answer_numbers
             examples.append(replace(example, reference=self.logprobs[start:end]))
             start = end
         return examples
