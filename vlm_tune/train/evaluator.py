@@ -41,9 +41,9 @@ class Evaluator:
     """Scores the model on validation rows, as its training objective is scored.
 
     `rows` are the validation part, of which the first `settings.limit` are scored, and `features`
-    the cached features of their images; `references` are what a reference model finds of their
-    answers, where that was computed. `stop` says whether this process is asked to stop,
-    `any_stops` whether any is: every process must call it.
+    the cached features of their images; `references` are the reference model's
+    log-probabilities of their answers, if stored before training. `stop` says whether this
+    process is asked to stop, `any_stops` whether any is: every process must call it.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Evaluator:
         )
 
     def _units(self) -> list[Group]:
-        """The examples of each row, with what the reference model finds of them."""
+        """The examples of each row, with the reference model's log-probabilities, if stored."""
         units = validation_units(self.model, self.rows, mismatches=self.objective.mismatches)
         if self.references is None:
             return units

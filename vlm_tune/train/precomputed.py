@@ -1,7 +1,7 @@
-"""Computes what the reference model finds of all answers, once before training, and stores it.
+"""Computes the reference model's log-probabilities of all answers before training, and stores them.
 
-A cache keeps it for other runs on the same rows from the same weights; the stage's folder keeps it
-for its own resumes.
+Other runs on the same rows from the same weights read them from a cache; a resumed stage reads them
+from its own folder.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def _own(path: Path, rows: str) -> References:
     except (OSError, ValueError, KeyError) as error:
         fault = reason_of(error)
     raise TrainingError(
-        f"{path}: {fault}. It holds what the model before this stage finds of the "
-        "answers (objective.reference: precomputed): start the run again with --overwrite"
+        f"{path}: {fault}. It holds the log-probabilities of the answers under the model before "
+        "this stage (objective.reference: precomputed): start the run again with --overwrite"
     )
 
 

@@ -215,7 +215,7 @@ def _store_references(
     *,
     resumed: bool,
 ) -> None:
-    """Adds what the reference model finds of all answers to the data of a stage."""
+    """Adds the reference model's log-probabilities of all answers to the data of a stage."""
     assert isinstance(data.feed, PreparedFeed)
     objective = recipe.objective
     rows = data.validation[: recipe.evaluate.limit]

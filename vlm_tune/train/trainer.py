@@ -68,7 +68,7 @@ class StageData:
     image_cost: float = 0.0
     """Cost of an image, in tokens."""
     validation_references: StoredReferences | None = None
-    """What the reference model finds of the validation rows' answers, where it was computed."""
+    """The reference model's log-probabilities of the validation rows' answers, if stored."""
 
 
 class StageLoop:

@@ -125,7 +125,7 @@ class PreparedFeed:
     its own.
 
     Attributes:
-        references: What a reference model finds of the units' answers, where that was computed.
+        references: The reference model's log-probabilities of the units' answers, if stored.
     """
 
     def __init__(
