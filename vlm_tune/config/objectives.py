@@ -41,7 +41,11 @@ ScoredBy = Annotated[
     ),
 ]
 Beta = Annotated[
-    PositiveFloat, Field(description="strength of the reference model, or of the preferences")
+    PositiveFloat,
+    Field(
+        description="factor of the log-ratios (dpo, kto; higher stays closer to the reference "
+        "model), of the mean log-probabilities (simpo), or of the odds ratio's loss (orpo)"
+    ),
 ]
 
 DpoLoss = Literal[
@@ -121,7 +125,7 @@ class SimPo(Config):
     kind: Literal["simpo"]
     beta: Beta = 0.1
     simpo_gamma: Annotated[float, Field(ge=0, le=1e6)] = Field(
-        default=0.5, description="margin of the reward that is aimed at"
+        default=0.5, description="target margin between the rewards of chosen and rejected answers"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     cpo_alpha: Annotated[float, Field(ge=0, le=1e6)] = Field(
