@@ -8,7 +8,8 @@ pix2struct's relaxed_correctness.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,49 @@ def test_damaged_copies_are_data_errors(damage: Callable[[Path], str], tmp_path:
     with pytest.raises(DataError) as error:
         read_benchmarks([f"pope={folder}"])
     assert message in str(error.value)
+
+
+ODD: tuple[Any, ...] = (7, -1.5, True, "x", "a\0b", "n" * 300, [], [None], {}, {"a": 1}, None)
+"""Values that stand in place of a field's."""
+
+
+def changed(value: Any) -> Iterator[Any]:
+    """JSON values with one part, however deep, replaced by an odd one."""
+    yield from ODD
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            for other in changed(value[key]):
+                copied = value.copy()
+                copied[key] = other
+                yield copied
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("pope", "coco_pope_random.json"),
+        ("textvqa", "TextVQA_0.5.1_val.json"),
+        ("scienceqa", "problems.json"),
+        ("scienceqa", "pid_splits.json"),
+        ("chartqa", "test/test_human.json"),
+    ],
+)
+def test_odd_values_are_data_errors_or_text(name: str, file: str, tmp_path: Path) -> None:
+    copy = copy_of(name, tmp_path)
+    path = tmp_path / name / file
+    original = path.read_text(encoding="utf-8")
+    lines = original.splitlines() if name == "pope" else [original]
+    refused = 0
+    for value in changed(json.loads(lines[0])):
+        path.write_text("\n".join([json.dumps(value), *lines[1:]]), encoding="utf-8")
+        try:
+            read_benchmarks([copy])
+        except DataError:
+            refused += 1
+    assert refused > 20
+    path.write_bytes(b"\xff")
+    with pytest.raises(DataError, match="can't be read"):
+        read_benchmarks([copy])
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

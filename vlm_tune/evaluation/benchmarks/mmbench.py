@@ -8,7 +8,6 @@ letter is looked for as VLMEvalKit does it without a judge.
 from __future__ import annotations
 
 import base64
-import binascii
 import csv
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +91,8 @@ def _passes(
     for number, entry in entries:
         given = [entry.get(letter, "").strip() for letter in "ABCDE"]
         choices = tuple(itertools.takewhile(lambda text: text.lower() not in EMPTY, given))
-        chosen = LETTERS.find(entry["answer"].strip() or "?")
+        answer = entry["answer"].strip()
+        chosen = LETTERS.find(answer) if len(answer) == 1 else -1
         if not 0 <= chosen < len(choices):
             message = f"`answer` {quoted(entry['answer'])} is the letter of none of the choices"
             raise DataError(message, source=str(path), row=number)
@@ -112,7 +112,7 @@ def _image(entry: Entry, images: Mapping[str, str], path: Path, row: int) -> Med
     text = images.get(entry["image"], entry["image"])
     try:
         return Media(base64.b64decode(text, validate=True), label=f"the image of {entry['index']}")
-    except binascii.Error as error:
+    except ValueError as error:  # characters outside of ASCII too
         message = f"`image` is no base64: {error}"
         raise DataError(message, source=str(path), row=row) from None
 

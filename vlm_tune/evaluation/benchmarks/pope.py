@@ -6,7 +6,6 @@ A copy is a folder with `coco_pope_random.json`, `coco_pope_popular.json` or
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,9 @@ from vlm_tune.evaluation.benchmarks.rows import (
     field,
     find_image,
     of_form,
+    parse_json,
     question_row,
+    read_text,
 )
 from vlm_tune.evaluation.intervals import Value
 from vlm_tune.evaluation.metric import Metric
@@ -49,13 +50,10 @@ def read(folder: Path) -> list[Conversation]:
 
 def _split(folder: Path, path: Path, split: str) -> list[Conversation]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"is no JSON: {error}", source=str(path), row=number) from None
+        entry = parse_json(line, path, number)
         label = str(field(entry, ["label"], path, number)).strip().lower()
         if label not in CHOICES:
             message = f"`label` is yes or no, got {quoted(label)}"

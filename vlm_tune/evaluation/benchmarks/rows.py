@@ -13,7 +13,8 @@ from vlm_tune.data.types import Conversation, Media, Message, References
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.metric import Metric
 from vlm_tune.evaluation.metrics import Answer
-from vlm_tune.quoting import quoted
+from vlm_tune.paths import is_file
+from vlm_tune.quoting import quoted, reason_of
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -40,12 +41,26 @@ def of_form(name: str) -> Callable[[Answer], bool]:
     return lambda answer: answer.references.form == name
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. Raises `DataError` where it can't be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"can't be read: {reason_of(error)}", source=str(path)) from None
+
+
+def parse_json(text: str, path: Path, row: int | None = None) -> Any:
+    """The value of JSON text. Raises `DataError` where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        message = f"can't be read as JSON: {error}"
+        raise DataError(message, source=str(path), row=row) from None
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises `DataError` where it can't be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"can't be read as JSON: {error}", source=str(path)) from None
+    return parse_json(read_text(path), path)
 
 
 def field(entry: Any, names: Sequence[str], source: Path, row: int) -> Any:
@@ -61,6 +76,15 @@ def field(entry: Any, names: Sequence[str], source: Path, row: int) -> Any:
     )
 
 
+def list_field(entry: Any, name: str, source: Path, row: int) -> list[Any]:
+    """A field that is a list. Raises `DataError` where it is not there, empty or something else."""
+    listed = field(entry, [name], source, row)
+    if not isinstance(listed, list) or not listed:
+        message = f"`{name}` is a list that is not empty, got {quoted(listed)}"
+        raise DataError(message, source=str(source), row=row)
+    return listed
+
+
 def check_folder(folder: Path, expected: str) -> None:
     """Raises `DataError` for a path that is no folder."""
     if not folder.is_dir():
@@ -73,7 +97,7 @@ def find_image(folder: Path, name: str, places: Sequence[str]) -> Media:
         raise DataError(f"the image {quoted(name)} lies outside of the copy", source=str(folder))
     for place in places:
         path = folder / place / name
-        if path.is_file():
+        if is_file(path):
             return Media(path)
     shown = ", ".join(place or "." for place in places)
     raise DataError(f"the image {quoted(name)} is in none of {shown}", source=str(folder))

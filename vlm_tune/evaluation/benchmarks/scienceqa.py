@@ -22,6 +22,7 @@ from vlm_tune.evaluation.benchmarks.rows import (
     field,
     find_image,
     lettered,
+    list_field,
     of_form,
     question_row,
     read_json,
@@ -71,7 +72,7 @@ def _published(folder: Path) -> Iterator[tuple[str, Any, Media | None, Path, int
     path = folder / "problems.json"
     problems = read_json(path)
     splits = folder / "pid_splits.json"
-    ids = field(read_json(splits), ["test"], splits, 1)
+    ids = list_field(read_json(splits), "test", splits, 1)
     for number, problem_id in enumerate(map(str, ids), 1):
         problem = field(problems, [problem_id], path, number)
         image = None
@@ -93,16 +94,18 @@ def _parquet(tables: Sequence[Path]) -> Iterator[tuple[str, Any, Media | None, P
             raise DataError(f"can't be read as Parquet: {error}", source=str(path)) from None
         for number, entry in enumerate(entries, 1):
             row_id = f"{path.stem}:{number}"
-            content = (entry.get("image") or {}).get("bytes")
+            stored = entry.get("image")
+            content = stored.get("bytes") if isinstance(stored, dict) else None
             image = Media(content, label=f"the image of {row_id}") if content else None
             yield row_id, entry, image, path, number
 
 
 def _row(row_id: str, problem: Any, image: Media | None, path: Path, number: int) -> Conversation:
     question = str(field(problem, ["question"], path, number)).strip()
-    choices = tuple(map(str, field(problem, ["choices"], path, number)))
+    choices = tuple(map(str, list_field(problem, "choices", path, number)))
     answer = field(problem, ["answer"], path, number)
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+    places = range(min(len(choices), len(LETTERS)))
+    if isinstance(answer, bool) or not isinstance(answer, int) or answer not in places:
         message = f"`answer` is the place of a choice from 0, got {quoted(answer)}"
         raise DataError(message, source=str(path), row=number)
     hint = str(problem.get("hint") or "").strip()
@@ -121,7 +124,7 @@ def _row(row_id: str, problem: Any, image: Media | None, path: Path, number: int
 
 def _groups(problem: Mapping[str, Any], *, hint: bool, image: bool) -> list[str]:
     context = [*(["TXT"] if hint else []), *(["IMG"] if image else [])]
-    grade = "G1-6" if problem.get("grade") in LOWER_GRADES else "G7-12"
+    grade = "G1-6" if str(problem.get("grade")) in LOWER_GRADES else "G7-12"
     subject = SUBJECTS.get(str(problem.get("subject")))
     return [*([subject] if subject else []), *(context or ["NO"]), grade]
 

@@ -17,6 +17,7 @@ from vlm_tune.evaluation.benchmarks.rows import (
     check_folder,
     field,
     find_image,
+    list_field,
     of_form,
     question_row,
     read_json,
@@ -24,7 +25,6 @@ from vlm_tune.evaluation.benchmarks.rows import (
 from vlm_tune.evaluation.metric import Metric, by_row
 from vlm_tune.evaluation.metrics import Answer
 from vlm_tune.evaluation.texts import soft_accuracy, vqa_normalise
-from vlm_tune.quoting import quoted
 
 PLACES = ("train_images", "train_val_images/train_images", "images", "")
 
@@ -36,14 +36,9 @@ def read(folder: Path) -> list[Conversation]:
     if not files:
         raise DataError("has no TextVQA_<version>_val.json", source=str(folder))
     path = files[-1]
-    entries = field(read_json(path), ["data"], path, 1)
-    if not isinstance(entries, list):
-        raise DataError(f"`data` is a list, got {quoted(entries)}", source=str(path))
     rows = []
-    for number, entry in enumerate(entries, 1):
-        answers = tuple(map(str, field(entry, ["answers"], path, number)))
-        if not answers:
-            raise DataError("`answers` is empty", source=str(path), row=number)
+    for number, entry in enumerate(list_field(read_json(path), "data", path, 1), 1):
+        answers = tuple(map(str, list_field(entry, "answers", path, number)))
         name = f"{field(entry, ['image_id'], path, number)}.jpg"
         question = str(field(entry, ["question"], path, number)).strip()
         most_common = Counter(answers).most_common(1)[0][0]
