@@ -40,18 +40,21 @@ def test_a_place_that_can_be_written_is_left_as_it_was(folder: bool, tmp_path: P
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_processes_that_try_one_place_at_once_do_not_disturb_each_other(
+def test_processes_that_try_and_use_one_place_at_once_do_not_disturb_each_other(
     folder: bool, tmp_path: Path
 ) -> None:
-    """As the ranks of a launch do, which each look whether the cache can be written."""
+    """As the ranks of a launch do, which look whether the cache can be written and then use it."""
 
-    def try_often(_: int) -> None:
+    def use_often(_: int) -> None:
         for number in range(200):
-            check_writable(tmp_path / f"new-{number}" / "deep" / "x", "the cache", folder=folder)
+            path = tmp_path / f"new-{number}" / "deep" / "x"
+            check_writable(path, "the cache", folder=folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(try_often, range(4)))
+        list(threads.map(use_often, range(4)))
     assert not any(path.is_file() for path in everything(tmp_path))
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize("folder", [True, False])
@@ -95,8 +98,12 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path) -> None:
 def test_a_file_system_that_refuses_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*arguments: object) -> int:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    real_open = os.open
+
+    def refuse(path: str, flags: int, *arguments: int, **options: int | None) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real_open(path, flags, *arguments, **options)
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(RecipeError, match="read-only file system"):

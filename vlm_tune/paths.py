@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import secrets
-import time
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +22,6 @@ PAGE = b"<!doctype html>"
 FIRST_LINE = 1_000_000
 """Bytes of a file's first line that are searched for its mark."""
 
-ATTEMPTS = 20
-"""Attempts to write at a place while other processes create and remove its folders."""
-
 SHOWN = 200
 """Characters of a path that a message shows."""
 
@@ -40,8 +36,9 @@ def check_writable(
 ) -> None:
     """Checks that a file can be written at `path`, or in it with `folder`; leaves nothing behind.
 
-    Missing parent folders are created and removed again, since only trying tells on every file
-    system. An existing file keeps its content.
+    What is missing is created under a folder of a random name and removed again, since only trying
+    tells on every file system. No other process meets these folders. An existing file keeps its
+    content.
 
     Args:
         path: the file or folder; need not exist.
@@ -56,44 +53,29 @@ def check_writable(
     """
     target = Path(path)
     with writing(target, what):
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                _try_writing(target, folder=folder)
-                break
-            except (FileNotFoundError, FileExistsError):
-                # Another process that checks this place may just have made or removed a folder.
-                if attempt == ATTEMPTS:
-                    raise
-                time.sleep(random.uniform(0.001, 0.005))
+        _try_writing(target, folder=folder)
     if mark is not None:
         _check_kind(target, what, mark)
 
 
 def _try_writing(target: Path, *, folder: bool) -> None:
-    """Creates the missing folders and a file, and removes them again. Raises `OSError`."""
+    """Creates the missing part of a path elsewhere in the folder it begins in. Raises `OSError`."""
+    if not folder and os.path.lexists(target):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        os.close(os.open(target, os.O_WRONLY | os.O_APPEND))
+        return
     directory = target if folder else target.parent
     missing = [each for each in (directory, *directory.parents) if not os.path.lexists(each)]
-    created: list[Path] = []
+    existing = missing[-1].parent if missing else directory
+    trial = existing / f".vlm-tune-{secrets.token_hex(8)}"
+    trial.mkdir()
     try:
-        for each in reversed(missing):
-            each.mkdir(exist_ok=True)
-            created.append(each)
-        if folder:
-            _try_new(directory / f".vlm-tune-{secrets.token_hex(8)}")
-        elif target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-        elif os.path.lexists(target):
-            os.close(os.open(target, os.O_WRONLY | os.O_APPEND))
-        else:
-            _try_new(target)
+        inside = trial / directory.relative_to(existing)
+        inside.mkdir(parents=True, exist_ok=True)
+        (inside / ("file" if folder else target.name)).touch(exist_ok=False)
     finally:
-        for each in reversed(created):
-            try:
-                each.rmdir()
-            except FileNotFoundError:  # another process that checked it has removed it
-                continue
-            except OSError:  # another process has begun to use it
-                break
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def _check_kind(path: Path, what: str, mark: bytes) -> None:
@@ -105,11 +87,6 @@ def _check_kind(path: Path, what: str, mark: bytes) -> None:
     if first.strip() and mark not in first:
         message = f"{what} would replace another file; name a new one, or remove it first"
         raise RecipeError([Problem(shown_path(path), message)])
-
-
-def _try_new(path: Path) -> None:
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    path.unlink()
 
 
 @contextmanager
