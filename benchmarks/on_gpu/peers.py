@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.on_gpu.material import RANK, material, shape
+from benchmarks.on_gpu.material import EACH, RANK, material, shape
 from benchmarks.on_gpu.measuring import (
     TRIAL_STEPS,
     TRIAL_WARM,
@@ -55,8 +55,10 @@ class Counting(transformers.TrainerCallback):
     They are counted after the steps: that takes no time of theirs.
     """
 
-    def __init__(self, *, seq2seq: bool) -> None:
+    def __init__(self, *, seq2seq: bool, questions_a_row: int | None = None) -> None:
+        """Counts questions by their answers, or as given where later questions are supervised."""
         self.seq2seq = seq2seq
+        self.questions_a_row = questions_a_row
         self.steps = Steps(0)
         self.inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -82,7 +84,10 @@ class Counting(transformers.TrainerCallback):
             counts = probe.counts(labels.tolist(), mask.tolist(), self.seq2seq)
             names = Amount.__dataclass_fields__
             self.steps.amounts.append(Amount(**{name: counts[name] for name in names}))
-            self.steps.questions.append(counts["questions"])
+            a_row = self.questions_a_row
+            self.steps.questions.append(
+                counts["questions"] if a_row is None else len(labels) * a_row
+            )
             self.steps.padded.append(counts["padded"])
             self.steps.images.append(len(labels))
 
@@ -212,7 +217,8 @@ def _trl_peer(report: Report, output: str, settings: dict[str, Any]) -> Peer:
     options = report.options
     kind = shape(options["shape"], tiny=report.tiny)
     home = material(report.folder, options["shape"], tiny=report.tiny)
-    counting = Counting(seq2seq=False)
+    spans_later_questions = options["form"] == "turns" and not assistant_masks()
+    counting = Counting(seq2seq=False, questions_a_row=EACH if spans_later_questions else None)
     overrides: dict[str, Any] = {}
     if options["tuned"]:
         overrides = {

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
+from packaging.version import Version
 
 from tests.helpers.connector_kinds import KINDS, with_connector
 from tests.helpers.counted_device import CUDA, CountedDevice, counted_device, to_counted_device
@@ -27,6 +29,8 @@ STEPS = 2
 TRAIN = {"train__steps": STEPS, "train__batch_size": 2, "train__gradient_accumulation": 2}
 PACKED = {"data__packing": True, "data__row_length": 128}
 BRANCHES = {"data__group": "image"}
+OLD_MASKS = Version(transformers.__version__) < Version("5.21")
+"""Whether a mask that transformers makes for T5 holds a number that it copies from the host."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +57,9 @@ def run_counted(
 
 
 def assert_one_wait_a_step(device: CountedDevice) -> None:
-    assert len(device.waits) <= STEPS, device.waits
-    assert all("step_figures.py" in line for line in device.waits)
+    waits = [line for line in device.waits if not (OLD_MASKS and "masking_utils.py" in line)]
+    assert len(waits) <= STEPS, waits
+    assert all("step_figures.py" in line for line in waits)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -105,6 +106,19 @@ class _Placing(TorchDispatchMode):
         return _computed(func, args, kwargs or {}) if output is NotImplemented else output
 
 
+class _Making(TorchFunctionMode):
+    """Has `torch.tensor` move values to `meta` by an operator: else they are lost."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func is torch.tensor and device is not None and torch.device(device).type == "meta":
+            return func(*args, **{**kwargs, "device": "cpu"}).to(device)
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def pretended(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Context in which tensors can be on pretended devices, and a model's are on one of them.
@@ -121,7 +135,7 @@ def pretended(model: nn.Module, device: torch.device) -> Iterator[None]:
     before_placing = [(tensors, dict(tensors)) for tensors in _tensors(model)]
     placed: dict[int, Any] = {}
     try:
-        with mode:
+        with mode, _Making():
             for tensors, before in before_placing:
                 for name, tensor in before.items():
                     if tensor is not None and id(tensor) not in placed:

@@ -180,13 +180,14 @@ def quiet_libraries(*, model_code: bool = True) -> None:
 def import_without_unused() -> None:
     """Imports the model code without packages that libraries import wherever they are installed.
 
-    These are SciPy, which transformers wants for the losses of object detection, and Triton, by
-    which torch compiles for GPUs alone. They take 110 MB and half a second of every process that
-    trains or answers. What imports them later gets them.
+    These are SciPy, which transformers wants for the losses of object detection, scikit-learn,
+    which needs SciPy and which older releases of transformers import for assisted generation, and
+    Triton, by which torch compiles for GPUs alone. They take 110 MB and half a second of every
+    process that trains or answers. What imports them later gets them.
     """
     import torch
 
-    unused = ["scipy"] if torch.cuda.is_available() else ["scipy", "triton"]
+    unused = ["scipy", "sklearn", *([] if torch.cuda.is_available() else ["triton"])]
     hidden = [name for name in unused if name not in sys.modules]
     # The import system's mark of a module that can't be imported.
     sys.modules.update(dict.fromkeys(hidden))  # pyright: ignore[reportArgumentType,reportCallIssue]

@@ -66,6 +66,7 @@ class Watch:
         self._failure: str | None = None
         self._diagnosis: str | None = None
         self._peers: dict[int, _Peer] = {}
+        self._looked_at = time.monotonic()
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._store: Any = None
@@ -191,7 +192,7 @@ class Watch:
 
     def _look(self) -> None:
         """Reads the last published status of all other processes."""
-        now = time.monotonic()
+        now = self._looked_at = time.monotonic()
         for rank in range(self.ranks):
             if rank == self.rank:
                 continue
@@ -222,13 +223,16 @@ class Watch:
         return "; ".join(lines) or None
 
     def _silent(self, seconds: float) -> str | None:
-        now = time.monotonic()
+        """The processes whose status had not changed for `seconds` at the last look.
+
+        Not until now: this process may have been paused since.
+        """
         lines = [
             f"rank {rank} (process {peer.status.get('pid', '?')} "
             f"on {peer.status.get('host', '?')}) is lost: it gives no sign of life, "
             f"last at {peer.status['place']}"
             for rank, peer in sorted(self._peers.items())
-            if now - peer.alive > seconds
+            if self._looked_at - peer.alive > seconds
         ]
         return "; ".join(lines) or None
 
