@@ -89,6 +89,7 @@ class ScriptedEngine:
         refusal: The error that jobs are refused with.
         tickets: The jobs.
         closed: The seconds that it was closed with.
+        failed: Whether it says that it has failed.
     """
 
     def __init__(self, reply: str | None = None) -> None:
@@ -96,6 +97,7 @@ class ScriptedEngine:
         self.refusal: Exception | None = None
         self.tickets: list[ScriptedTicket] = []
         self.closed: float | None = None
+        self.failed = False
         self.waiting = 0
         self.running = 0
         self._submitted = threading.Condition()

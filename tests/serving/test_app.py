@@ -28,7 +28,7 @@ from vlm_tune.errors import DataError, ModelError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving.app import Server
 from vlm_tune.serving.engine import BatchingEngine
-from vlm_tune.serving.jobs import Overloaded
+from vlm_tune.serving.jobs import EngineFailed, Overloaded
 from vlm_tune.serving.replies import token_logprobs
 from vlm_tune.serving.wire import ChatRequest
 
@@ -199,6 +199,8 @@ def nested(depth: int) -> dict[str, Any]:
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "an unknown field": ({"temperatur": 1}, "temperatur", "did you mean temperature?"),
     "a tool": ({"tools": [{"type": "function"}]}, "tools", "calls no tools"),
+    "a tool's choice": ({"tool_choice": "required"}, "tool_choice", "calls no tools"),
+    "audio": ({"modalities": ["text", "audio"]}, "modalities", "answers are text"),
     "a penalty": ({"presence_penalty": 0.5}, "presence_penalty", "less than or equal to 0"),
     "a type": ({"temperature": "hot"}, "temperature", "valid number"),
     "not a number": ({"top_p": float("nan")}, "top_p", "finite"),
@@ -308,6 +310,7 @@ def test_a_prompt_beyond_the_models_positions_is_an_error_of_the_request(
 def test_harmless_fields_of_openai_change_nothing(server: Server) -> None:
     plain = chat(server, question(max_tokens=5)).json()["choices"]
     fields = {"user": "me", "store": False, "metadata": {"a": "b"}, "logit_bias": None, "tools": []}
+    fields |= {"tool_choice": "none", "parallel_tool_calls": True, "modalities": ["text"]}
     fields |= {"presence_penalty": 0, "frequency_penalty": 0.0, "response_format": {"type": "text"}}
     assert chat(server, question(max_tokens=5, **fields)).json()["choices"] == plain
 
@@ -347,6 +350,7 @@ def test_other_errors_have_openais_form(server: Server) -> None:
 
 ENGINE_ERRORS: list[tuple[Exception, int, str]] = [
     (Overloaded("full"), 429, "rate_limit_exceeded"),
+    (EngineFailed("failed"), 503, "engine_failed"),
     (DataError("image 1: can't be decoded", kind="image_unreadable"), 400, "image_unreadable"),
     (ZeroDivisionError("secret"), 500, "internal_error"),
     (ModelError("secret"), 500, "internal_error"),
@@ -370,6 +374,18 @@ def test_errors_of_the_engine(
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert "secret" not in response.text
     assert (f"{type(error).__name__} on a request" in caplog.text) == (status == 500)
+
+
+def test_health_is_that_of_the_engine(model: VisionLanguageModel) -> None:
+    engine = ScriptedEngine()
+    server = served(model, engine)
+    (healthy,) = ask(server, ("GET", "/health", None))
+    server.load.draining = True
+    (draining,) = ask(server, ("GET", "/health", None))
+    engine.failed = True
+    (failed,) = ask(server, ("GET", "/health", None))
+    assert [each.status_code for each in (healthy, draining, failed)] == [200, 503, 503]
+    assert failed.json() == {"status": "failed"} and draining.json() == {"status": "draining"}
 
 
 def test_metrics_count_requests_and_tokens(server: Server) -> None:

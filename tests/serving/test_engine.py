@@ -17,7 +17,7 @@ from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving import alone
 from vlm_tune.serving import batch as batch_module
 from vlm_tune.serving.engine import BatchingEngine
-from vlm_tune.serving.jobs import Closing, Overloaded
+from vlm_tune.serving.jobs import Closing, EngineFailed, Overloaded
 
 Recipes = Callable[..., str]
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
@@ -167,6 +167,34 @@ def test_a_fault_of_the_engine_ends_the_jobs_that_began_and_later_ones_are_answe
     listening = submitted(engine, "hello", max_new_tokens=4).wait()
     assert listening.error is None
     assert listening.answers[0] == model.answer("hello", max_new_tokens=4)
+
+
+def test_the_end_of_the_thread_ends_all_jobs_and_is_shown(
+    tiny_recipe: Recipes,
+    engines: Callable[..., BatchingEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = talkative(tiny_recipe("causal"))
+    engine = engines(model)
+    begun = threading.Event()
+
+    def fail(*_: Any) -> None:
+        assert begun.wait(60)
+        raise MemoryError
+
+    assert not engine.failed
+    monkeypatch.setattr(engine._scheduler, "step", fail)
+    # What takes the scheduler's place fails as well.
+    monkeypatch.setattr("vlm_tune.serving.engine.Scheduler", fail)
+    jobs = [submitted(engine, "hello", max_new_tokens=4) for _ in range(2)]
+    begun.set()
+    for listening in jobs:
+        assert isinstance(listening.wait().error, EngineFailed)
+    assert engine.failed
+    with pytest.raises(EngineFailed, match="has to be started again"):
+        submitted(engine, "hello")
+    assert "MemoryError in the engine, which answers no more jobs" in caplog.text
 
 
 def test_a_listener_that_fails_ends_its_job(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,42 @@ def test_two_adapters_of_one_name_are_an_error(tmp_path: Path) -> None:
     arguments = ["serve", str(tmp_path), "--adapter", "a=one", "--adapter", "a=two"]
     with pytest.raises(typer.BadParameter, match="two adapters are named 'a'"):
         app(arguments, standalone_mode=False)
+
+
+def test_empty_settings_of_a_shell_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would open the server to everybody, or the folder that it was started in."""
+    with pytest.raises(typer.BadParameter, match="expected a folder, got an empty name"):
+        app(["serve", str(tmp_path), "--image-root", ""], standalone_mode=False)
+    monkeypatch.setenv("VLM_TUNE_API_KEY", "")
+    with pytest.raises(RecipeError, match="VLM_TUNE_API_KEY: is empty"):
+        app(["serve", str(tmp_path)], standalone_mode=False)
+    with pytest.raises(RecipeError, match="--api-key: expected 1 to"):
+        app(["serve", str(tmp_path), "--api-key", ""], standalone_mode=False)
+
+
+def test_a_notebooks_cell_serves_until_it_is_interrupted(folder: Path) -> None:
+    """A cell runs within an event loop, in the main thread; an interrupt is a signal."""
+    replies: list[Any] = []
+    main = threading.get_ident()
+
+    def ask_and_interrupt(url: str) -> None:
+        replies.append(httpx2.post(f"{url}{CHAT}", json=question(model="mine", max_tokens=2)))
+        signal.pthread_kill(main, signal.SIGINT)
+
+    def started(event: Started) -> None:
+        threading.Thread(target=ask_and_interrupt, args=(event.url,)).start()
+
+    async def cell() -> None:
+        serve(folder, port=0, started=started)
+
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(cell())
+    finally:
+        loop.close()
+    assert replies[0].status_code == 200
 
 
 def test_limits_out_of_range_are_all_named() -> None:

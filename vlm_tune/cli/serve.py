@@ -28,6 +28,15 @@ from vlm_tune.cli.options import (
 if TYPE_CHECKING:
     from vlm_tune.serving.limits import Limits
 
+KEY_VARIABLE = "VLM_TUNE_API_KEY"
+
+
+def _named_folder(name: str) -> Path:
+    """The folder of an option. An empty name, of a shell's unset variable, would be this folder."""
+    if not name:
+        raise typer.BadParameter("expected a folder, got an empty name")
+    return Path(name)
+
 
 HostOption = Annotated[
     str, typer.Option(help="address to listen at; 0.0.0.0: all of this machine's")
@@ -45,9 +54,9 @@ AdapterOption = Annotated[
 KeyOption = Annotated[
     str | None,
     typer.Option(
-        envvar="VLM_TUNE_API_KEY",
+        envvar=KEY_VARIABLE,
         help="key that requests need; other users of this machine may see an option, not the "
-        "environment variable VLM_TUNE_API_KEY",
+        f"environment variable {KEY_VARIABLE}",
     ),
 ]
 HostnameOption = Annotated[
@@ -59,7 +68,11 @@ AllowHostOption = Annotated[
 ]
 ImageRootOption = Annotated[
     Path | None,
-    typer.Option(help="folder in which requests may name images by their paths; else none may"),
+    typer.Option(
+        parser=_named_folder,
+        metavar="PATH",
+        help="folder in which requests may name images by their paths; else none may",
+    ),
 ]
 CorsOption = Annotated[
     list[str] | None,
@@ -109,7 +122,7 @@ def serve(
     check_dtype(dtype)
     check_choice("--engine", engine, ("vlm_tune", "vllm"))
     adapters = _named(adapter or [])
-    _prepare(device)
+    _prepare(device, api_key)
     from vlm_tune.serving.limits import Limits
 
     limits = Limits(
@@ -144,8 +157,18 @@ def serve(
     )
 
 
-def _prepare(device: str | None) -> None:
-    """Chooses the device, and has the requests logged."""
+def _check_key(key: str | None) -> None:
+    """Raises `RecipeError` for an empty key in the environment, which click takes for none."""
+    if key is None and os.environ.get(KEY_VARIABLE) == "":
+        from vlm_tune.errors import Problem, RecipeError
+
+        message = "is empty, so the server would take requests without a key: set or unset it"
+        raise RecipeError([Problem(KEY_VARIABLE, message)])
+
+
+def _prepare(device: str | None, key: str | None) -> None:
+    """Checks the environment's key, chooses the device, and has the requests logged."""
+    _check_key(key)
     use_device(device)
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")

@@ -13,9 +13,10 @@ from starlette.responses import JSONResponse
 from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.quoting import QUOTED_NAME, cut, quoted
 from vlm_tune.serving.failures import log_failure
-from vlm_tune.serving.jobs import Closing, Overloaded
+from vlm_tune.serving.idle_fields import REFUSED
+from vlm_tune.serving.jobs import Closing, EngineFailed, Overloaded
 from vlm_tune.serving.limits import MOST_FIELDS
-from vlm_tune.serving.wire import MANY_FIELDS, REFUSED, ChatRequest
+from vlm_tune.serving.wire import MANY_FIELDS, ChatRequest
 
 RETRY_AFTER = {"Retry-After": "1"}
 """Headers of an answer that asks the client to come again, after a second."""
@@ -95,6 +96,17 @@ def draining() -> ApiError:
     )
 
 
+def engine_failed() -> ApiError:
+    """The error of a request to a server whose engine has failed."""
+    return ApiError(
+        503,
+        "the server's engine has failed, and answers nothing until the server is started again; "
+        "its log says where",
+        kind="server_error",
+        code="engine_failed",
+    )
+
+
 def bad_image(message: str) -> ApiError:
     """The error of a request with an image that is refused or can't be read."""
     return ApiError(400, message, param="messages", code="invalid_image")
@@ -130,6 +142,8 @@ def api_error(error: Exception) -> ApiError:
             return overloaded()
         case Closing():
             return draining()
+        case EngineFailed():
+            return engine_failed()
         case ArgumentError():
             message = _in_request_names(str(error))
             # Messages about a setting begin with its name.

@@ -65,7 +65,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (413, "The body is too large."),
         (429, "The queue is full: try again later."),
         (500, "The server failed."),
-        (503, "The server is stopping."),
+        (503, "The server is stopping, or its engine has failed."),
         (504, "The answer took too long."),
     )
 }
@@ -186,9 +186,11 @@ class Server:
 
     async def health(self) -> Response:
         """Tells whether the server takes requests."""
-        if self.load.draining:
-            return JSONResponse(Health(status="draining").model_dump(), 503)
-        return JSONResponse(Health(status="ok").model_dump())
+        if self._engine.failed:
+            health = Health(status="failed")
+        else:
+            health = Health(status="draining" if self.load.draining else "ok")
+        return JSONResponse(health.model_dump(), 200 if health.status == "ok" else 503)
 
     async def metrics(self) -> Response:
         """Shows the metrics, in Prometheus' form."""

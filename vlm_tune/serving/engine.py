@@ -12,7 +12,7 @@ from vlm_tune.model.language.decoding import check_count
 from vlm_tune.quoting import quoted
 from vlm_tune.serving.batch import batching_reason
 from vlm_tune.serving.failures import log_failure
-from vlm_tune.serving.jobs import Closing, Failed, Job, Listener, Overloaded
+from vlm_tune.serving.jobs import Closing, EngineFailed, Failed, Job, Listener, Overloaded
 from vlm_tune.serving.request import Request, request_of
 from vlm_tune.serving.scheduler import Scheduler
 
@@ -57,8 +57,14 @@ class BatchingEngine:
         self._changed = threading.Condition()
         self._closing = False
         self._over = False
+        self._failed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a fault has ended the thread: no more jobs are answered."""
+        return self._failed
 
     @property
     def waiting(self) -> int:
@@ -76,6 +82,7 @@ class BatchingEngine:
         Raises:
             Overloaded: The queue is full.
             Closing: The engine takes no more jobs.
+            EngineFailed: A fault has ended the thread.
             VlmTuneError: The job can't be answered: its prompt is too long, an image is unreadable.
         """
         model = self._models.get(job.model)
@@ -95,6 +102,8 @@ class BatchingEngine:
         return request
 
     def _check_room(self) -> None:
+        if self._failed:
+            raise EngineFailed("the engine has failed: the server has to be started again")
         if self._closing:
             raise Closing("the server is stopping and takes no more questions: ask again later")
         if self.waiting >= self._queue:
@@ -118,6 +127,21 @@ class BatchingEngine:
         self._thread.join(PATIENCE)
 
     def _run(self) -> None:
+        try:
+            self._answer()
+        # Nothing else watches the thread: `failed` is the only sign of its end.
+        except BaseException as error:
+            log_failure(error, "in the engine, which answers no more jobs")
+            with self._changed:
+                self._failed = True
+                unanswered = list(self._open)
+                self._open.clear()
+                self._changed.notify_all()
+            for request in unanswered:
+                request.emit(Failed(EngineFailed("the engine failed before the answer's end")))
+
+    def _answer(self) -> None:
+        """Answers jobs until the engine is closed."""
         while self._next():
             try:
                 self._scheduler.step()

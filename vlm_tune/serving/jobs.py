@@ -20,6 +20,10 @@ class Closing(VlmTuneError):
     """The engine takes no more jobs, or was closed before the job's end."""
 
 
+class EngineFailed(VlmTuneError):
+    """The engine's thread has ended by a fault: no job is answered any more."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A request for answers to one conversation.
@@ -91,6 +95,11 @@ class Engine(Protocol):
     """Answers jobs, many at a time."""
 
     @property
+    def failed(self) -> bool:
+        """Whether a fault has ended it: it answers no more jobs."""
+        ...
+
+    @property
     def waiting(self) -> int:
         """The number of jobs in the queue."""
         ...
@@ -106,6 +115,7 @@ class Engine(Protocol):
         Raises:
             Overloaded: The queue is full.
             Closing: The engine takes no more jobs.
+            EngineFailed: A fault has ended the engine.
             VlmTuneError: The job can't be answered, such as a prompt that is too long.
         """
         ...

@@ -9,7 +9,8 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def serve(
     """Serves a model by HTTP, as OpenAI's API, until a signal stops it.
 
     At the first SIGTERM or SIGINT no more requests are taken, and those in progress get
-    `limits.drain` seconds; a second signal ends the process at once.
+    `limits.drain` seconds; a second signal ends the process at once. In a notebook the cell runs
+    until it is interrupted, and the first interrupt is such a signal.
 
     Args:
         model: a run, a checkpoint or a merged folder.
@@ -107,7 +109,33 @@ def serve(
         address = listening.getsockname()[:2]
         keyed = limits.api_key is not None
         event = Started(_url(*address), tuple(models), keyed, engine.one_by_one)
-        asyncio.run(server.run(listening, lambda: started(event) if started else None))
+        _run(server, listening, lambda: started(event) if started else None)
+
+
+def _run(server: HttpServer, listening: socket.socket, started: Callable[[], None]) -> None:
+    """Runs a server until it is stopped, also where this thread has an event loop already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(server.run(listening, started))
+        return
+    # A notebook's cells run within an event loop, and an interrupt is a KeyboardInterrupt here.
+    loops: Future[asyncio.AbstractEventLoop] = Future()
+
+    async def run() -> None:
+        loops.set_result(asyncio.get_running_loop())
+        await server.run(listening, started)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="server") as pool:
+        running = pool.submit(asyncio.run, run())
+        while True:
+            try:
+                running.result()
+                return
+            except KeyboardInterrupt:
+                # The loop may end at the same time.
+                with suppress(RuntimeError):
+                    loops.result().call_soon_threadsafe(server.stop)
 
 
 def _check_arguments(model: Any, host: Any, name: Any, adapters: Any, limits: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from vlm_tune.serving.idle_fields import changes_nothing
 from vlm_tune.serving.limits import (
     LONGEST_STOP,
     MOST_ANSWERS,
@@ -18,37 +19,6 @@ from vlm_tune.serving.limits import (
     MOST_TOP,
 )
 
-IGNORED = (
-    "user",
-    "metadata",
-    "store",
-    "safety_identifier",
-    "service_tier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-)
-"""Fields of OpenAI's API that are accepted and change nothing."""
-NO_TEMPLATE = ": a conversation is laid out by the model's chat template, which no request changes"
-NO_TOOLS = ": this server calls no tools"
-REFUSED = {
-    "chat_template": NO_TEMPLATE,
-    "chat_template_kwargs": NO_TEMPLATE,
-    "add_generation_prompt": NO_TEMPLATE,
-    "continue_final_message": NO_TEMPLATE,
-    "template": NO_TEMPLATE,
-    "tools": NO_TOOLS,
-    "tool_choice": NO_TOOLS,
-    "functions": NO_TOOLS,
-    "function_call": NO_TOOLS,
-    "parallel_tool_calls": NO_TOOLS,
-    "logit_bias": ": logits can't be changed by token",
-    "modalities": ": answers are text",
-    "audio": ": answers are text",
-    "reasoning_effort": ": the models here do not reason apart from their answer",
-    "best_of": "; use n, or num_beams",
-}
-"""Fields of other servers that are refused unless they are empty, each with the reason."""
-EMPTY: tuple[Any, ...] = (None, [], {})
 MANY_FIELDS = "many_fields"
 """pydantic's type of the error of an object with too many fields."""
 
@@ -304,14 +274,10 @@ class ChatRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_idle_fields(cls, fields: Any) -> Any:
-        """Leaves out fields of OpenAI's API that change nothing, and empty ones of others."""
+        """Leaves out fields of OpenAI's API that change nothing, and idle ones of others."""
         if not isinstance(fields, Mapping):
             return fields
-        return {
-            name: field
-            for name, field in fields.items()
-            if not (name in IGNORED or (name in REFUSED and field in EMPTY))
-        }
+        return {name: field for name, field in fields.items() if not changes_nothing(name, field)}
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -424,9 +390,9 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """The state of the server: it takes requests, or stops."""
+    """The state of the server: it takes requests, stops, or has an engine that failed."""
 
-    status: Literal["ok", "draining"]
+    status: Literal["ok", "draining", "failed"]
 
 
 class ErrorDetail(BaseModel):
