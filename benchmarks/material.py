@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
+
+from vlm_tune.data.sources.easy_vqa import KINDS, answer_type
 
 TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.role == 'assistant' %}{% generation %}{% if message.content is string %}\
@@ -25,10 +28,13 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}\
 {% for part in message.content %}\
 {% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}\
-<|im_end|>{% endif %}
+<|im_end|>{% endif %}{% if not loop.last or add_generation_prompt %}{{ '\\n' }}{% endif %}\
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-"""ChatML with the image before the first question; assistant turns are marked for TRL."""
+"""ChatML with the image before the first question; assistant turns are marked for TRL.
+
+It ends with the last turn, since TRL trains on all that follows a prompt, a line break too.
+"""
 
 PATCH = {49: 32, 196: 16}
 """Patch size by the number of image tokens of a 224x224 image."""
@@ -71,8 +77,42 @@ def write_rows(
     return sorted(answer for image in chosen for _, answer in questions[image])
 
 
+def write_preferences(folder: Path, count: int, each: int) -> None:
+    """Writes preferences.jsonl: pairs of answers to questions about easy-VQA images.
+
+    Takes the first `count` images with `each` questions. A rejected answer is another one of the
+    right one's kind, drawn by the row. Rows are in TRL's conversational form.
+    """
+    write_rows(folder, count, each=each)
+    draw = random.Random(0)
+    rows = []
+    for line in (folder / "single.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        question, answer = row["messages"]
+        others = [
+            each for each in KINDS[answer_type(answer["content"])] if each != answer["content"]
+        ]
+        rejected = {**answer, "content": draw.choice(others)}
+        rows.append(
+            {
+                "prompt": [question],
+                "chosen": [answer],
+                "rejected": [rejected],
+                "images": row["images"],
+            }
+        )
+    (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_models(folder: Path, decoder: Path, image_tokens: int) -> None:
     """Writes the models that do not exist yet."""
+    write_llava(folder, decoder, image_tokens)
+    if not (folder / "t5" / "config.json").is_file():
+        _write_t5(folder)
+
+
+def write_llava(folder: Path, decoder: Path, image_tokens: int) -> Path:
+    """Writes tower/ and llava/ if they do not exist yet, and returns the latter."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
     from transformers.utils import logging
@@ -85,8 +125,7 @@ def write_models(folder: Path, decoder: Path, image_tokens: int) -> None:
         ).save_pretrained(folder / "tower")
     if not (folder / "llava" / "processor_config.json").is_file():
         _write_llava(folder, decoder)
-    if not (folder / "t5" / "config.json").is_file():
-        _write_t5(folder)
+    return folder / "llava"
 
 
 def _write_llava(folder: Path, decoder: Path) -> None:

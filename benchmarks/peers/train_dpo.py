@@ -1,0 +1,106 @@
+"""TRL's DPOTrainer on the LLaVA-shaped model, one step at a time.
+
+Takes a request as a JSON argument, which `benchmarks.preferences.Preferences.running` writes. After
+a line of standard input it takes a step, and prints {"seconds", "loss", "logps/chosen",
+"logps/rejected"}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Image, Sequence
+from peft import LoraConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+class Turns(TrainerCallback):
+    """Waits for a line before every step; its seconds include reading the step's rows."""
+
+    def __init__(self) -> None:
+        self.began = 0.0
+        self.seconds = 0.0
+
+    def on_train_begin(self, *unused: Any, **named: Any) -> None:
+        """Waits for the first step."""
+        self.wait()
+
+    def on_step_end(self, *unused: Any, **named: Any) -> None:
+        """Measures the step."""
+        self.seconds = time.perf_counter() - self.began
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **named: Any) -> None:
+        """Prints the step that ended, and waits for the next one."""
+        if "loss" not in logs:  # the summary at the end
+            return
+        figures = {name: logs[name] for name in ("loss", "logps/chosen", "logps/rejected")}
+        print(json.dumps({"seconds": self.seconds, **figures}), flush=True)
+        if state.global_step < state.max_steps:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when a line comes, at which the step begins."""
+        if not sys.stdin.readline():
+            sys.exit()
+        self.began = time.perf_counter()
+
+
+def rows_of(request: dict[str, Any]) -> Any:
+    """The data set of the request's rows, images as files."""
+    folder = Path(request["rows"])
+    lines = (folder / "preferences.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["images"] = [str(folder / name) for name in row["images"]]
+    return Dataset.from_list(rows).cast_column("images", Sequence(Image()))
+
+
+def main() -> None:
+    """Trains for the requested steps."""
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
+    folder = request["model"]
+    half = request["precision"] == "bf16_weights"
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=torch.bfloat16 if half else torch.float32,
+        attn_implementation=request["attention"],
+    )
+    with tempfile.TemporaryDirectory() as output:
+        DPOTrainer(
+            model=model,
+            args=DPOConfig(
+                output_dir=output,
+                max_steps=request["steps"],
+                per_device_train_batch_size=request["batch"],
+                bf16=request["precision"] == "bf16",
+                gradient_checkpointing=False,
+                loss_type=["sigmoid", "sft"],
+                loss_weights=[1.0, 0.2],
+                beta=0.1,
+                learning_rate=request["learning_rate"],
+                logging_steps=1,
+                max_length=None,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset=rows_of(request),
+            processing_class=AutoProcessor.from_pretrained(folder),
+            peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS),
+            callbacks=[Turns()],
+        ).train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Our side of `benchmarks.preferences`: a training by `vlm_tune.dpo`, one step at a time.
+
+Takes a request as a JSON argument, which `benchmarks.preferences.Preferences.running` writes. After
+a line of standard input it takes a step, and prints {"seconds", "loss", "logps/chosen",
+"logps/rejected"}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vlm_tune
+from vlm_tune.config.load import parse_recipe
+from vlm_tune.events import Event, StageStart, TrainSteps
+
+
+def recipe_of(request: dict[str, Any], output: Path) -> str:
+    """The recipe of a request: what `benchmarks/peers/train_dpo.py` gives TRL."""
+    return f"""
+name: preferences
+output: {output}
+model: {{pretrained: {request["model"]}}}
+data:
+  template: chatml
+  group: image
+  max_length: 2048
+  train: [{{kind: file, path: {request["rows"]}/preferences.jsonl, form: preference}}]
+tune:
+  - {{match: "tower.*", how: frozen}}
+  - {{match: "connector.*", how: frozen}}
+  - {{match: "llm.*", how: lora, r: 16, lora_alpha: 32, target_modules: all-linear}}
+objective: {{kind: dpo, loss_type: [sigmoid, sft], loss_weights: [1.0, 0.2], beta: 0.1,
+  reference: adapter_off}}
+train: {{steps: {request["steps"]}, batch_size: {request["batch"]}, precision: \
+{request["precision"]}, log_every: 1, cache_features: false,
+  learning_rate: {request["learning_rate"]}, schedule: {{kind: linear, warmup: 0.0}},
+  checkpoints: {{every: 1000000}}}}
+evaluate: {{samples: 0}}
+"""
+
+
+class Turns:
+    """Waits for a line before every step; its seconds include reading the step's rows."""
+
+    def __init__(self, lines: Any) -> None:
+        self.lines = lines
+        self.began = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Takes the run's events: its start, and each step's figures."""
+        if isinstance(event, TrainSteps):
+            seconds = time.perf_counter() - self.began
+            metrics = event.metrics or {}
+            figures = {name: metrics[name] for name in ("logps/chosen", "logps/rejected")}
+            line = json.dumps({"seconds": seconds, "loss": event.loss, **figures})
+            print(line, file=self.lines, flush=True)
+        starts = isinstance(event, StageStart)
+        if starts or (isinstance(event, TrainSteps) and event.step < event.of):
+            if not sys.stdin.readline():
+                sys.exit()
+            self.began = time.perf_counter()
+
+
+def main() -> None:
+    """Trains for the requested steps."""
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
+    lines = sys.stdout
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        recipe = parse_recipe(recipe_of(request, Path(folder) / "run"))
+        vlm_tune.dpo(recipe, test=False, show=Turns(lines))
+
+
+if __name__ == "__main__":
+    main()
