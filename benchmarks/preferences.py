@@ -240,6 +240,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--each", type=int, nargs="+", default=LAYOUTS, choices=LAYOUTS, help="pairs an image")
     add("--pairs", type=int, default=10, help="pairs of a step of both sides, a multiple of ten")
     add("--steps", type=int, default=5, help="steps of each side that count")
     add("--trial-steps", type=int, default=2, help="steps of each trial of settings that count")
@@ -255,7 +256,7 @@ def main() -> None:
         bench = Preferences(options, Path(folder))
         start = bench.check_figures()
         print(f"in fp32 both start with {start['ours']}", flush=True)
-        figures = {"start": start, "layouts": [bench.compare(each) for each in LAYOUTS]}
+        figures = {"start": start, "layouts": [bench.compare(each) for each in options.each]}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
     print(json.dumps(figures, indent=1))
