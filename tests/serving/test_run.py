@@ -186,9 +186,12 @@ def test_a_notebooks_cell_serves_until_it_is_interrupted(folder: Path) -> None:
         serve(folder, port=0, started=started)
 
     loop = asyncio.new_event_loop()
+    # Where tests run in the background the shell has interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         loop.run_until_complete(cell())
     finally:
+        signal.signal(signal.SIGINT, before)
         loop.close()
     assert replies[0].status_code == 200
 
