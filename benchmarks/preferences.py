@@ -141,7 +141,8 @@ class Preferences:
         """A contender that waits for its first step, and is ended afterwards."""
         request = {
             "model": str(self.model),
-            "rows": str(layout.rows),
+            "material": str(layout.rows),
+            "rows": "preferences",
             "steps": steps,
             # Ours counts images, TRL rows.
             "batch": layout.pairs // layout.each if name == "ours" else layout.pairs,

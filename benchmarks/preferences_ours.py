@@ -32,7 +32,7 @@ data:
   template: chatml
   group: image
   max_length: 2048
-  train: [{{kind: file, path: {request["rows"]}/preferences.jsonl, form: preference}}]
+  train: [{{kind: file, path: {request["material"]}/{request["rows"]}.jsonl, form: preference}}]
 tune:
   - {{match: "tower.*", how: frozen}}
   - {{match: "connector.*", how: frozen}}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from vlm_tune.resources import peak_resident_memory
+from vlm_tune.errors import RecipeError
+from vlm_tune.resources import cache_folder, cache_limit, check_cache, peak_resident_memory
 
 MB = 1_000_000
 
@@ -39,3 +41,19 @@ def test_the_memory_of_a_process_that_ended_is_an_error() -> None:
     os.waitpid(pid, 0)
     with pytest.raises(ProcessLookupError):
         peak_resident_memory(pid)
+
+
+def test_an_empty_variable_of_the_cache_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_TUNE_CACHE", "")
+    monkeypatch.setenv("VLM_TUNE_CACHE_GB", "")
+    assert cache_folder("features") == Path.home() / ".cache" / "vlm_tune" / "features"
+    assert cache_limit() == 100 * 10**9
+
+
+@pytest.mark.parametrize("size", ["10GB", "-1", "nan", "inf", " "])
+def test_a_size_of_the_cache_that_is_none_is_an_error_before_it_is_used(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLM_TUNE_CACHE_GB", size)
+    with pytest.raises(RecipeError, match=r"VLM_TUNE_CACHE_GB: .* is no size in GB"):
+        check_cache(tmp_path / "features")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import resource
 import sys
@@ -13,8 +14,11 @@ from pathlib import Path
 
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.paths import check_writable, is_file, shown_path
+from vlm_tune.quoting import quoted
 
 CACHE = "the cache folder (VLM_TUNE_CACHE)"
+
+CACHE_SIZE_VARIABLE = "VLM_TUNE_CACHE_GB"
 
 KERNELS_VARIABLE = "VLM_TUNE_KERNELS"
 """The environment variable that chooses what computes in bf16 on a CPU."""
@@ -69,12 +73,16 @@ def find_resource(kind: str, name: str) -> Path | None:
 
 
 def cache_folder(name: str) -> Path:
-    """The folder of one kind of cache: under $VLM_TUNE_CACHE, or ~/.cache/vlm_tune."""
-    return Path(os.environ.get("VLM_TUNE_CACHE", Path.home() / ".cache" / "vlm_tune")) / name
+    """The folder of one kind of cache: under $VLM_TUNE_CACHE, or ~/.cache/vlm_tune.
+
+    An empty variable counts as unset: it would be the working directory.
+    """
+    return Path(os.environ.get("VLM_TUNE_CACHE") or Path.home() / ".cache" / "vlm_tune") / name
 
 
 def check_cache(folder: Path) -> None:
-    """Raises `RecipeError`, naming folder and VLM_TUNE_CACHE, if a cache can't be written."""
+    """Raises `RecipeError` if a cache can't be written or its size is none; names the variable."""
+    cache_limit()
     check_writable(folder, CACHE, folder=True)
 
 
@@ -171,8 +179,19 @@ def chosen_kernels() -> str:
 
 
 def cache_limit() -> int:
-    """The bytes that a cache folder may hold: $VLM_TUNE_CACHE_GB times 10^9, or 100 GB."""
-    return int(float(os.environ.get("VLM_TUNE_CACHE_GB", "100")) * 1e9)
+    """The bytes that a cache folder may hold: $VLM_TUNE_CACHE_GB times 10^9, or 100 GB.
+
+    Raises `RecipeError` for a value of the variable that is no finite number from 0 on.
+    """
+    text = os.environ.get(CACHE_SIZE_VARIABLE) or "100"
+    try:
+        gigabytes = float(text)
+    except ValueError:
+        gigabytes = math.nan
+    if not 0 <= gigabytes < math.inf:
+        message = f"{quoted(text)} is no size in GB: expected a finite number from 0 on"
+        raise RecipeError([Problem(CACHE_SIZE_VARIABLE, message)])
+    return int(gigabytes * 1e9)
 
 
 def trim_cache(folder: Path, *keep: Path) -> list[Path]:

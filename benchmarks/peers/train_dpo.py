@@ -11,16 +11,15 @@ import json
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, Image, Sequence
 from peft import LoraConfig
+from probe import read_rows
+from train_trl import TARGETS
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 from trl import DPOConfig, DPOTrainer
-
-TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 class Turns(TrainerCallback):
@@ -54,16 +53,6 @@ class Turns(TrainerCallback):
         self.began = time.perf_counter()
 
 
-def rows_of(request: dict[str, Any]) -> Any:
-    """The data set of the request's rows, images as files."""
-    folder = Path(request["rows"])
-    lines = (folder / "preferences.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    for row in rows:
-        row["images"] = [str(folder / name) for name in row["images"]]
-    return Dataset.from_list(rows).cast_column("images", Sequence(Image()))
-
-
 def main() -> None:
     """Trains for the requested steps."""
     request = json.loads(sys.argv[1])
@@ -75,6 +64,7 @@ def main() -> None:
         dtype=torch.bfloat16 if half else torch.float32,
         attn_implementation=request["attention"],
     )
+    data = Dataset.from_list(read_rows(request)).cast_column("images", Sequence(Image()))
     with tempfile.TemporaryDirectory() as output:
         DPOTrainer(
             model=model,
@@ -95,7 +85,7 @@ def main() -> None:
                 disable_tqdm=True,
                 use_cpu=True,
             ),
-            train_dataset=rows_of(request),
+            train_dataset=data,
             processing_class=AutoProcessor.from_pretrained(folder),
             peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS),
             callbacks=[Turns()],
