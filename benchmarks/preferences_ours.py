@@ -62,8 +62,8 @@ class Turns:
             figures = {name: metrics[name] for name in ("logps/chosen", "logps/rejected")}
             line = json.dumps({"seconds": seconds, "loss": event.loss, **figures})
             print(line, file=self.lines, flush=True)
-        starts = isinstance(event, StageStart)
-        if starts or (isinstance(event, TrainSteps) and event.step < event.of):
+        # After the last step too, since the memory of a process that has ended can't be read.
+        if isinstance(event, StageStart | TrainSteps):
             if not sys.stdin.readline():
                 sys.exit()
             self.began = time.perf_counter()

@@ -43,11 +43,13 @@ class Turns(TrainerCallback):
             return
         figures = {name: logs[name] for name in ("loss", "logps/chosen", "logps/rejected")}
         print(json.dumps({"seconds": self.seconds, **figures}), flush=True)
-        if state.global_step < state.max_steps:
-            self.wait()
+        self.wait()
 
     def wait(self) -> None:
-        """Returns when a line comes, at which the step begins."""
+        """Returns when a line comes, at which a step begins.
+
+        After the last step too, since the memory of a process that has ended can't be read.
+        """
         if not sys.stdin.readline():
             sys.exit()
         self.began = time.perf_counter()

@@ -41,6 +41,7 @@ for seconds in (9, 1, 3, 2):
     sys.stdin.readline()
     print("a note of a library")
     print('{"seconds": %d, "loss": 0.5}' % seconds, flush=True)
+sys.stdin.readline()
 sys.exit("no rows are left")
 """
     contender = Contender("trl", {}, process(code, tmp_path / "log"), tmp_path / "log")

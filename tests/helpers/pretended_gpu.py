@@ -13,7 +13,7 @@ run on a pretended meta device, whose code takes all the paths of a GPU's but th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -135,7 +135,8 @@ def pretended(model: nn.Module, device: torch.device) -> Iterator[None]:
     before_placing = [(tensors, dict(tensors)) for tensors in _tensors(model)]
     placed: dict[int, Any] = {}
     try:
-        with mode, _Making():
+        # For CUDA it is not needed, and functions of torch round otherwise under such a mode.
+        with mode, _Making() if device.type == "meta" else nullcontext():
             for tensors, before in before_placing:
                 for name, tensor in before.items():
                     if tensor is not None and id(tensor) not in placed:
