@@ -175,6 +175,7 @@ def test_the_theme_is_chosen_and_stays(chromium: Browser, url: str) -> None:
         visited.button("Settings").click()
         visited.page.get_by_label("Dark", exact=True).check()
         visited.page.keyboard.press("Escape")
+        expect(visited.page.locator("html")).to_have_attribute("data-theme", "dark")
         assert body.evaluate(ground) != light
         visited.reload()
         expect(visited.page.locator("html")).to_have_attribute("data-theme", "dark")
