@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo
 
-.PHONY: setup demo test test-newest test-oldest check models gpu-wheels schema snapshots clean
+.PHONY: setup demo test newcomer test-newest test-oldest check models gpu-wheels schema snapshots clean
 
 setup: $(STAMP)
 
@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/vlm-tune chat $(RUN)/merged --image "$$($(BIN)/python -c 'import easy_vqa; print(easy_vqa.get_test_image_paths()[1])')" --prompt "what color is the shape?"
 
 # All tests, slow ones too, in processes of one thread each; a third one works where two wait for the disk or for ranks.
-ALL_TESTS := -m pytest -m "slow or not slow" -n 3 --dist worksteal
+ALL_TESTS := -m pytest -m "not newcomer" -n 3 --dist worksteal
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python $(ALL_TESTS)
@@ -39,6 +39,10 @@ test-newest test-oldest: test-%:
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -r .venv-$*/requirements.txt
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	OMP_NUM_THREADS=1 .venv-$*/bin/python $(ALL_TESTS)
+
+# README.md as a newcomer types it, in a fresh clone with an installation of its own.
+newcomer: setup
+	$(BIN)/python -m pytest -m newcomer -s tests/test_newcomer.py
 
 check: setup
 	$(BIN)/ruff check .
