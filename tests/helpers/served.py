@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import socket
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
 
+import vlm_tune
+from tests.helpers.forked_runs import start
 from tests.helpers.tiny_models import png
 from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat import VisionLanguageModel
@@ -193,3 +197,21 @@ def listening(server: Server, engine: Engine, **limits: Any) -> Iterator[str]:
             loops[0].call_soon_threadsafe(http.stop)
             thread.join(30)
             assert not thread.is_alive()
+
+
+def serving(folder: Path, output: Path, **options: Any) -> tuple[str, int]:
+    """Serves a model in a process of its own; returns its URL, and the process's id."""
+    reading, writing = os.pipe()
+
+    def act() -> None:
+        os.close(reading)
+        vlm_tune.serve(
+            folder, port=0, started=lambda event: os.write(writing, event.url.encode()), **options
+        )
+
+    (pid,) = start(act, output)
+    os.close(writing)
+    url = os.read(reading, 100).decode()
+    os.close(reading)
+    assert url, Path(f"{output}.0").read_text()
+    return url, pid

@@ -16,8 +16,8 @@ import httpx2
 import pytest
 import typer
 
-from tests.helpers.forked_runs import ended, start, until
-from tests.helpers.served import CHAT, events_of, question
+from tests.helpers.forked_runs import ended, until
+from tests.helpers.served import CHAT, events_of, question, serving
 from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import built, parsed, with_tune
 from vlm_tune import serve
@@ -34,24 +34,6 @@ def folder(tiny_recipe: Callable[..., str], tmp_path: Path) -> Path:
     """A model's folder."""
     talkative(tiny_recipe("causal")).save_pretrained(tmp_path / "mine")
     return tmp_path / "mine"
-
-
-def serving(folder: Path, output: Path, **options: Any) -> tuple[str, int]:
-    """Serves a model in a process of its own; returns its URL, and the process's id."""
-    reading, writing = os.pipe()
-
-    def act() -> None:
-        os.close(reading)
-        serve(
-            folder, port=0, started=lambda event: os.write(writing, event.url.encode()), **options
-        )
-
-    (pid,) = start(act, output)
-    os.close(writing)
-    url = os.read(reading, 100).decode()
-    os.close(reading)
-    assert url, Path(f"{output}.0").read_text()
-    return url, pid
 
 
 def drained(url: str) -> None:
