@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,25 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from tests.helpers.chat_samples import TEXTS, turns
 from tests.helpers.tiny_models import CLIP, LLAMA, T5, batch_of
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.types import Batch, Conversation, Example
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.pretrained.tokenizer import train_tokenizer
+
+CHAT_TEMPLATES = {
+    name: start + "{% for message in messages %}{{message['role'].capitalize()}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    for name, start in (("idefics3", "<|begin_of_text|>"), ("smolvlm", "<|im_start|>"))
+}
+"""The chat templates of HuggingFaceM4/Idefics3-8B-Llama3 and HuggingFaceTB/SmolVLM-Instruct.
+
+As TRL 1.16 holds them in `trl/chat_templates` (Apache 2.0).
+"""
 
 QUERIES = 4
 QFORMER = {
@@ -64,6 +79,26 @@ def text_tokenizer(rows: Sequence[Conversation], template: str, around: str) -> 
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=around, special_tokens=ids
     )
+    return tokenizer
+
+
+@cache
+def marked_tokenizer(name: str, *, rows_and_columns: bool, around: bool = True) -> Any:
+    """A tokenizer with the special tokens of a chat format and of Idefics3's images.
+
+    SmolVLM's has tokens for rows and columns, Idefics3's has none. Without `around` it lacks the
+    token that stands around images.
+    """
+    template = load_template(name)
+    rows = [Conversation("", turns(text, text)) for text in TEXTS]
+    tokenizer = train_tokenizer(rows, 420, template)
+    (start,) = [piece.control for piece in template.start]
+    tokenizer.add_special_tokens({"bos_token": start, "eos_token": "<end_of_utterance>"})
+    names = ["<image>", *(["<fake_token_around_image>"] if around else [])]
+    if rows_and_columns:
+        places = range(1, 7)
+        names += ["<global-img>", *(f"<row_{r}_col_{c}>" for r in places for c in places)]
+    tokenizer.add_tokens(names, special_tokens=True)
     return tokenizer
 
 

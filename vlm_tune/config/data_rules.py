@@ -19,6 +19,10 @@ UNMOVED = {
 """Augmentations that move an image's content, with the values by which they do not."""
 
 
+CUT = ("tiles", "split")
+"""Settings of a tower that cut an image into several."""
+
+
 def data_contradictions(raw: Any) -> list[Fault]:
     """Returns faults of the data section; `raw` holds unchecked values."""
     data = value_at(raw, "data") if isinstance(value_at(raw, "data"), dict) else {}
@@ -36,10 +40,11 @@ def data_contradictions(raw: Any) -> list[Fault]:
 def _augment_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
     """Returns augmentations that would move the tiles of one image apart."""
     augment = data.get("augment")
-    if not value_at(raw, "model", "tower", "tiles") or not isinstance(augment, dict):
+    key = next((key for key in CUT if value_at(raw, "model", "tower", key)), None)
+    if key is None or not isinstance(augment, dict):
         return []
     message = (
-        "tiles are cut first, so each would move by itself; with model.tower.tiles images take "
+        f"tiles are cut first, so each would move by itself; with model.tower.{key} images take "
         "colour, hue, grey and noise"
     )
     return [
@@ -74,10 +79,13 @@ def _contrastive_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
             ("data", "group"),
             "a contrastive objective compares images, so it needs data.group: image",
         ),
-        (
-            value_at(raw, "model", "tower", "tiles"),
-            ("model", "tower", "tiles"),
-            "a contrastive objective takes one image a row, so no tiles",
+        *(
+            (
+                value_at(raw, "model", "tower", key),
+                ("model", "tower", key),
+                "a contrastive objective takes one image a row, so no tiles",
+            )
+            for key in CUT
         ),
         (
             data.get("packing"),

@@ -9,6 +9,16 @@ from pydantic import Discriminator, Field, Tag
 from vlm_tune.config.base import Config, HomePath, Layers, PositiveInt, Side, Width
 
 
+class Idefics3Split(Config):
+    """Tiles with markers of their rows and columns, then the whole image (Idefics3, SmolVLM)."""
+
+    kind: Literal["idefics3"]
+    longest_edge: Annotated[int, Field(ge=16, le=4096)] = Field(
+        description="pixels to which an image's longer side is resized before it is cut; tiles are "
+        "of the tower's image_size, and as many as that takes"
+    )
+
+
 class Tower(Config):
     """Options shared by all vision towers."""
 
@@ -27,6 +37,11 @@ class Tower(Config):
         default=[],
         description="anyres: candidate grids [columns, rows] of tiles; the whole image plus "
         "the tiles of the best grid",
+    )
+    split: Idefics3Split | None = Field(
+        default=None,
+        description="the way in which a model that was made with tiles and markers cuts images, in "
+        "place of `resize` and `tiles`",
     )
 
 

@@ -109,13 +109,30 @@ def _connector_contradictions(raw: Any) -> list[Fault]:
 def _tower_contradictions(raw: Any) -> list[Fault]:
     """Returns faults of the tower, or of the towers of a pair."""
     tower = value_at(raw, "model", "tower")
+    connector = value_at(raw, "model", "connector")
+    split = value_at(tower, "split")
+    cuts = broken(
+        (
+            split and value_at(tower, "tiles"),
+            ("model", "tower", "tiles"),
+            "give at most one of model.tower.tiles and model.tower.split",
+        ),
+        (
+            split
+            and value_at(connector, "kind") == "cross_attention"
+            and value_at(connector, "images") != "all",
+            ("model", "connector", "images"),
+            "the markers of model.tower.split stand between the tiles of an image, and text after "
+            "them would see the last tile alone: set images: all",
+        ),
+    )
     pair = value_at(tower, "towers")
     towers: list[tuple[Path, Any]] = [(("model", "tower"), tower)]
     towers += [
         (("model", "tower", "towers", place), part)
         for place, part in enumerate(pair if isinstance(pair, list) else [])
     ]
-    return [
+    return cuts + [
         (path, f"give exactly one of {dotted_name(path)}.name and {dotted_name(path)}.config")
         for path, part in towers
         if isinstance(part, dict)

@@ -133,6 +133,7 @@ def tower_reasons(config: VisionLanguageConfig) -> list[str]:
         ),
         (tower.grid is not None, "its tower pools to a grid (model.tower.grid)"),
         (tower.tiles, "it sees images as tiles (model.tower.tiles)"),
+        (tower.split, "it sees images as tiles with markers (model.tower.split)"),
     )
 
 

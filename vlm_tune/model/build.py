@@ -22,6 +22,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.images.decode import ImageProcessor
+from vlm_tune.data.images.split import split_of
 from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
 from vlm_tune.model.acceleration.install import install
@@ -215,6 +216,7 @@ def _processor(
             section.tower.resize,
             tower.mean,
             tuple((columns, rows) for columns, rows in section.tower.tiles),
+            split_of(section.tower.split),
         ),
         system=system,
         words=tuple(section.llm.words),

@@ -101,7 +101,7 @@ def cache_choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, g
         return Choice(False, "the tower is trained")
     if setting != "auto":
         return Choice(setting, f"train.cache_features: {str(setting).lower()}")
-    tower = 2 * _pieces(model) * model.tower.measure()[0]
+    tower = 2 * model.tower.measure()[0]
     tower *= sum(p.numel() for p in model.tower.parameters())
     parameters = list(model.llm.parameters())
     language = sum(map(count_of, parameters))
@@ -110,7 +110,7 @@ def cache_choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, g
     each_token = 2 * (2 * language + trained)
     return estimate(
         usage,
-        image_bytes=_image_bytes(model, DTYPES[stage.train.precision]),
+        image_bytes=_frame_bytes(model, DTYPES[stage.train.precision]),
         tower_flops=tower,
         token_flops=each_token,
         room=_room(),
@@ -127,7 +127,8 @@ def caches_images(
     """
     if setting != "auto" or not media:
         return bool(media) and setting is True
-    return len(media) * _image_bytes(model, next(model.tower.parameters()).dtype) <= _room()
+    frames = len(media) * model.processor.images.most_frames
+    return frames * _frame_bytes(model, next(model.tower.parameters()).dtype) <= _room()
 
 
 def estimate(
@@ -168,15 +169,10 @@ def estimate(
     return Choice(True, f"{shown} for {on_disk} on disk")
 
 
-def _pieces(model: VisionLanguageNetwork) -> int:
-    """How many images of the tower's size an image is at most: itself and its tiles."""
-    return 1 + max((a * b for a, b in model.config.model.tower.tiles), default=0)
-
-
-def _image_bytes(model: VisionLanguageNetwork, autocast: torch.dtype) -> int:
-    """Bytes of an image's features at most, as a run in this precision stores them."""
+def _frame_bytes(model: VisionLanguageNetwork, autocast: torch.dtype) -> int:
+    """Bytes of the features of an image or a tile, as a run in this precision stores them."""
     tokens, width = model.tower.measure()
-    return _pieces(model) * tokens * width * stored_dtype(model.tower, autocast).itemsize
+    return tokens * width * stored_dtype(model.tower, autocast).itemsize
 
 
 def _room() -> float:

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 Module = TypeVar("Module", bound=nn.Module)
 
-OUTSIDE = {"name", "pretrained", "weights", "resize", "tiles"}
+OUTSIDE = {"name", "pretrained", "weights", "resize", "tiles", "split"}
 """Settings of a tower that its module does not depend on: where its weights lie, how images are
 cut."""
 BY_ITSELF = "load it by itself, with VisionLanguageModel.from_pretrained"
@@ -230,7 +230,7 @@ def _at_loaded_places(shared: SharedBase, saved: SavedModel, *, tower: bool) -> 
         llm = llm.model_copy(update=names)
     changes: dict[str, Any] = {"llm": llm}
     if tower:
-        images = {"resize": section.tower.resize, "tiles": section.tower.tiles}
+        images = {name: getattr(section.tower, name) for name in ("resize", "tiles", "split")}
         changes["tower"] = loaded.tower.model_copy(update=images)
     config = saved.config.model_copy(update={"model": section.model_copy(update=changes)})
     return replace(saved, config=config)

@@ -6,7 +6,7 @@ One object holds the tokenizer, the chat template and the image preprocessing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.chat.tokenize import LAYOUTS, TextEncoder
 from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.packing import numbered, pair_layout
-from vlm_tune.data.types import CHOSEN, REJECTED, Conversation, Example, InputSpec, Media
+from vlm_tune.data.types import CHOSEN, REJECTED, Conversation, Example, InputSpec, Media, Segment
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
 
@@ -59,6 +59,14 @@ class Processor:
         self.encoder = TextEncoder(self.tokenizer, self.words)
         for name in self.template.control_tokens:
             self.encoder.control(name)
+        for name in self.images.split.markers if self.images.split else ():
+            if not self.encoder.has(name):
+                raise DataError(
+                    f"the model's tokenizer has no {quoted(name)}, which stands around an image: "
+                    "name it in model.llm.added_special_tokens, or leave out split",
+                    source="model.tower.split",
+                )
+            self.encoder.control(name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the tokenizer out: workers that prepare rows do not import transformers."""
@@ -85,14 +93,14 @@ class Processor:
             self.spec,
             self.system,
             self.images.tiles,
+            self.images.split,
             self.images.size,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _lay_out(self, conversation: Conversation, *, prompt_only: bool) -> list[Example]:
-        segments = self.template.segments(
-            self._tiled(conversation), prompt_only=prompt_only, system=self.system
-        )
+        turns = self.template.segments(conversation, prompt_only=prompt_only, system=self.system)
+        segments = list(self._framed(turns, conversation))
         images = sum(segment.kind == "media" for segment in segments)
         if images * self.spec.tokens_per_image > LONGEST:
             raise DataError(
@@ -105,32 +113,27 @@ class Processor:
             )
         return LAYOUTS[self.spec.layout](conversation, segments, self.encoder, self.spec)
 
-    def _tiled(self, conversation: Conversation) -> Conversation:
-        """The conversation with each image followed by its tiles, if the tower takes tiles."""
-        if not self.images.tiles:
-            return conversation
-        try:
-            messages = tuple(
-                replace(
-                    message,
-                    parts=tuple(
-                        item
-                        for part in message.parts
-                        for item in (
-                            self.images.expand(part) if isinstance(part, Media) else (part,)
-                        )
-                    ),
-                )
-                for message in conversation.messages
-            )
-        except DataError as error:
-            raise DataError(
-                error.message,
-                source=conversation.source,
-                row=conversation.row or conversation.id,
-                kind=error.kind,
-            ) from None
-        return replace(conversation, messages=messages)
+    def _framed(self, segments: Sequence[Segment], conversation: Conversation) -> Iterator[Segment]:
+        """The segments with each image replaced by its frames and what marks them."""
+        for segment in segments:
+            if not isinstance(segment.payload, Media):
+                yield segment
+                continue
+            try:
+                yield from map(self._marker, self.images.segments(segment.payload))
+            except DataError as error:
+                raise DataError(
+                    error.message,
+                    source=conversation.source,
+                    row=conversation.row or conversation.id,
+                    kind=error.kind,
+                ) from None
+
+    def _marker(self, segment: Segment) -> Segment:
+        """A segment of an image; a marker that the tokenizer has no token for is plain text."""
+        if segment.kind == "control" and not self.encoder.has(str(segment.payload)):
+            return replace(segment, kind="text")
+        return segment
 
     def examples(self, conversation: Conversation) -> list[Example]:
         """Examples to train on.

@@ -18,7 +18,10 @@ from vlm_tune.resources import find_resource, resource_names
 
 
 class Piece(BaseModel):
-    """One piece of a turn: literal text, a control token by its text, or the turn's content."""
+    """One piece of a turn: literal text, a control token by its text, or the turn's content.
+
+    One that stands `before` text is left out of a turn whose content begins with an image.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -26,6 +29,7 @@ class Piece(BaseModel):
     control: str | None = None
     content: Literal["trained", "prompt"] | None = None
     trained: bool = False
+    before: Literal["text"] | None = None
 
 
 class ChatTemplate(BaseModel):
@@ -111,6 +115,8 @@ class ChatTemplate(BaseModel):
 
     def _piece(self, piece: Piece, message: Message | None) -> list[Segment]:
         learned = message is None or message.trained
+        if piece.before and message and message.parts and isinstance(message.parts[0], Media):
+            return []
         if piece.control is not None:
             return [Segment("control", piece.control, piece.trained and learned)]
         if piece.text is not None:
@@ -147,6 +153,14 @@ def _joined(segments: list[Segment]) -> list[Segment]:
         else:
             joined.append(segment)
     return joined
+
+
+TURN = "content(message)"
+"""The Jinja expression of a turn's content."""
+BEGINS_WITH_TEXT = (
+    "message['content'] is string or not message['content'] "
+    "or message['content'][0]['type'] != 'image'"
+)
 
 
 def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> str:
@@ -187,7 +201,7 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
         )
         lines += [
             f"{{%- {word} message['role'] == '{role}' -%}}",
-            _written(pieces, "content(message)") if pieces else refusal,
+            _written(pieces, TURN) if pieces else refusal,
         ]
     opened: list[Piece] = []
     for piece in template.assistant:
@@ -205,11 +219,11 @@ def _written(pieces: list[Piece], content: str) -> str:
     def written(piece: Piece) -> str:
         if piece.content:
             return content
-        return (
-            f"{piece.control}_token"
-            if piece.control in ("bos", "eos")
-            else _quoted(piece.text or piece.control or "")
-        )
+        if piece.control in ("bos", "eos"):
+            return f"{piece.control}_token"
+        literal = _quoted(piece.text or piece.control or "")
+        at_text = piece.before is not None and content == TURN
+        return f"({literal} if {BEGINS_WITH_TEXT} else '')" if at_text else literal
 
     parts = [written(piece) for piece in pieces]
     return f"{{{{- {' + '.join(parts)} -}}}}" if parts else ""

@@ -162,6 +162,10 @@ class TextEncoder:
         """Everything that the ids depend on, as text: the tokenizer and its BOS and EOS tokens."""
         return f"{self._opening.to_str()}{self._own}"
 
+    def has(self, name: str) -> bool:
+        """Whether the tokenizer has a token of this text."""
+        return self._opening.token_to_id(name) is not None
+
     def control(self, name: str) -> int:
         """The id of a control token; `bos` and `eos` are the tokenizer's own.
 

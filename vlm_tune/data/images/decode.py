@@ -16,7 +16,8 @@ import numpy as np
 
 from vlm_tune.config.data import Augment
 from vlm_tune.data.images.augment import crop_box, noisy, rand_augment, warp, zoomed_out
-from vlm_tune.data.types import Media, Tile
+from vlm_tune.data.images.split import Split
+from vlm_tune.data.types import Media, Segment, Tile
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import reason_of
 
@@ -190,11 +191,15 @@ def best_grid(
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A decoded image with the canvases its tiles are cut from; `data` are its encoded bytes."""
+    """A decoded image with the canvases its tiles are cut from; `data` are its encoded bytes.
+
+    `frames` are those of a `Split`, by their tile.
+    """
 
     data: bytes
     image: Image
     canvases: dict[tuple[int, int], Image] = field(default_factory=dict)
+    frames: dict[Tile | None, Image] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -202,19 +207,41 @@ class ImageProcessor:
     """Converts images to the tower's input: uint8[3, size, size]; the tower normalises.
 
     `resize` is how an image is made square. With `tiles`, the grids (columns, rows) to choose from,
-    an image becomes several: see `expand`.
+    or with a `split`, an image becomes several: see `segments`.
     """
 
     size: int
     resize: Literal["squash", "crop", "pad"] = "crop"
     mean: Sequence[float] = (0.5, 0.5, 0.5)
     tiles: tuple[tuple[int, int], ...] = ()
+    split: Split | None = None
     _last: list[_Decoded] = field(default_factory=list, init=False, repr=False, compare=False)
 
+    def segments(self, media: Media) -> list[Segment]:
+        """The segments of an image in a prompt: its frames, and the markers around them.
+
+        Raises `DataError` for an unreadable header.
+        """
+        if self.split is None or media.tile is not None:
+            return [Segment("media", frame) for frame in self._tiled(media)]
+        return self.split.segments(media, image_size(media), self.size)
+
     def expand(self, media: Media) -> tuple[Media, ...]:
+        """The frames of an image in their order. Raises `DataError` for an unreadable header."""
+        payloads = (segment.payload for segment in self.segments(media))
+        return tuple(payload for payload in payloads if isinstance(payload, Media))
+
+    @property
+    def most_frames(self) -> int:
+        """The largest number of frames of an image: the whole one and its tiles."""
+        if self.split is not None:
+            return self.split.most(self.size)
+        return 1 + max((columns * rows for columns, rows in self.tiles), default=0)
+
+    def _tiled(self, media: Media) -> tuple[Media, ...]:
         """The image, then the tiles of its best grid in reading order.
 
-        For a grid of one tile it is the image alone. Raises `DataError` for an unreadable header.
+        For a grid of one tile it is the image alone.
         """
         if not self.tiles or media.tile is not None:
             return (media,)
@@ -233,13 +260,17 @@ class ImageProcessor:
     def __call__(self, media: Media) -> torch.Tensor:
         """Pixels uint8[3, size, size]. Raises `DataError` if they cannot be read or decoded."""
         data = encoded_bytes(media)
-        if not self.tiles and media.tile is None:
+        if not self.tiles and self.split is None and media.tile is None:
             return self.pixels(decode_image(data, media.name))
         # An image and its tiles are requested one after the other: the last one is cached.
         last = self._last[0] if self._last else None
         if last is None or last.data != data:
             last = _Decoded(data, decode_image(data, media.name))
             self._last[:] = [last]
+        if self.split is not None:
+            if not last.frames:
+                last.frames.update(self.split.frames(last.image, self.size))
+            return _tensor(last.frames[media.tile])
         if media.tile is None:
             return self.pixels(last.image)
         grid = media.tile.columns, media.tile.rows

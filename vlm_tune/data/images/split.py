@@ -1,0 +1,127 @@
+"""How a vision-language model cuts an image into frames of its tower's size, and marks them.
+
+A frame is a tile or the whole image. Each takes the same number of slots; what stands between them
+is text and control tokens. So a row's length is known from the size of its images alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from vlm_tune.config.model import Idefics3Split
+from vlm_tune.data.types import Media, Segment, Tile
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Split(Protocol):
+    """A model's way of cutting images; `side` is the side of a frame in pixels."""
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Control tokens that the tokenizer must have. Others are plain text where it has none."""
+        ...
+
+    def most(self, side: int) -> int:
+        """The largest number of frames of an image."""
+        ...
+
+    def segments(self, media: Media, size: tuple[int, int], side: int) -> list[Segment]:
+        """The frames of an image of `size` (width, height) and the markers around them, in order.
+
+        They begin and end with a control token, so that no text beside them joins them.
+        """
+        ...
+
+    def frames(self, image: Image, side: int) -> Mapping[Tile | None, Image]:
+        """The frames of a decoded image by their tile; None is the whole image."""
+        ...
+
+
+@dataclass(frozen=True)
+class Idefics3Frames:
+    """Tiles in reading order with the names of their rows and columns, then the whole image.
+
+    As transformers' Idefics3 and SmolVLM processors have it (`image_processing_idefics3.py`,
+    `processing_idefics3.py`): an image is resized so that its longer side is `longest_edge`, then
+    to multiples of the tower's size, and cut. The whole image is the same one made square.
+    """
+
+    longest_edge: int
+    around = "<fake_token_around_image>"
+    whole = "<global-img>"
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        return (self.around,)
+
+    def most(self, side: int) -> int:
+        tiles = math.ceil(self.longest_edge / side)
+        return tiles * tiles + (tiles > 1)
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size (width, height) of an image whose longer side became `longest_edge`.
+
+        The shorter one is rounded down, and up to an even number.
+        """
+        width, height = size
+        ratio = width / height
+        if width >= height:
+            shorter = int(self.longest_edge / ratio)
+            return self.longest_edge, max(shorter + shorter % 2, 1)
+        shorter = int(self.longest_edge * ratio)
+        return max(shorter + shorter % 2, 1), self.longest_edge
+
+    def _grid(self, size: tuple[int, int], side: int) -> tuple[int, int]:
+        """The number of columns and rows of tiles of an image of `size`."""
+        width, height = self._resized(size)
+        ratio = width / height
+        # The shorter side follows the longer one's rounding up.
+        if width >= height:
+            columns = math.ceil(width / side)
+            return columns, math.ceil(max(int(columns * side / ratio), 1) / side)
+        rows = math.ceil(height / side)
+        return math.ceil(max(int(rows * side * ratio), 1) / side), rows
+
+    def segments(self, media: Media, size: tuple[int, int], side: int) -> list[Segment]:
+        columns, rows = self._grid(size, side)
+        around = Segment("control", self.around)
+        segments: list[Segment] = []
+        if columns * rows > 1:
+            for row in range(rows):
+                for column in range(columns):
+                    name = Segment("control", f"<row_{row + 1}_col_{column + 1}>")
+                    tile = replace(media, tile=Tile(column, row, columns, rows))
+                    segments += [around, name, Segment("media", tile)]
+                segments.append(Segment("text", "\n" if row < rows - 1 else "\n\n"))
+        return [*segments, around, Segment("control", self.whole), Segment("media", media), around]
+
+    def frames(self, image: Image, side: int) -> Mapping[Tile | None, Image]:
+        from PIL.Image import Resampling
+
+        columns, rows = self._grid(image.size, side)
+        canvas = image.resize(self._resized(image.size), Resampling.LANCZOS).resize(
+            (columns * side, rows * side), Resampling.LANCZOS
+        )
+        frames: dict[Tile | None, Image] = {None: canvas.resize((side, side), Resampling.LANCZOS)}
+        for row in range(rows):
+            for column in range(columns):
+                left = column * side
+                top = row * side
+                frames[Tile(column, row, columns, rows)] = canvas.crop(
+                    (left, top, left + side, top + side)
+                )
+        return frames
+
+
+def split_of(config: Idefics3Split | None) -> Split | None:
+    """The way of cutting images in a recipe's `model.tower.split`; None if it has none."""
+    return None if config is None else SPLITS[config.kind](config.longest_edge)
+
+
+SPLITS = {"idefics3": Idefics3Frames}
+"""The ways of cutting images by their kind in a recipe."""
