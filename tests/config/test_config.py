@@ -560,6 +560,54 @@ def test_contradictions_and_ranges(old: str, new: str, count: int) -> None:
     assert len(problems(SMALL.replace(old, new, 1))) == count
 
 
+MIXED = SMALL.replace(
+    "train: [{kind: file, path: rows.jsonl}]",
+    "train: [{kind: file, path: a.jsonl}, {kind: file, path: b.jsonl, loss_weight: 2}]\n"
+    "  mixture: {temperature: 2}\n  epoch_size: 9",
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "message"),
+    [
+        ("temperature: 2", "temperature: 0.5", "data.mixture.temperature", "greater than or equal"),
+        ("a.jsonl", "a.jsonl, weight: 2", "data.train.0.weight", "shares by size"),
+        ("\n  mixture: {temperature: 2}", "", "data.epoch_size", "and there are none"),
+        ("loss_weight: 2", "loss_weight: 0", "data.train.1.loss_weight", "greater than 0"),
+        ("loss_weight: 2", "task_name: a b", "data.train.1.task_name", "letters, digits"),
+        (
+            "  template",
+            "  validation: [{kind: file, path: a.jsonl, loss_weight: 2}]\n  template",
+            "data.validation.0.loss_weight",
+            "scored row by row",
+        ),
+        (
+            "tune:",
+            "  group: image\nobjective: {kind: contrastive}\ntune:",
+            "data.train",
+            "loss_weight must be equal",
+        ),
+    ],
+)
+def test_faults_of_mixtures(old: str, new: str, place: str, message: str) -> None:
+    assert parse_recipe(MIXED).data.mixture
+    ((_, text),) = problems(MIXED.replace(old, new, 1))
+    assert message in text
+    located = read_yaml_text(MIXED.replace(old, new, 1), "r.yaml")
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(located)
+    keys = tuple(int(key) if key.isdigit() else key for key in place.split("."))
+    assert caught.value.problems[0].where == located.where(keys)
+
+
+def test_a_mixture_needs_sources_without_a_count_and_rows_at_hand() -> None:
+    counted = MIXED.replace("a.jsonl", "a.jsonl, count: 3").replace("b.jsonl", "b.jsonl, count: 3")
+    assert ["every source has one" in message for _, message in problems(counted)] == [True]
+    stream = ["data.streaming=true", "data.own_shards=true", "train={steps: 3}"]
+    messages = [message.split()[0] for _, message in problems(MIXED, *stream)]
+    assert sorted(messages) == ["a", "epoch_size", "mixture"]
+
+
 def test_names_of_metrics_and_baselines_are_checked() -> None:
     good = SMALL + "\nevaluate: {metrics: [exact_match, my.module:score], baselines: [blind]}"
     assert parse_recipe(good).evaluate.metrics == ["exact_match", "my.module:score"]

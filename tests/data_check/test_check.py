@@ -320,6 +320,22 @@ def test_figures_are_those_of_the_rows(tiny_recipe: Callable[..., str]) -> None:
     assert packed.padding == 0 and source.tokens / 8 <= alone.tokens_per_question
 
 
+def test_what_an_epoch_draws_of_each_task_is_told(
+    tiny_recipe: Callable[..., str], color_rows: Path
+) -> None:
+    rows = color_rows.read_text().splitlines(keepends=True)
+    (few := color_rows.with_name("few.jsonl")).write_text("".join(rows[:2]))
+    sources = [
+        {"kind": "file", "path": str(path), "task_name": name}
+        for path, name in ((few, "colors"), (color_rows, "all"))
+    ]
+    recipe = parsed(tiny_recipe("causal"), data__train=sources, data__mixture={"temperature": 2})
+    report = vlm_tune.check(recipe)
+    assert report.parts[0].mixture == {"colors": 2, "all": 4} and report.parts[1].mixture is None
+    show_check(Console(file=(text := io.StringIO()), width=100), report)
+    assert "an epoch draws   2 of colors, 4 of all" in text.getvalue()
+
+
 def test_it_says_as_a_plan_does_whether_features_are_cached(
     tiny_recipe: Callable[..., str], color_rows: Path
 ) -> None:

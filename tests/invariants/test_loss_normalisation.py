@@ -17,6 +17,7 @@ from tests.helpers.tiny_models import (
     one_step,
     parsed,
     rows_of,
+    tuned_by,
 )
 
 ANSWERS = [
@@ -78,3 +79,45 @@ def test_the_logged_loss_is_the_mean_over_tokens(
     assert loss == pytest.approx(
         float(loss_and_gradients(model, [batch])[0]) / batch.supervised, rel=1e-5
     )
+
+
+def test_losses_are_multiplied_by_the_weight_of_their_source(
+    uneven_rows: Path, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = uneven_rows.read_text().splitlines(keepends=True)
+    halves = [uneven_rows.with_name(f"{name}.jsonl") for name in ("first", "second")]
+    for path, half in zip(halves, (rows[:5], rows[5:]), strict=True):
+        path.write_text("".join(half))
+    text = tiny_recipe("causal")
+    steps: dict[tuple[int, int, bool], Any] = {}
+    for size, accumulation, packing in ((8, 1, False), (2, 4, False), (8, 1, True)):
+        recipe = parsed(
+            text,
+            data__train=[
+                {"kind": "file", "path": str(halves[0])},
+                {"kind": "file", "path": str(halves[1]), "loss_weight": 3},
+            ],
+            data__packing=packing,
+            train__batch_size=size,
+            train__gradient_accumulation=accumulation,
+            train__steps=1,
+            train__max_grad_norm=None,
+            train__log_every=1,
+        )
+        folder = tmp_path / f"{size}x{accumulation}{packing}"
+        steps[size, accumulation, packing] = one_step(recipe, folder)
+    plain = parsed(text)
+    model = built(parsed(text, data__train=[{"kind": "file", "path": str(p)} for p in halves]))
+    tuned_by(model, plain)
+    batches = [
+        batch_of(model, [example for row in part for example in model.processor.examples(row)])
+        for part in (rows_of(plain)[:5], rows_of(plain)[5:])
+    ]
+    sums, gradients = zip(*(loss_and_gradients(model, [each]) for each in batches), strict=True)
+    count = sum(batch.supervised for batch in batches)
+    for loss, weighted in steps.values():
+        assert loss == pytest.approx(float(sums[0] + 3 * sums[1]) / count, rel=1e-5)
+        wanted = {
+            name: (value + 3 * gradients[1][name]) / count for name, value in gradients[0].items()
+        }
+        assert_close(wanted, weighted)

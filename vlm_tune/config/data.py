@@ -30,6 +30,14 @@ class Source(Config):
     count: PositiveInt | None = Field(
         default=None, description="units per epoch; all if neither count nor weight is set"
     )
+    loss_weight: PositiveFloat | None = Field(
+        default=None, description="factor of the losses of its rows; 1 by default"
+    )
+    task_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = Field(
+        default=None,
+        description="the task of its rows, by which scores are listed; the source's name by "
+        "default",
+    )
     template: HomePath | None = Field(
         default=None, description="a chat format; data.template by default"
     )
@@ -38,6 +46,9 @@ class Source(Config):
         description="system text for conversations without one; data.system by default",
     )
 
+
+SHARES = {"weight", "count", "loss_weight", "task_name"}
+"""Options of a source that say how its rows are used, and change none of them."""
 
 SOURCE_NAME = Field(
     default=None,
@@ -61,6 +72,9 @@ class EasyVqaSource(Source):
         default="vqa",
         description="questions, captions built from the questions and answers, or questions with "
         "the answer as chosen and another of its kind as rejected",
+    )
+    categories: Annotated[list[Literal["yes/no", "color", "shape"]], Field(min_length=1)] | None = (
+        Field(default=None, description="use only rows of these categories")
     )
     instructions: HomePath = Field(
         default="vqa", description="a prompt set of data_templates/instructions, or a file"
@@ -252,6 +266,15 @@ class Split(Config):
     stratify: bool = Field(default=False, description="keep the shares within each category")
 
 
+class Mixture(Config):
+    """Shares of an epoch by the sizes of the sources, for sources without a count."""
+
+    temperature: Annotated[float, Field(ge=1, le=1e6)] = Field(
+        description="a source of n units has a share in proportion to n ** (1 / temperature); 1: "
+        "by size, higher: more even"
+    )
+
+
 class DataSection(Config):
     """Sources of samples, and how rows become tokens and batches."""
 
@@ -296,8 +319,9 @@ class DataSection(Config):
     row_length: PositiveInt = Field(
         default=1024, description="maximum tokens of a grouped or packed row"
     )
+    mixture: Mixture | None = None
     epoch_size: PositiveInt | None = Field(
-        default=None, description="units per epoch when sources have weights"
+        default=None, description="units per epoch when sources have weights, or with a mixture"
     )
     streaming: bool = Field(
         default=False,

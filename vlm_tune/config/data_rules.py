@@ -92,6 +92,12 @@ def _contrastive_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
             ("data", "packing"),
             "a contrastive objective takes one image a row, so no packing",
         ),
+        (
+            weighs_losses(data),
+            ("data", "train"),
+            "a contrastive loss compares the rows of a micro-batch, so the sources' loss_weight "
+            "must be equal",
+        ),
     )
 
 
@@ -111,15 +117,45 @@ def _share_contradictions(data: dict[str, Any]) -> list[Fault]:
             elif len(share_keys) == 2:
                 message = "give at most one of weight and count"
                 faults.append((("data", part, index, "count"), message))
-    trained = data["train"] if isinstance(data.get("train"), list) else []
-    weighted = any(isinstance(source, dict) and source.get("weight") for source in trained)
-    return faults + broken(
+            if part != "train" and value_at(source, "loss_weight") is not None:
+                message = f"loss_weight is of training; {part} is scored row by row"
+                faults.append((("data", part, index, "loss_weight"), message))
+    return faults + _mixture_contradictions(data)
+
+
+def _mixture_contradictions(data: dict[str, Any]) -> list[Fault]:
+    """Returns faults of shares by size beside shares by weight, and of an epoch without shares."""
+    written = data["train"] if isinstance(data.get("train"), list) else []
+    trained = [source if isinstance(source, dict) else {} for source in written]
+    weighted = [index for index, source in enumerate(trained) if source.get("weight") is not None]
+    mixes = data.get("mixture") is not None
+    return broken(
         (
-            data.get("epoch_size") is not None and not weighted,
+            data.get("epoch_size") is not None and not weighted and not mixes,
             ("data", "epoch_size"),
-            "epoch_size is divided by the sources' weights, and no source has a weight",
-        )
+            "epoch_size is divided by the sources' weights or by data.mixture, and there are none",
+        ),
+        (
+            mixes and trained and all(source.get("count") is not None for source in trained),
+            ("data", "mixture"),
+            "mixture gives shares to sources without a count, and every source has one",
+        ),
+        *(
+            (
+                mixes,
+                ("data", "train", index, "weight"),
+                "data.mixture gives shares by size; drop the sources' weights, or data.mixture",
+            )
+            for index in weighted
+        ),
     )
+
+
+def weighs_losses(data: dict[str, Any]) -> bool:
+    """Whether the losses of the train sources' rows differ in weight."""
+    written = data["train"] if isinstance(data.get("train"), list) else []
+    weights = [value_at(source, "loss_weight") or 1 for source in written]
+    return any(weight != weights[0] for weight in weights)
 
 
 def _selection_contradictions(data: dict[str, Any]) -> list[Fault]:
@@ -154,6 +190,7 @@ def _streaming_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
         "split": data.get("split"),
         "clean": any(value not in (None, [], "keep") for value in cleaned.values()),
         "epoch_size": data.get("epoch_size"),
+        "mixture": data.get("mixture"),
     }
     return broken(
         (
@@ -166,6 +203,12 @@ def _streaming_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
             ("data", "group"),
             "a stream can't bring the rows of an image together; prepare (streaming: false) or "
             "group: none",
+        ),
+        (
+            data.get("own_shards") is True and weighs_losses(data),
+            ("data", "own_shards"),
+            "a micro-batch has rows of one loss_weight on all processes, and with own_shards each "
+            "reads rows of its own; drop one of them",
         ),
         *(
             (

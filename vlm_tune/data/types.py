@@ -273,6 +273,8 @@ class Batch:
         answer_lengths: int64[A], the number of supervised tokens of each answer; A is
             ANSWER_KINDS times the number of prompts whose answers are judged.
         reference: float32[A], as in `Example`.
+        task: The task whose adapters its rows train; None where all tasks have the same.
+        loss_weight: The factor of its rows' losses.
         host: Of a batch on another device, the batch as it was on the CPU, without images. What
             the host has to know is read there.
     """
@@ -294,6 +296,8 @@ class Batch:
     cached: bool = False
     answers: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+    task: str | None = None
+    loss_weight: float = 1.0
     slots: torch.Tensor = field(init=False)
     supervised_at: torch.Tensor = field(init=False)
     targets: torch.Tensor = field(init=False)

@@ -18,11 +18,12 @@ import torch
 from vlm_tune.config.data import Source
 from vlm_tune.config.load import as_recipe
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.batching.mixture import epoch_counts
 from vlm_tune.data.batching.sampler import Plan, Sizes, planned_steps
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.forms import form_fault
-from vlm_tune.data.prepare.job import PartName
+from vlm_tune.data.prepare.job import PartName, task_names
 from vlm_tune.data.prepare.part_rows import PartRows
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.prepare.worker import BAD, LEFT_OUT, OK
@@ -263,6 +264,19 @@ def _steps(part: Part) -> int:
     )
 
 
+def _mixture(part: Part) -> dict[str, int] | None:
+    """The units that an epoch draws of each source; None if it draws all of them once."""
+    prepared = part.prepared
+    units = np.bincount(prepared.unit_sources, minlength=len(prepared.sources)).tolist()
+    counts = epoch_counts(units, prepared.sources, part.recipe.data)
+    if counts == units:
+        return None
+    drawn: dict[str, int] = {}
+    for task, count in zip(task_names(prepared.sources), counts, strict=True):
+        drawn[task] = drawn.get(task, 0) + count
+    return drawn
+
+
 def _feature_choices(
     recipe: Recipe,
     stages: Sequence[tuple[str, Recipe]],
@@ -337,5 +351,6 @@ def _part_report(part: Part, features: str | None) -> PartReport:
         padding=padding(prepared, part.recipe.data, sizes, part.recipe.seed) if batched else [],
         ms_per_row=None if part.ms_per_row is None else round(part.ms_per_row, 3),
         steps=_steps(part) if batched else None,
+        mixture=_mixture(part) if batched else None,
         features=features if batched else None,
     )

@@ -85,6 +85,11 @@ class PartReport:
     """Milliseconds to read and prepare a row; None where it was prepared before."""
     steps: int | None = None
     """Optimizer steps of the stage in one process; None for parts other than train."""
+    mixture: dict[str, int] | None = None
+    """Units (rows, or images with theirs) that an epoch draws of each source, by its task.
+
+    None where it draws all of them once, and for parts other than train.
+    """
     features: str | None = None
     """Whether a run here caches the tower's features, and why.
 

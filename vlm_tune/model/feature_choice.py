@@ -13,7 +13,7 @@ import torch
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.train import TrainSection
-from vlm_tune.data.batching.sampler import epoch_counts
+from vlm_tune.data.batching.mixture import epoch_counts
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.types import Media
 from vlm_tune.model.tower_pass import stored_dtype
@@ -71,7 +71,7 @@ def stage_usage(prepared: Prepared, train: TrainSection, ranks: int) -> Usage:
         return Usage(0, 0.0, 0.0)
     if train.steps is None:
         by_source = np.bincount(prepared.unit_sources, minlength=len(prepared.sources)).tolist()
-        drawn = sum(epoch_counts(by_source, prepared.sources, prepared.data.epoch_size))
+        drawn = sum(epoch_counts(by_source, prepared.sources, prepared.data))
         passes = (train.epochs or 1.0) * drawn / units
     else:
         row = prepared.data.row_length if prepared.data.packing else tokens / units

@@ -57,6 +57,9 @@ def _place(finding: Finding) -> str:
 
 def _facts(part: PartReport) -> str:
     facts = [f"{part.questions:,} question-answer pairs"] if part.questions is not None else []
+    if part.mixture is not None:
+        shares = (f"{count:,} of {task}" for task, count in part.mixture.items())
+        facts.append(f"an epoch draws {' and '.join(shares)}")
     facts += [f"{part.steps:,} steps"] if part.steps is not None else []
     facts += [f"{part.ms_per_row:.2f} ms a row"] if part.ms_per_row is not None else []
     return ", ".join(facts)

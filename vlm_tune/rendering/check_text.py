@@ -68,6 +68,9 @@ def _show_part(console: Console, part: PartReport) -> None:
                 f"{waste.tokens_per_question:,.1f} padded tokens a question",
             )
         )
+    if part.mixture is not None:
+        shares = (f"{count:,} of {escaped(task)}" for task, count in part.mixture.items())
+        lines.append(("an epoch draws", ", ".join(shares)))
     if part.steps is not None:
         lines.append(
             ("steps", f"{part.steps:,} (vlm-tune plan: how long they take, and how much memory)")

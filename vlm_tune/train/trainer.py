@@ -347,7 +347,8 @@ class StageLoop:
     def _step(self, batches: list[Batch], step: int, rates: Rates, meeting: Meeting) -> float:
         """One optimizer step; returns the highest learning rate used.
 
-        The gradient is that of the mean over all supervised items of all micro-batches and ranks.
+        The gradient is that of the mean over all supervised items of all micro-batches and ranks,
+        each item's loss multiplied by the weight of its source.
         """
         ids = [identity for batch in batches for identity in batch.ids]
         total = torch.zeros((), device=self.accelerator.device)
@@ -360,8 +361,9 @@ class StageLoop:
             last = place == len(batches) - 1
             with self.engine.micro_batch(last=last):
                 loss = self.objective(self.engine.model, batch, meeting.counts)
-                self.engine.backward(loss.sum / meeting.counts.items)
-            total += loss.sum.detach()
+                weighted = loss.sum * batch.loss_weight
+                self.engine.backward(weighted / meeting.counts.items)
+            total += weighted.detach()
             metrics.add(loss)
         factor = schedule_factor(self.recipe.train.schedule, *self.position.in_schedule(step))
         norms = self.engine.clip(factor)

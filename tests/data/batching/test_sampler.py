@@ -13,8 +13,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from vlm_tune.config.data import DataSection, FileSource
-from vlm_tune.data.batching.sampler import Epoch, Plan, Sizes, epoch_counts, even_shares
+from vlm_tune.config.data import DataSection, FileSource, Mixture
+from vlm_tune.data.batching.mixture import epoch_counts
+from vlm_tune.data.batching.sampler import Epoch, Plan, Sizes, even_shares
 
 PREPARED: Any = type("Stub", (), {})
 """Stands for prepared rows, of which a plan reads nothing but lengths and sources."""
@@ -209,7 +210,68 @@ def test_rows_of_like_length_stand_together_and_batches_come_mixed() -> None:
 def test_shares_of_an_epoch(
     units: list[int], sources: list[FileSource], size: int | None, expected: list[int]
 ) -> None:
-    assert epoch_counts(units, sources, size) == expected
+    data = DataSection(train=list(sources), template="chatml", epoch_size=size)
+    assert epoch_counts(units, sources, data) == expected
+
+
+@pytest.mark.parametrize(
+    ("units", "sources", "temperature", "size", "expected"),
+    [
+        ([100, 300], [source(), source()], 1.0, None, [100, 300]),
+        ([100, 400], [source(), source()], 2.0, None, [100, 200]),
+        ([100, 400], [source(), source()], 2.0, 30, [10, 20]),
+        ([100, 400], [source(), source()], 1e6, None, [100, 100]),
+        ([100, 400, 7], [source(), source(), source(count=5)], 2.0, None, [100, 200, 5]),
+        ([9, 0], [source(), source()], 2.0, None, [9, 0]),
+    ],
+)
+def test_shares_by_size(
+    units: list[int],
+    sources: list[FileSource],
+    temperature: float,
+    size: int | None,
+    expected: list[int],
+) -> None:
+    data = DataSection(
+        train=list(sources),
+        template="chatml",
+        epoch_size=size,
+        mixture=Mixture(temperature=temperature),
+    )
+    assert epoch_counts(units, sources, data) == expected
+
+
+KINDS_OF = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 2)), min_size=1, max_size=60)
+
+
+@given(KINDS_OF, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_a_micro_batch_has_rows_of_one_loss_weight(
+    units: list[tuple[int, int]], size: int, accumulation: int, ranks: int, tokens: bool
+) -> None:
+    assume(len(units) >= ranks)
+    lengths = [length for length, _ in units]
+    of = [number for _, number in units]
+    weights = [1.0, 2.0, 1.0]
+    sizes = Sizes(size, 50 if tokens else None, ranks, accumulation=accumulation)
+    sources = [source(loss_weight=weight) for weight in weights]
+    mixed = plan(lengths, sizes, sources=sources, of=of)
+    apart = mixed.epoch(0)
+    assert steps_of(apart) == steps_of(plan(lengths, sizes, of=of, sources=[source()] * 3).epoch(0))
+    drawn: Counter[int] = Counter()
+    for place in apart.places(ranks):
+        batches = [
+            [unit for row in apart.rows(*place, rank, ranks) for unit in row]
+            for rank in range(ranks)
+        ]
+        expected = mixed.kinds[apart.kind(*place, ranks)].loss_weight
+        assert {weights[of[unit]] for batch in batches for unit in batch} == {expected}
+        drawn += Counter(unit for batch in batches for unit in batch)
+    assert drawn == Counter(range(len(units)))
+    packed = plan(lengths, sizes, sources=sources, of=of, packing=True, row_length=64).epoch(0)
+    for place in packed.places(1):
+        for row in packed.rows(*place, 0, 1):
+            assert len({weights[of[unit]] for unit in row}) == 1
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.integers(1, 60))

@@ -43,11 +43,12 @@ def feed(
     ranks: int = 1,
     weights: tuple[float, ...] = (3.0, 1.0),
     accumulation: int = 1,
+    losses: tuple[float, ...] = (1.0, 1.0),
     **options: Any,
 ) -> StreamFeed:
     sources = [
-        FileSource(kind="file", path=str(path), weight=weight)
-        for path, weight in zip(files, weights, strict=False)
+        FileSource(kind="file", path=str(path), weight=weight, loss_weight=loss_weight)
+        for path, weight, loss_weight in zip(files, weights, losses, strict=False)
     ]
     data = DataSection(train=list(sources), template="chatml", streaming=True, **options)
     return StreamFeed(
@@ -241,3 +242,23 @@ def test_a_source_of_few_chunks_is_shared_by_rows(files: list[Path]) -> None:
     named = [{name for batch in share for name in batch} for share in shares]
     assert not named[0] & named[1]
     assert named[0] | named[1] <= {f"a{number}" for number in range(30)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_streamed_micro_batches_have_rows_of_one_loss_weight(files: list[Path], ranks: int) -> None:
+    def drawn(losses: tuple[float, float]) -> list[list[Batch]]:
+        streams = [
+            feed(files, size=3, rank=rank, ranks=ranks, losses=losses) for rank in range(ranks)
+        ]
+        return [draw(stream, 5) for stream in streams]
+
+    def names(feeds: list[list[Batch]]) -> list[str]:
+        counted = (batch for batches in feeds for batch in batches if batch.questions)
+        return sorted(name for batch in counted for name in batch.ids)
+
+    apart = drawn((1.0, 2.5))
+    assert len({len(batches) for batches in apart}) == 1
+    for batch in (batch for batches in apart for batch in batches if batch.questions):
+        (letter,) = {name.split(":")[1][0] for name in batch.ids}
+        assert {"a": 1.0, "b": 2.5}[letter] == batch.loss_weight
+    assert names(apart) == names(drawn((1.0, 1.0)))

@@ -21,7 +21,7 @@ from tests.helpers.chat_samples import IMAGE_SLOTS, processor, turns
 from tests.helpers.tiny_models import examples_of, png, prepare_rows, units_of
 from vlm_tune.config.data import Clean, DataSection, DatasetSource, EasyVqaSource, FileSource, Split
 from vlm_tune.data.prepare.dataset import Prepared
-from vlm_tune.data.prepare.job import source_names
+from vlm_tune.data.prepare.job import task_names
 from vlm_tune.data.prepare.run import conversations, prepare, read_part
 from vlm_tune.data.prepare.worker import ShardMaker
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Media, Message
@@ -488,14 +488,16 @@ def test_sources_are_named_by_their_files_longer_where_two_are_alike() -> None:
         file("z/*.parquet"),
         file("w.json", "ours"),
     ]
-    assert source_names(sources) == ["a/x.jsonl", "b/x.jsonl", "y", "z/*.parquet", "ours"]
+    assert task_names(sources) == ["a/x.jsonl", "b/x.jsonl", "y", "z/*.parquet", "ours"]
     easy = [EasyVqaSource(kind="easy_vqa", split=split) for split in ("train", "test")]
-    assert source_names(easy) == ["easy_vqa:train", "easy_vqa:test"]
-    assert source_names([DatasetSource(kind="dataset", name="org/set"), *easy[:1]]) == [
+    assert task_names(easy) == ["easy_vqa:train", "easy_vqa:test"]
+    assert task_names([DatasetSource(kind="dataset", name="org/set"), *easy[:1]]) == [
         "org/set",
         "easy_vqa",
     ]
-    assert source_names([file("a/x.jsonl", "all"), file("b/x.jsonl", "all")]) == ["all", "all"]
+    assert task_names([file("a/x.jsonl", "all"), file("b/x.jsonl", "all")]) == ["all", "all"]
+    ours = file("a/x.jsonl").model_copy(update={"task_name": "ocr"})
+    assert task_names([ours, file("b/x.jsonl")]) == ["ocr", "b/x.jsonl"]
 
 
 def image_row(image: str) -> dict[str, Any]:

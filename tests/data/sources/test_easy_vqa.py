@@ -43,6 +43,13 @@ def test_train_validation_and_test_share_no_image_and_lose_no_row() -> None:
         easy("train", validation_images=10_000_000)
 
 
+def test_categories_choose_rows() -> None:
+    rows = easy("validation")
+    parts = [easy("validation", categories=[name]) for name in ("color", "shape", "yes/no")]
+    assert sorted(row.id for part in parts for row in part) == sorted(row.id for row in rows)
+    assert [{row.category for row in part} for part in parts] == [{"color"}, {"shape"}, {"yes/no"}]
+
+
 def test_answer_types() -> None:
     assert [answer_type(answer) for answer in ("yes", "no", "teal", "circle")] == [
         "yes/no",
@@ -128,5 +135,6 @@ def test_chunks_are_read_alone_and_the_fingerprint_follows_what_is_read() -> Non
         opened(validation_images=100).fingerprint(),
         opened(split="train").fingerprint(),
         opened(instructions="vqa-zh").fingerprint(),
+        opened(categories=["color"]).fingerprint(),
     ]
     assert len(set(prints)) == len(prints) and prints[0] == opened(limit=5).fingerprint()

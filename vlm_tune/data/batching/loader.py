@@ -223,14 +223,16 @@ class PreparedFeed:
 
     def batch(self, position: Position, place: Place) -> Batch:
         """One micro-batch of this process; if no row is left for it, a row with ignored labels."""
-        rows = self._rows(position, place)
-        if not rows:
-            epoch = self._epoch(position)
-            step, number = place
+        epoch = self._epoch(position)
+        step, number = place
+        groups = [[self.unit(unit) for unit in row] for row in self._rows(position, place)]
+        if not groups:
             row = next(share for share in epoch.shares(step, self.ranks)[number] if len(share))
             ((unit, *_), *_) = epoch.units_of(row[:1])
-            return self._collate([[blank(self.unit(unit))]], position.epoch)
-        return self._collate([[self.unit(unit) for unit in row] for row in rows], position.epoch)
+            groups = [[blank(self.unit(unit))]]
+        batch = self._collate(groups, position.epoch)
+        batch.task, batch.loss_weight = self.plan.kinds[epoch.kind(step, number, self.ranks)]
+        return batch
 
     def unit(self, number: int) -> Group:
         """The examples of a unit as they are trained on."""

@@ -3,21 +3,22 @@
 An epoch is cut into global batches, the rows of one optimizer step over all micro-batches and
 processes, and only then is a global batch split. So 4x1, 2x2, 1x4 and two processes train on the
 same rows in the same order. A global batch is split so that the processes have equal work: tokens,
-and images weighted by their cost.
+and images weighted by their cost; and a micro-batch has rows of one kind (`row_kinds`).
 """
 
 from __future__ import annotations
 
 import heapq
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vlm_tune.config.data import DataSection, Source
+from vlm_tune.config.data import SHARES, DataSection
 from vlm_tune.config.train import TrainSection
+from vlm_tune.data.batching.mixture import epoch_counts
+from vlm_tune.data.batching.row_kinds import RowKind, numbered, row_kinds, split_by_kind
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.errors import DataError
 
@@ -31,7 +32,7 @@ It reduces padding, and every step still mixes lengths and sources.
 PACK_WINDOW = 2048
 """Units that are packed together; a bound, so that the order within an epoch stays mixed."""
 
-UNORDERED = {"weight", "count", "template", "system"}
+UNORDERED = SHARES | {"template", "system"}
 """Options of a source that do not change the order of its rows."""
 
 Rows = list[list[int]]
@@ -87,8 +88,8 @@ def planned_steps(train: TrainSection, epoch_steps: int) -> int:
 class Epoch:
     """The rows of one epoch and the rows that each optimizer step takes.
 
-    Row i holds `units[starts[i]:starts[i + 1]]`. `longest` (padded length) and `costs` have one
-    number for each row; `steps` holds the row numbers of each step.
+    Row i holds `units[starts[i]:starts[i + 1]]`. `longest` (padded length), `costs` and `kinds`
+    have one number for each row; `steps` holds the row numbers of each step.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Epoch:
         starts: np.ndarray,
         longest: np.ndarray,
         costs: np.ndarray,
+        kinds: np.ndarray,
         steps: list[np.ndarray],
         sizes: Sizes,
     ) -> None:
@@ -104,6 +106,7 @@ class Epoch:
         self.starts = starts
         self.longest = longest
         self.costs = costs
+        self.kinds = kinds
         self.steps = steps
         self.sizes = sizes
         self._last: tuple[tuple[int, int], list[list[np.ndarray]]] | None = None
@@ -133,11 +136,21 @@ class Epoch:
         return self._last[1]
 
     def _split(self, step: int, ranks: int) -> list[list[np.ndarray]]:
-        rows = self.steps[step]
-        if self.sizes.batch_tokens is not None:
-            return _token_shares(rows, self.longest, self.costs, self.sizes.batch_tokens, ranks)
-        number = -(-len(rows) // (self.sizes.batch_size * ranks))
-        return [even_shares(part, self.costs, ranks) for part in np.array_split(rows, number)]
+        tokens = self.sizes.batch_tokens
+        shares: list[list[np.ndarray]] = []
+        for rows in split_by_kind(self.steps[step], self.kinds):
+            if tokens is not None:
+                shares += _token_shares(rows, self.longest, self.costs, tokens, ranks)
+                continue
+            number = -(-len(rows) // (self.sizes.batch_size * ranks))
+            parts = np.array_split(rows, number)
+            shares += [even_shares(part, self.costs, ranks) for part in parts]
+        return shares
+
+    def kind(self, step: int, number: int, ranks: int) -> int:
+        """The kind of the rows of a step's micro-batch `number`."""
+        row = next(share[0] for share in self.shares(step, ranks)[number] if len(share))
+        return int(self.kinds[row])
 
     def rows(self, step: int, number: int, rank: int, ranks: int) -> Rows:
         """The rows of a rank's share of a step's micro-batch `number`."""
@@ -187,9 +200,25 @@ def even_shares(rows: np.ndarray, costs: np.ndarray, ranks: int) -> list[np.ndar
 
 
 class Plan:
-    """The steps of every epoch. Raises `DataError` if there are fewer units than processes."""
+    """The steps of every epoch. Raises `DataError` if there are fewer units than processes.
 
-    def __init__(self, prepared: Prepared, data: DataSection, sizes: Sizes, seed: int) -> None:
+    Attributes:
+        kinds: The kinds of rows that no micro-batch mixes.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        data: DataSection,
+        sizes: Sizes,
+        seed: int,
+        *,
+        by_task: bool = False,
+    ) -> None:
+        """Plans the batches of prepared rows; with `by_task` a micro-batch is of one task."""
+        kinds = row_kinds(prepared.sources, by_task=by_task)
+        self.kinds: list[RowKind] = list(dict.fromkeys(kinds))
+        self.unit_kinds = numbered(kinds)[prepared.unit_sources]
         self.data = data
         self.sizes = sizes
         self.seed = seed
@@ -199,9 +228,7 @@ class Plan:
             np.flatnonzero(prepared.unit_sources == number)
             for number in range(len(prepared.sources))
         ]
-        self.counts = epoch_counts(
-            [len(units) for units in self.by_source], prepared.sources, data.epoch_size
-        )
+        self.counts = epoch_counts([len(units) for units in self.by_source], prepared.sources, data)
         if 0 < sum(self.counts) < sizes.ranks:
             units = (
                 f"{sum(self.counts)} "
@@ -228,6 +255,8 @@ class Plan:
 
         Plans with equal cuts take the same steps.
         """
+        # Rows are packed within their kind.
+        apart = [list(kind) for kind in self.kinds]
         return {
             "seed": self.seed,
             "lengths": zlib.crc32(np.ascontiguousarray(self.lengths).tobytes()),
@@ -239,6 +268,7 @@ class Plan:
                 [source.model_dump_json(exclude=UNORDERED, exclude_defaults=True), len(units)]
                 for source, units in zip(prepared.sources, self.by_source, strict=True)
             ],
+            **({"kinds": apart} if self.data.packing and len(apart) > 1 else {}),
         }
 
     def units(self, epoch: int) -> np.ndarray:
@@ -286,18 +316,22 @@ class Plan:
             steps = _by_tokens(longest, tokens)
             whole = len(steps)
         mixed = [*(steps[place] for place in random.permutation(whole)), *steps[whole:]]
-        return Epoch(units, starts, longest, costs, mixed, self.sizes)
+        kinds = self.unit_kinds[units[starts[:-1]]]
+        return Epoch(units, starts, longest, costs, kinds, mixed, self.sizes)
 
     def _packed(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Packs units into rows of at most `row_length` tokens, by best-fit decreasing.
 
-        Each window of `PACK_WINDOW` units is packed apart. Returns the units in order of the rows,
-        and where each row starts in them, with the end.
+        Each window of `PACK_WINDOW` units is packed apart, and in it each kind of rows. Returns the
+        units in order of the rows, and where each row starts in them, with the end.
         """
         limit = self.data.row_length
         rows = []
-        for start in range(0, len(units), PACK_WINDOW):
-            stretch = units[start : start + PACK_WINDOW]
+        for stretch in (
+            of_kind
+            for start in range(0, len(units), PACK_WINDOW)
+            for of_kind in split_by_kind(units[start : start + PACK_WINDOW], self.unit_kinds)
+        ):
             sizes = self.lengths[stretch, 1]
             order = np.argsort(-sizes, kind="stable")
             room: list[list[list[int]]] = [[] for _ in range(limit + 1)]
@@ -311,36 +345,6 @@ class Plan:
                 if (rest := (limit if left is None else left) - size) >= 0:
                     room[rest].append(row)
         return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
-
-
-def epoch_counts(
-    units: Sequence[int], sources: Sequence[Source], epoch_size: int | None
-) -> list[int]:
-    """The number of units of each source in an epoch.
-
-    Args:
-        units: The number of units that each source has.
-        sources: The sources. One with neither count nor weight gives all of its units.
-        epoch_size: Units of all sources with weights together, divided exactly by weight; if None,
-            as many as possible without drawing a unit twice.
-    """
-    weights = np.array([source.weight or 0.0 for source in sources])
-    counts = [source.count or number for source, number in zip(sources, units, strict=True)]
-    counts = [count if number else 0 for count, number in zip(counts, units, strict=True)]
-    weighted = [place for place, number in enumerate(units) if weights[place] and number]
-    if not weighted:
-        return counts
-    shares = weights[weighted] / weights[weighted].sum()
-    size = epoch_size or int(
-        min(units[place] / share for place, share in zip(weighted, shares, strict=True))
-    )
-    exact = shares * size
-    rounded = np.floor(exact).astype(int)
-    for place in np.argsort(-(exact - rounded), kind="stable")[: size - int(rounded.sum())]:
-        rounded[place] += 1
-    for place, count in zip(weighted, rounded.tolist(), strict=True):
-        counts[place] = count
-    return counts
 
 
 def _without(units: np.ndarray, before: np.ndarray) -> np.ndarray:

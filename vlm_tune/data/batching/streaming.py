@@ -18,6 +18,7 @@ import numpy as np
 from vlm_tune.config.data import DataSection, Source
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.batching.loader import Augmented, Position, blank
+from vlm_tune.data.batching.row_kinds import row_kinds
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.truncation import fit
 from vlm_tune.data.packing import pack_layout
@@ -113,8 +114,9 @@ class StreamFeed:
     """Batches of streamed rows; `report` is called with the error of every unusable row.
 
     A step takes the next `batch_size` x `accumulation` rows for each of `planned` processes, and
-    its micro-batches divide them. An unusable row leaves its micro-batch smaller, so the rows of a
-    step are a function of its number. Raises `DataError` according to the policy for bad rows.
+    its micro-batches divide them, each with rows of one kind; with `by_task` that is one task. An
+    unusable row leaves its micro-batch smaller, so the rows of a step are a function of its number.
+    Raises `DataError` according to the policy for bad rows.
     """
 
     data: DataSection
@@ -127,6 +129,7 @@ class StreamFeed:
     ranks: int = 1
     planned: int | None = None
     accumulation: int = 1
+    by_task: bool = False
     report: Callable[[DataError], None] = lambda error: None
     bad: int = field(default=0, init=False)
 
@@ -138,6 +141,7 @@ class StreamFeed:
         self.processors = [
             self.processor.variant(source.template, source.system) for source in self.sources
         ]
+        self.kinds = row_kinds(self.sources, by_task=self.by_task)
         self._last: Group | None = None
 
     @property
@@ -191,14 +195,20 @@ class StreamFeed:
             drawn = [list(islice(rows, size)) for rows in streams]
             if self.data.own_shards and planned == self.ranks:
                 (rows,) = drawn
-                number = -(-len(rows) // self.batch_size)
-                yield [self._batch(part, step) for part in _parts(rows, number)]
+                parts = self._parts(rows, self.batch_size)
+                yield [self._batch(part, part, step) for part in parts]
                 continue
             rows = list(chain.from_iterable(drawn))
-            number = -(-len(rows) // (self.batch_size * self.ranks))
-            yield [
-                self._batch(part[self.rank :: self.ranks], step) for part in _parts(rows, number)
-            ]
+            parts = self._parts(rows, self.batch_size * self.ranks)
+            yield [self._batch(part[self.rank :: self.ranks], part, step) for part in parts]
+
+    def _parts(self, rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+        """The rows of a step in parts of one kind and of at most `size` rows each."""
+        parts: list[Sequence[Row]] = []
+        for kind in dict.fromkeys(self.kinds[source] for source, _ in rows):
+            of_kind = [row for row in rows if self.kinds[row[0]] == kind]
+            parts += _evenly(of_kind, -(-len(of_kind) // size))
+        return parts
 
     def _streams(self, planned: int) -> tuple[list[Share], int]:
         """The shares of the rows that this process reads, and the number of shares in all."""
@@ -214,15 +224,18 @@ class StreamFeed:
         rows = mixed(self.readers, self.sources, self.seed, share)
         return shuffled(rows, max(self.data.shuffle_buffer // of, 1), self.seed + number)
 
-    def _batch(self, rows: Sequence[Row], step: int) -> Batch:
+    def _batch(self, rows: Sequence[Row], part: Sequence[Row], step: int) -> Batch:
+        """This process's batch of its `rows` in a micro-batch of all processes, which is `part`."""
         pixels: dict[Media, torch.Tensor] = {}
         groups = [group for source, row in rows if (group := self._usable(source, row, pixels))]
         if groups:
             self._last = groups[0]
         elif self._last is None:
+            usable = (self._usable(source, row, pixels) for source, row in part)
+            self._last = next((group for group in usable if group), None)
+        if self._last is None:
             raise DataError("none of the first rows can be used", source="data.train")
-        else:
-            groups = [blank(self._last)]
+        groups = groups or [blank(self._last)]
         spec = self.processor.spec
         if self.data.packing:
             groups = [
@@ -234,11 +247,13 @@ class StreamFeed:
             return self._pixels(media, pixels)
 
         if self.data.augment is None:
-            return collate(examples, spec, fetch=fetch)
-        changed = Augmented(fetch, self.data.augment, self.seed, step)
-        return collate(
-            examples, spec, fetch_for=changed, owners=[example.id for example in examples]
-        )
+            batch = collate(examples, spec, fetch=fetch)
+        else:
+            changed = Augmented(fetch, self.data.augment, self.seed, step)
+            owners = [example.id for example in examples]
+            batch = collate(examples, spec, fetch_for=changed, owners=owners)
+        batch.task, batch.loss_weight = self.kinds[part[0][0]]
+        return batch
 
     def _usable(
         self, number: int, row: Conversation | DataError, pixels: dict[Media, torch.Tensor]
@@ -304,7 +319,7 @@ def usable_rows(
     return rows
 
 
-def _parts(rows: Sequence[Row], number: int) -> list[Sequence[Row]]:
+def _evenly(rows: Sequence[Row], number: int) -> list[Sequence[Row]]:
     """Divides rows in order into `number` parts whose sizes differ by one at most."""
     edges = [len(rows) * place // number for place in range(number + 1)]
     return [rows[start:end] for start, end in pairwise(edges)]

@@ -20,7 +20,7 @@ from vlm_tune.data.prepare.arrow_store import (
     read_batches,
 )
 from vlm_tune.data.prepare.duplicates import bytes_digest
-from vlm_tune.data.prepare.job import Job, source_names
+from vlm_tune.data.prepare.job import Job, task_names
 from vlm_tune.data.prepare.merge_shards import PARTS, joined_rows
 from vlm_tune.data.prepare.worker import BAD, LEFT_OUT, OK, content_hash, files_changed
 from vlm_tune.data.sources.registry import read_all
@@ -244,7 +244,7 @@ class Prepared:
         digests = dict(zip(places.tolist(), self.values("digest", places), strict=True))
         starts = np.searchsorted(self.column("number"), np.arange(len(self.sources) + 1)).tolist()
         for reader, name, first, end in zip(
-            self.readers, source_names(self.sources), starts, starts[1:], strict=False
+            self.readers, task_names(self.sources), starts, starts[1:], strict=False
         ):
             wanted = {place for place in digests if first <= place < end}
             for place, row in enumerate(read_all([reader]) if wanted else (), first):

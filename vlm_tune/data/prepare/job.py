@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from vlm_tune.config.data import Clean, DataSection, DatasetSource, Source
+from vlm_tune.config.data import SHARES, Clean, DataSection, DatasetSource, Source
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.registry import open_source
@@ -56,11 +56,7 @@ class Job:
         for source, reader, processor in zip(
             self.sources, self.readers, self.processors, strict=True
         ):
-            unused = (
-                {"weight", "count"}
-                if isinstance(source, DatasetSource)
-                else {"weight", "count", "name"}
-            )
+            unused = SHARES if isinstance(source, DatasetSource) else SHARES | {"name"}
             parts += [
                 source.model_dump_json(exclude=unused),
                 reader.fingerprint(),
@@ -81,8 +77,14 @@ def plan_job(
     return Job(part, part_section(data, part), sources, readers, processors, seed)
 
 
-def source_names(sources: Sequence[Source]) -> list[str]:
-    """The name of each source in scores.
+def task_names(sources: Sequence[Source]) -> list[str]:
+    """The task of each source, by which its rows are scored; by default the source's name."""
+    names = _source_names(sources)
+    return [source.task_name or name for source, name in zip(sources, names, strict=True)]
+
+
+def _source_names(sources: Sequence[Source]) -> list[str]:
+    """The name of each source.
 
     It is the recipe's name, else that of the source's file or folder; equal names are replaced by
     longer ones.

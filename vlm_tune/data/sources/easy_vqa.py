@@ -75,9 +75,11 @@ class EasyVqa:
         self._instructions = load_instructions(config.instructions, self._task)
 
     def fingerprint(self) -> str:
-        """A hash of the package's file, the split and task, the prompt set and the seed."""
+        """A hash of the package's file, the options that choose rows, the prompt set, the seed."""
         files = files_digest([part_folder(self._config.split) / "questions.json"])
         options = (self._config.split, self._config.validation_images, self._config.task)
+        if self._config.categories is not None:
+            options = (*options, *sorted(self._config.categories))
         return digest(files, *options, self._instructions.model_dump_json(), self._seed)
 
     def chunks(self) -> Iterator[Chunk]:
@@ -115,7 +117,9 @@ class EasyVqa:
         return turn
 
     def _rows(self) -> list[tuple[str, Path, dict[str, str], str]]:
-        return _rows(self._config.split, self._config.validation_images, self._task)
+        rows = _rows(self._config.split, self._config.validation_images, self._task)
+        categories = self._config.categories
+        return rows if categories is None else [row for row in rows if row[-1] in categories]
 
 
 @lru_cache(maxsize=4)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config.data import DatasetSource, RowsSource
+from vlm_tune.config.data import SHARES, DatasetSource, RowsSource
 from vlm_tune.data.chat.instructions import load_instructions
 from vlm_tune.data.sources.base import Chunk, Container, StoredRow, checked, digest
 from vlm_tune.data.sources.chat_schemas import CHAT_FORMS, decoded_lists, with_system
@@ -25,7 +25,7 @@ from vlm_tune.errors import DataError
 from vlm_tune.paths import home
 from vlm_tune.quoting import name_list, quoted
 
-NOT_ROWS = {"limit", "weight", "count", "template", "system"}
+NOT_ROWS = {"limit", "template", "system"} | SHARES
 """Options of a source that do not change its rows."""
 
 
