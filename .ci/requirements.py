@@ -73,12 +73,16 @@ def expected_cap(name: str, newest_tried: str) -> str:
 
 
 def problems(project: dict) -> list[str]:
-    """Dependencies whose floor or cap is not what `[tool.vlm_tune.tried]` says was tried."""
+    """Dependencies whose floor or cap is not what `[tool.vlm_tune.tried]` says was tried.
+
+    Those of extras may be listed there; all others must be.
+    """
     tried = project["tool"]["vlm_tune"]["tried"]
     lines = [Requirement(line) for line in project["project"]["dependencies"]]
-    names = {each.name for each in lines}
+    extras = [each for each in requirements(project) if each not in lines and each.name in tried]
+    names = {each.name for each in [*lines, *extras]}
     wrong = [f"{name}: tried, but no dependency" for name in tried if name not in names]
-    for each in lines:
+    for each in [*lines, *extras]:
         if each.name not in tried:
             wrong.append(f"{each.name}: no entry under [tool.vlm_tune.tried]")
             continue

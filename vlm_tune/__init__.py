@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_tune.version import __version__
 
 if TYPE_CHECKING:
-    from vlm_tune.api import compare, dpo, evaluate, kto, predict, report, sft
+    from vlm_tune.api import compare, dpo, evaluate, kto, predict, report, sft, sweep
     from vlm_tune.config.load import load_recipe
     from vlm_tune.data_check.check import check
     from vlm_tune.exporting import export
@@ -35,6 +35,7 @@ _HOMES = {
     "plan": "vlm_tune.memory_plan.plan",
     "predict": "vlm_tune.api",
     "report": "vlm_tune.api",
+    "sweep": "vlm_tune.api",
     "init": "vlm_tune.recipe_writer.init",
     "serve": "vlm_tune.serving.run",
 }
@@ -57,6 +58,7 @@ __all__ = [
     "report",
     "serve",
     "sft",
+    "sweep",
     "verify_run",
 ]
 

@@ -118,9 +118,19 @@ class ModelError(VlmTuneError):
 
 
 class TrainingError(VlmTuneError):
-    """Training stopped by itself (diverged, out of memory, locked folder)."""
+    """Training stopped by itself (diverged, out of memory, locked folder).
+
+    Args:
+        message: the fault.
+        by_recipe: whether the values of the recipe are to blame, as where memory runs out or the
+            loss is not finite; other values may train.
+    """
 
     exit_code = EXIT_TRAINING
+
+    def __init__(self, message: str, *, by_recipe: bool = False) -> None:
+        self.by_recipe = by_recipe
+        super().__init__(message)
 
 
 class Interrupted(VlmTuneError):

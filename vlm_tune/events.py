@@ -215,6 +215,38 @@ class PeakMemory(Event):
     gpu_reserved_mb: int
 
 
+@dataclass(frozen=True)
+class TrialStart(Event):
+    """A trial of a sweep before its run, by its number from 1, and its searched values."""
+
+    kind = "trial"
+    number: int
+    of: int
+    values: Mapping[str, Any]
+    resumed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialEnd(Event):
+    """A trial of a sweep after its run, and the best trial so far.
+
+    `state` is complete, pruned or failed, the latter two for a `reason`. The score, of `metric`, is
+    the best of the validation part, after the optimizer step `step`.
+    """
+
+    kind = "trial_end"
+    number: int
+    of: int
+    state: str
+    seconds: float
+    metric: str | None = None
+    score: float | None = None
+    step: int | None = None
+    reason: str = ""
+    best: int | None = None
+    best_score: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinalScores(Event):
     """The scores of the finished model on the test part, as `evaluation.metrics.Scores`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlm_tune.api.scoring import compare, evaluate, evaluate_model, predict, report
+from vlm_tune.api.sweeping import sweep
 from vlm_tune.api.training import dpo, kto, sft
 from vlm_tune.exporting import export
 from vlm_tune.exporting.merge import merge
@@ -19,5 +20,6 @@ __all__ = [
     "predict",
     "report",
     "sft",
+    "sweep",
     "verify_run",
 ]

@@ -47,7 +47,7 @@ def sft(
         VlmTuneError: an error of `vlm_tune.errors`: a bad recipe, bad data or weights, or training
             that stopped.
     """
-    return _train(
+    return train_by(
         "sft",
         as_recipe(recipe, overrides),
         resume=resume,
@@ -83,7 +83,7 @@ def dpo(
     Raises:
         VlmTuneError: as `sft`.
     """
-    return _train("dpo", as_recipe(recipe, overrides), **options)
+    return train_by("dpo", as_recipe(recipe, overrides), **options)
 
 
 def kto(
@@ -101,11 +101,11 @@ def kto(
     Raises:
         VlmTuneError: as `sft`.
     """
-    return _train("kto", as_recipe(recipe, overrides), **options)
+    return train_by("kto", as_recipe(recipe, overrides), **options)
 
 
-def _train(command: str, loaded: Recipe, **options: Unpack[TrainOptions]) -> Run:
-    """Trains a recipe whose objective is of a command."""
+def train_by(command: str, loaded: Recipe, **options: Unpack[TrainOptions]) -> Run:
+    """Trains a recipe whose objective is of a command, and turns what it raises into our errors."""
     check_command(loaded, command)
     try:
         return run_recipe(loaded, write_report=write_report, **options)

@@ -17,6 +17,7 @@ from vlm_tune.cli.evaluate import compare, evaluate, predict, report
 from vlm_tune.cli.model import export, merge
 from vlm_tune.cli.options import print_json
 from vlm_tune.cli.serve import serve
+from vlm_tune.cli.sweep import sweep
 from vlm_tune.cli.system import env
 from vlm_tune.cli.train import dpo, kto, sft, verify_run
 from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_RECIPE, RecipeError, VlmTuneError
@@ -66,6 +67,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sft": sft,
     "dpo": dpo,
     "kto": kto,
+    "sweep": sweep,
     "eval": evaluate,
     "compare": compare,
     "report": report,

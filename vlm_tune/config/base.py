@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -41,6 +42,13 @@ class Places:
             if self._located is None
             else self._located.where(path, key=True)
         )
+
+    def located(self) -> Located | None:
+        """Returns a copy of the file's values, before defaults, with their places.
+
+        None if the recipe was not read.
+        """
+        return deepcopy(self._located)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Places)

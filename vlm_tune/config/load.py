@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -56,6 +56,18 @@ def load_recipe(
     for line in _replace_lengths(located.value, changed):
         if note:
             note(line)
+    return check_recipe(located)
+
+
+def changed_recipe(recipe: Recipe, values: Mapping[str, Any], *, option: str = "--set") -> Recipe:
+    """Returns the recipe with other values, by dotted name, checked as by `load_recipe`.
+
+    Raises `RecipeError`, whose problems with these values name `option`.
+    """
+    located = recipe.located()
+    texts = _override_texts(dict(values))
+    changed = [apply_override(located, text, option) for text in texts]
+    _replace_lengths(located.value, changed)
     return check_recipe(located)
 
 

@@ -48,6 +48,10 @@ class Recipe(Config):
         """Returns `file:line:column` of a value if the recipe was read, else its dotted name."""
         return self._places.where(path)
 
+    def located(self) -> Located:
+        """Returns a copy of the values that were given, without defaults, with their places."""
+        return self._places.located() or Located(self.model_dump(exclude_unset=True))
+
     def read_from(self, located: Located) -> Recipe:
         """Returns the recipe itself, which from now on knows the places of its values."""
         self._places = Places(located)

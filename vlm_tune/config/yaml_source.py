@@ -238,17 +238,17 @@ def read_yaml_text(text: str, name: str) -> Located:
     return reader.located
 
 
-def apply_override(located: Located, override: str) -> Path:
+def apply_override(located: Located, override: str, option: str = "--set") -> Path:
     """Sets `a.b.0.c=value` (the value is YAML) in place and returns its path.
 
-    The value's place is the option.
+    The value's place is the option and the override.
 
     Raises:
         RecipeError: the override lacks `=` or is not text, or its path leads through a plain value
             or to a list entry that does not exist.
     """
     name, equals, text = override.partition("=")
-    where = f"--set {cut(override, OVERRIDE)}"
+    where = f"{option} {cut(override, OVERRIDE)}"
     if not equals or not name:
         raise RecipeError([Problem(where, "an override is written key.key=value")])
     if not override.isascii() and any("\ud800" <= character <= "\udfff" for character in override):

@@ -27,6 +27,8 @@ from vlm_tune.events import (
     Scoring,
     StageStart,
     TrainSteps,
+    TrialEnd,
+    TrialStart,
     Tuning,
 )
 from vlm_tune.quoting import escaped
@@ -39,6 +41,7 @@ from vlm_tune.rendering.scores_text import (
     score_tables,
     shown_figures,
 )
+from vlm_tune.rendering.sweep_text import end_line, start_line
 
 EVERY = 30.0
 """Seconds without output after which progress is printed, if the output is not a terminal."""
@@ -261,6 +264,15 @@ class Display(logging.Handler):
     def _test(self, event: FinalScores) -> None:
         self._clear()
         print_scores(self.console, event.line())
+
+    @_show.register
+    def _trial(self, event: TrialStart) -> None:
+        self._line(start_line(event), "bold")
+
+    @_show.register
+    def _trial_end(self, event: TrialEnd) -> None:
+        self._clear()
+        self._line(end_line(event), "green" if event.state == "complete" else "yellow")
 
     @_show.register
     def _note(self, event: Note) -> None:

@@ -90,7 +90,8 @@ class NonFinitePolicy:
         row = f", the {self.in_a_row}th such step in a row" if self.in_a_row > 1 else ""
         raise TrainingError(
             f"{message} (all of them in {path}){row}. A lower learning rate, more warm-up or bf16 "
-            "may help; the last checkpoint is from before: --resume goes on there"
+            "may help; the last checkpoint is from before: --resume goes on there",
+            by_recipe=True,
         )
 
     def _overflowed(self) -> bool:

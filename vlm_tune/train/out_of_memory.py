@@ -38,7 +38,7 @@ def out_of_memory(error: BaseException, recipe: Recipe) -> TrainingError:
         torch.cuda.empty_cache()
     fault = f"out of memory ({reason_of(error)}); "
     hint = "Finished checkpoints are kept: --resume --accept-changes goes on with the changes"
-    return TrainingError(f"{fault}{_by_plan(recipe)}. {hint}")
+    return TrainingError(f"{fault}{_by_plan(recipe)}. {hint}", by_recipe=True)
 
 
 def _by_plan(recipe: Recipe) -> str:
