@@ -49,6 +49,11 @@ def calls(folder: Path, taken: int) -> dict[str, tuple[Callable[..., Any], dict[
         # The recipe is not theirs, which comes after what is wrong with an argument.
         "dpo": (vlm_tune.dpo, {"recipe": recipe, "overrides": ["train.steps=1"]}),
         "kto": (vlm_tune.kto, {"recipe": recipe, "overrides": ["train.steps=1"]}),
+        "sweep": (
+            vlm_tune.sweep,
+            # This folder is not empty, which comes after what is wrong with an argument.
+            {"recipe": recipe, "search": {"seed": "1..2"}, "trials": 1, "output": folder},
+        ),
         "serve": (vlm_tune.serve, {"model": run, "port": taken}),
         "check": (vlm_tune.check, {"recipe": recipe}),
         "plan": (vlm_tune.plan, {"recipe": recipe}),

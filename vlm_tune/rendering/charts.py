@@ -101,13 +101,15 @@ class Axis:
 
     Attributes:
         title: its name.
-        log: whether it is logarithmic.
         names: of the places 0, 1, ... if these stand for choices; else none.
+        ends: the numbers that it goes from and to, without names.
+        log: whether it is logarithmic.
     """
 
     title: str
-    log: bool = False
     names: Sequence[str] = ()
+    ends: tuple[float, float] = (0, 1)
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,11 @@ def scatter(
                 zorder=3,
             )
         last = _draw_axis(ax, axis)
-        _draw_scores(ax, "{:.0f}%" if share else "{:.4g}")
+        scores = [score for cloud in clouds for _, score in cloud.points]
+        if not share and 0 < 20 * min(scores) < max(scores):
+            _draw_log_scale(ax, min(scores), max(scores))
+        else:
+            _draw_scores(ax, "{:.0f}%" if share else "{:.4g}")
         _draw_frame(ax)
         ax.set_xlabel(axis.title, color=SOFT)
         figure.subplots_adjust(**_margins([ax], last))
@@ -252,7 +258,7 @@ def _margins(axes: Sequence[Axes], last: str) -> dict[str, float]:
 
 
 def _draw(ax: Axes, panel: Panel, steps: int) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     for curve in panel.curves:
         _draw_curve(ax, curve)
@@ -268,11 +274,7 @@ def _draw(ax: Axes, panel: Panel, steps: int) -> None:
             max(10 * math.floor((low - 2) / 10), 0), min(10 * math.ceil((high + 2) / 10), 100)
         )
     elif panel.kind == "loss" and 0 < 20 * low < high:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.set_ylabel("log scale", color=SOFT)
+        _draw_log_scale(ax, low, high)
     elif panel.kind not in ("loss", "score", "margin"):
         ax.set_ylim(0, 1.1 * high if high > 0 else 1)
         ax.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
@@ -286,6 +288,17 @@ def _draw_scores(ax: Axes, shape: str) -> None:
 
     ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shape.format(value)))
+
+
+def _draw_log_scale(ax: Axes, low: float, high: float) -> None:
+    """Makes the vertical axis logarithmic, for values from `low` to `high`."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_ylabel("log scale", color=SOFT)
 
 
 def _draw_axis(ax: Axes, axis: Axis) -> str:
@@ -305,7 +318,8 @@ def _draw_axis(ax: Axes, axis: Axis) -> str:
     else:
         ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    return f"{ax.get_xlim()[1]:g}"
+    ax.set_xlim(*axis.ends)
+    return f"{axis.ends[1]:g}"
 
 
 def _draw_frame(ax: Axes) -> None:

@@ -75,9 +75,9 @@ def _row(sweep: Sweep, trial: Trial) -> dict[str, object]:
     return {
         "number": trial.number,
         "best": trial == sweep.best,
-        "values": [value_text(trial.values[key]) for key in sweep.space],
         "figures": [
             amount(sweep.metric or "", trial.score),
+            *(value_text(trial.values[key]) for key in sweep.space),
             "" if trial.step is None else f"{trial.step:,}",
             f"{trial.steps:,}",
             duration(trial.seconds),
@@ -107,9 +107,6 @@ def _charts(sweep: Sweep) -> list[Chart]:
 def _chart(sweep: Sweep, key: str, trials: Sequence[Trial]) -> Chart:
     """The scatter of one key."""
     dimension = sweep.space[key]
-    names: list[str] = []
-    if isinstance(dimension, Choices):
-        names = [value_text(value)[:NAME] for value in dimension.values]
     share = is_share(sweep.metric or "")
 
     def point(trial: Trial) -> tuple[float, float]:
@@ -127,10 +124,14 @@ def _chart(sweep: Sweep, key: str, trials: Sequence[Trial]) -> Chart:
         "best": (BEST, [point(t) for t in trials if t == sweep.best]),
     }
     drawn = {name: group for name, group in groups.items() if group[1]}
+    if isinstance(dimension, Choices):
+        axis = Axis(key, names=[value_text(value)[:NAME] for value in dimension.values])
+    else:
+        axis = Axis(key, ends=(dimension.low, dimension.high), log=dimension.log)
     return scatter(
-        key,
+        metric_title(sweep.metric or "score"),
         [Key(name, swatch=swatch(stroke)) for name, (stroke, _) in drawn.items()],
         [Cloud(points, stroke) for stroke, points in drawn.values()],
-        Axis(key, getattr(dimension, "log", False), names),
+        axis,
         share=share,
     )

@@ -1,4 +1,4 @@
-"""What a sweep leaves: a record of each trial, sweep.json, and the recipe of the best trial."""
+"""The record of a sweep: its trials, sweep.json, and the recipe of the best trial."""
 
 from __future__ import annotations
 
@@ -102,8 +102,12 @@ class Sweep:
 
 
 def write_record(sweep: Sweep) -> None:
-    """Writes sweep.json, and best.yaml where a trial is complete."""
+    """Writes sweep.json."""
     _replace(sweep.folder / RECORD, json.dumps(sweep.summary(), indent=1))
+
+
+def write_best(sweep: Sweep) -> None:
+    """Writes best.yaml, where a trial is complete."""
     if sweep.best is not None:
         _replace(sweep.folder / BEST, best_text(sweep, sweep.best))
 

@@ -31,6 +31,7 @@ from vlm_tune.sweeping.records import (
     Sweep,
     Trial,
     read_record,
+    write_best,
     write_record,
     written_name,
 )
@@ -54,7 +55,7 @@ class Train(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a sweep runs.
+    """The trials that a sweep runs: a recipe, and the values that replace its own.
 
     Attributes:
         recipe: what the searched values change.
@@ -165,13 +166,18 @@ def _run_trials(
         write_record(_sweep(setting, study.trials()))
         seconds = _run_trial(setting, study, trial, train, show)
         _return_memory()
-        sweep = _sweep(setting, study.trials())
-        write_record(sweep)
-        write_report(sweep)
+        sweep = _write(setting, study, write_report)
         show(_end(sweep, sweep.trials[trial.number], seconds))
+    _write(setting, study, write_report)
+
+
+def _write(setting: Setting, study: TrialStudy, write_report: Callable[[Sweep], object]) -> Sweep:
+    """Writes the files of the sweep as it is now, and returns it."""
     sweep = _sweep(setting, study.trials())
     write_record(sweep)
+    write_best(sweep)
     write_report(sweep)
+    return sweep
 
 
 # --- one trial ------------------------------------------------------------------------------------
@@ -211,7 +217,7 @@ class _Watch:
         count = len(evaluations(self.run, self.stage))
         self.study.report(self.trial, event.score, count)
         if event.step < self.steps and self.trial.should_prune():
-            raise TrialPruned(f"worse than the median of the others at validation {count}")
+            raise TrialPruned(f"worse than the median at validation {count}")
 
 
 def _run_trial(

@@ -147,7 +147,7 @@ class Choices:
 
 Dimension = Range | Choices
 Space = Mapping[str, Dimension]
-"""What a sweep searches: the values of each key, by its dotted name."""
+"""The search space of a sweep: the values of each key, by its dotted name."""
 
 
 def parse_search(search: Mapping[str, str | Sequence[Scalar]]) -> dict[str, Dimension]:
