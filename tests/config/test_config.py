@@ -162,6 +162,19 @@ def test_a_null_part_of_a_stage_is_the_common_one(part: str) -> None:
             "19:5",
             "a contrastive objective compares images",
         ),
+        (
+            "{kind: language_modeling}",
+            "{kind: contrastive, loss: clip}\n    data: {group: image}\n"
+            "    train: {epochs: 1, batch_size: 1}",
+            "22:36",
+            "one row has no negatives",
+        ),
+        (
+            "{kind: language_modeling}",
+            "{kind: contrastive, loss: clip, bias: -5}\n    data: {group: image}",
+            "20:54",
+            "bias is of loss: siglip",
+        ),
         ("name: instruct", "name: align", "19:11", "a stage before it is called 'align' too"),
         ("name: instruct", "name: a/b", "19:11", "expected letters, digits"),
         (

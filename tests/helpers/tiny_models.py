@@ -41,7 +41,7 @@ from vlm_tune.events import Evaluation, Event, StageReport, TrainSteps
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build
 from vlm_tune.model.feature_cache import tower_features
-from vlm_tune.model.optimizer_groups import Tuned
+from vlm_tune.model.optimizer_groups import Tuned, tune_similarity
 from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.precision import DTYPES
@@ -168,13 +168,12 @@ def built(recipe: Recipe) -> VisionLanguageModel:
 
 
 def tuned_by(model: VisionLanguageModel, recipe: Recipe) -> Tuned:
-    """The model with the recipe's tuning rules applied."""
-    return apply_rules(
-        model,
-        recipe.tune,
-        learning_rate=recipe.train.learning_rate,
-        precision=DTYPES[recipe.train.precision],
-    )
+    """The model with the recipe's tuning rules applied, and its objective's learned scale."""
+    rate = recipe.train.learning_rate
+    precision = DTYPES[recipe.train.precision]
+    tuned = apply_rules(model, recipe.tune, learning_rate=rate, precision=precision)
+    tune_similarity(model, recipe.objective, tuned, rate)
+    return tuned
 
 
 def wake_adapters(model: VisionLanguageModel, scale: float = 0.3) -> None:

@@ -88,7 +88,7 @@ def _stage_changes(old: Recipe, new: Recipe) -> Iterator[Change]:
     yield from _changes(
         before["train"]["precision"], after["train"]["precision"], "train.precision"
     )
-    for key in ("kind", "reference", "scored_by"):
+    for key in ("kind", "loss", "reference", "scored_by"):
         was, now = (objective["objective"].get(key) for objective in (before, after))
         yield from _changes(was, now, f"objective.{key}")
     yield from _changes(before["data"]["streaming"], after["data"]["streaming"], "data.streaming")

@@ -98,6 +98,19 @@ def _contrastive_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
             "a contrastive loss compares the rows of a micro-batch, so the sources' loss_weight "
             "must be equal",
         ),
+        (
+            value_at(raw, "objective", "loss") in ("clip", "siglip")
+            and value_at(raw, "train", "batch_size") == 1,
+            ("train", "batch_size"),
+            "a contrastive objective compares the rows of a micro-batch, and one row has no "
+            "negatives; take 2 or more (gradient_accumulation adds none)",
+        ),
+        (
+            value_at(raw, "objective", "bias") is not None
+            and value_at(raw, "objective", "loss") != "siglip",
+            ("objective", "bias"),
+            "bias is of loss: siglip",
+        ),
     )
 
 

@@ -16,13 +16,39 @@ class LanguageModeling(Config):
 
 
 class Contrastive(Config):
-    """Contrastive loss in the LLM's embedding space.
+    """Contrastive loss in the LLM's embedding space: images and captions that belong together.
 
-    Each image is compared with the batch's distinct captions.
+    The negatives are the other rows of a micro-batch; with clip and siglip those of all processes.
     """
 
     kind: Literal["contrastive"]
-    temperature: PositiveFloat = 0.07
+    loss: Literal["captions", "clip", "siglip"] = Field(
+        default="captions",
+        description="captions: each image among the batch's distinct captions of its category; "
+        "clip: CLIP's softmax loss, images among captions and captions among images; siglip: "
+        "SigLIP's sigmoid loss of each pair",
+    )
+    temperature: PositiveFloat = Field(
+        default=0.07,
+        description="what similarities are divided by; learned from here on with clip and siglip",
+    )
+    bias: Annotated[float, Field(ge=-1e3, le=1e3)] | None = Field(
+        default=None,
+        description="siglip: what is added to the similarities, learned from here on; -10 by "
+        "default",
+    )
+
+    @property
+    def learns_scale(self) -> bool:
+        """Whether the temperature is learned."""
+        return self.loss != "captions"
+
+    @property
+    def first_bias(self) -> float | None:
+        """The bias before training; None for a loss without one."""
+        if self.loss != "siglip":
+            return None
+        return -10.0 if self.bias is None else self.bias
 
 
 Reference = Annotated[

@@ -34,7 +34,7 @@ def score(
     batch_size: int = 64,
     answering: Literal["generate", "likelihood", "retrieve"] = "generate",
     ranks: bool = False,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     features: Fetch | None = None,
     loss: bool = True,
     perplexity: bool = False,
@@ -51,7 +51,7 @@ def score(
         answering: generate answers; likelihood: choose the likeliest of a row's choices, where it
             has some; retrieve: take the caption that is nearest to the image.
         ranks: also rank captions and images, for the metrics of retrieval.
-        temperature: that of the contrastive loss, which is the loss with `retrieve`.
+        temperature: that of the contrastive loss, which is the loss with `retrieve`; None: learned.
         features: cached features of a frozen tower; pixels are decoded where None.
         loss: also compute the loss of the reference answers, by source.
         perplexity: also compute it for each answer by itself, for the metric of that name.
@@ -121,13 +121,16 @@ def score_options(settings: EvaluateSection, objective: AnyObjective | None) -> 
     With `ranks` all rows have to be scored together.
     """
     contrastive = isinstance(objective, Contrastive)
+    temperature = None
+    if isinstance(objective, Contrastive) and not objective.learns_scale:
+        temperature = objective.temperature
     names = settings.metrics or ()
     return {
         "decoding": Decoding(settings.max_new_tokens, settings.num_beams),
         "batch_size": settings.batch_size,
         "answering": "retrieve" if contrastive else settings.answering,
         "ranks": contrastive or any(metric.name in names for metric in RETRIEVAL),
-        "temperature": objective.temperature if contrastive else 1.0,
+        "temperature": temperature,
         "perplexity": "perplexity" in names and not contrastive,
     }
 

@@ -44,7 +44,7 @@ def retrieve(
     rows: Sequence[Conversation],
     answers: Sequence[Answer],
     *,
-    temperature: float,
+    temperature: float | None,
     batch_size: int,
     fetch: Fetch,
     cached: bool,
@@ -56,7 +56,7 @@ def retrieve(
         model: the model, in eval mode.
         rows: conversations with one image each, whose last answer is its caption.
         answers: of the rows, with their images and reference answers.
-        temperature: that of the contrastive loss.
+        temperature: that of the contrastive loss; the one that the model has learned where None.
         batch_size: rows per batch.
         fetch: returns the pixels of a media item, or if `cached` the tower's features.
         cached: whether `fetch` returns features.
@@ -65,6 +65,8 @@ def retrieve(
     Raises:
         DataError: a row has no image or several, or no caption.
     """
+    if temperature is None:
+        temperature = _learned_temperature(model)
     vectors = _vectors(model, rows, batch_size, fetch, cached, progress)
     ranks: list[Ranks] = [Ranks(0, 0, 0.0, 0.0)] * len(rows)
     captions = [""] * len(rows)
@@ -82,6 +84,12 @@ def retrieve(
             captions[place] = of_group.captions[number]
             losses[place] = of_group.losses[number]
     return Retrieved(ranks, captions, losses)
+
+
+@torch.inference_mode()
+def _learned_temperature(model: VisionLanguageNetwork) -> float:
+    """The temperature that the model has learned for its similarities; 1 if it has learned none."""
+    return 1.0 if model.similarity is None else 1 / float(model.similarity()[0])
 
 
 def with_ranks(answers: Sequence[Answer], retrieved: Retrieved, *, answering: bool) -> list[Answer]:

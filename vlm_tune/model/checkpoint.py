@@ -10,6 +10,7 @@ llm.safetensors        the LLM's individually trained weights, if the rest is un
 adapter/               the LLM's LoRA adapter in PEFT's layout
 tower_adapter/         the tower's LoRA adapter in PEFT's layout
 prompt/                the LLM's soft prompt or prefix in PEFT's layout
+similarity.safetensors the learned scale of a contrastive loss
 tokenizer.json, ...    the tokenizer, chat_template.jinja
 connector_tokenizer/   the connector's own tokenizer, if it has one
 manifest.json          sizes and sha256 of all the other files
@@ -51,6 +52,7 @@ from vlm_tune.model.restoring import (
     ADAPTERS,
     BESIDE,
     PROMPT,
+    SCALE,
     assemble_saved,
     load_base,
     located,
@@ -116,6 +118,8 @@ def capture_model(
     prompt = model.llm.prompt
     virtual = copied(whole_state(prompt)).get("values") if prompt is not None else None
     beside = copied(_base_state(language, model.beside)) if model.beside and llm is None else None
+    similarity = model.similarity
+    scale = None if similarity is None else copied(whole_state(similarity))
     bases = {part: base for part, base in model.bases.items() if part not in model.changed}
 
     def write(folder: Path) -> None:
@@ -137,6 +141,8 @@ def capture_model(
             write_adapter(config, tensors, folder / ADAPTERS[part])
         if prompt is not None and virtual is not None:
             write_prompt(prompt.config, virtual, folder / PROMPT)
+        if scale is not None:
+            write_safetensors(scale, folder / SCALE)
         model.processor.tokenizer.save_pretrained(folder)
         pin_tokenizer(folder)
         if model.connector.reader is not None:

@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from vlm_tune.config.objectives import AnyObjective, Contrastive
 from vlm_tune.config.tune import TuneRule
 from vlm_tune.model.language.virtual_tokens import KINDS, TOKENS
 from vlm_tune.model.layer_index import columns, depths
 from vlm_tune.model.lora import clean, is_adapter, parts
 from vlm_tune.model.lora_rules import lora_places
+from vlm_tune.model.similarity import SIMILARITY, Similarity
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import count_of
 
@@ -81,6 +83,32 @@ def collect_groups(
             )
         )
     return Tuned(groups, names, table)
+
+
+def tune_similarity(
+    model: VisionLanguageNetwork, objective: AnyObjective, tuned: Tuned, learning_rate: float
+) -> None:
+    """Adds the learned scale of an objective to the model, the optimizer groups and the table.
+
+    One of an earlier stage with the same loss is trained on. Under other objectives it stays as it
+    is. It has no weight decay.
+    """
+    if not isinstance(objective, Contrastive) or not objective.learns_scale:
+        if model.similarity is not None:
+            model.similarity.requires_grad_(False)
+        return
+    bias = objective.first_bias
+    present = model.similarity
+    if present is None or (present.logit_bias is None) != (bias is None):
+        device = next(model.connector.parameters()).device
+        model.similarity = present = Similarity(objective.temperature, bias).to(device)
+    present.requires_grad_(True)
+    named = dict(present.named_parameters())
+    tuned.groups.append({"params": list(named.values()), "lr": learning_rate, "weight_decay": 0.0})
+    tuned.names.append([f"{SIMILARITY}.{name}" for name in named])
+    tuned.table.append(
+        TuneRow(SIMILARITY, "full", learning_rate, len(named), len(named), "learned scale")
+    )
 
 
 def _members(

@@ -32,6 +32,7 @@ from vlm_tune.model.lora import PISSA, attach_adapter, load_adapter_state, parts
 from vlm_tune.model.pretrained.connector_weights import load_words
 from vlm_tune.model.pretrained.language_model import bare_llm, load_llm
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
+from vlm_tune.model.similarity import SIMILARITY, read_similarity
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import CPU, load_into, read_safetensors
@@ -41,6 +42,7 @@ from vlm_tune.quoting import reason_of
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
 PROMPT = "prompt"
 BESIDE = "llm.safetensors"
+SCALE = f"{SIMILARITY}.safetensors"
 
 
 def read_config(folder: Path, base: BaseChoice = AS_SAVED) -> VisionLanguageConfig:
@@ -173,6 +175,8 @@ def assemble_saved(
     model.changed = set(saved.inside)
     model.bases = saved.notes.parts
     load_into(model.connector, read_safetensors(folder / CONNECTOR), folder / CONNECTOR)
+    if (folder / SCALE).is_file():
+        model.similarity = read_similarity(folder / SCALE)
     if adapters:
         _read_tuned(model, folder, bare=bare)
     return model

@@ -28,6 +28,7 @@ from vlm_tune.model.connectors.instruction import Text, instructions, places
 from vlm_tune.model.connectors.layers import matched
 from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.language.base import AnswerLogprobs, LanguageModel, TokenLoss
+from vlm_tune.model.similarity import Similarity
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.weights import is_sharded
 from vlm_tune.precision import autocast_dtype
@@ -56,10 +57,15 @@ class VisionLanguageConfig(Config):
 
 @dataclass
 class Alignment:
-    """Unit vectors of each row's image and caption in the LLM's embedding space, fp32[B, E]."""
+    """Unit vectors of each row's image and caption in the LLM's embedding space, fp32[B, E].
+
+    `scale` and `bias`, fp32[1], are those of their similarities, where they are learned.
+    """
 
     images: torch.Tensor
     captions: torch.Tensor
+    scale: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 _mode_lock = threading.Lock()
@@ -83,6 +89,7 @@ class VisionLanguageNetwork(nn.Module):
             unchanged.
         adapters: the LoRA tuner of each part that has one.
         bases: fingerprints of the weights that parts started from.
+        similarity: the learned scale of similarities between images and captions, or None.
     """
 
     _evaluations = 0
@@ -106,6 +113,7 @@ class VisionLanguageNetwork(nn.Module):
         self.beside: set[str] = set()
         self.adapters: dict[str, Any] = {}
         self.bases: dict[str, Base] = {}
+        self.similarity: Similarity | None = None
 
     @property
     def device(self) -> torch.device:
@@ -240,7 +248,9 @@ class VisionLanguageNetwork(nn.Module):
         connected = self.media(batch)
         if connected is None or len(batch.media_index) != len(batch.ids):
             raise DataError("a contrastive objective needs exactly one image a row")
-        return Alignment(self.image_vectors(connected), self.caption_vectors(batch.labels))
+        scale, bias = (None, None) if self.similarity is None else self.similarity()
+        images = self.image_vectors(connected)
+        return Alignment(images, self.caption_vectors(batch.labels), scale, bias)
 
     def image_vectors(self, connected: torch.Tensor) -> torch.Tensor:
         """Unit vectors fp32[M, E] of media, by the connector's outputs [M, N, E]: their means."""

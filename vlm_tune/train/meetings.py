@@ -86,8 +86,11 @@ class Meetings:
 
     def _gathered(self, figures: Sequence[int]) -> torch.Tensor:
         """int64[ranks, n + 2]: the figures of every process and its flags, on the CPU."""
-        flags = [self.stop(), self.writer.failed()]
-        mine = torch.tensor([[*figures, *map(int, flags)]], dtype=torch.int64)
+        return self.by_rank([*figures, int(self.stop()), int(self.writer.failed())])
+
+    def by_rank(self, figures: Sequence[int]) -> torch.Tensor:
+        """int64[ranks, n]: the figures of every process, on the CPU."""
+        mine = torch.tensor([list(figures)], dtype=torch.int64)
         if self.ranks == 1:
             return mine
         by_rank = [torch.empty_like(mine) for _ in range(self.ranks)]

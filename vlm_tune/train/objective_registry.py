@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 
 from vlm_tune.config.objectives import AnyObjective, Contrastive, Kto, LanguageModeling
+from vlm_tune.train.contrastive import ByRank, PairedObjective, single_rank
 from vlm_tune.train.objectives import ContrastiveObjective, LanguageModelingObjective, Objective
 from vlm_tune.train.preferences import KtoObjective, PairObjective, Summed
 from vlm_tune.train.references import ReferenceModel
 
 
 def build_objective(
-    config: AnyObjective, reference: ReferenceModel | None, summed: Summed, device: torch.device
+    config: AnyObjective,
+    reference: ReferenceModel | None,
+    summed: Summed,
+    device: torch.device,
+    by_rank: ByRank = single_rank,
 ) -> Objective:
     """The objective of a recipe.
 
@@ -20,10 +25,13 @@ def build_objective(
         reference: The reference model; None for objectives without one.
         summed: Sums a tensor over all ranks.
         device: The device of the training.
+        by_rank: Gathers figures of all ranks.
     """
     if isinstance(config, LanguageModeling):
         return LanguageModelingObjective(config)
     if isinstance(config, Contrastive):
+        if config.learns_scale:
+            return PairedObjective(config, by_rank)
         return ContrastiveObjective(config)
     if isinstance(config, Kto):
         assert reference is not None

@@ -35,7 +35,7 @@ from vlm_tune.events import (
 from vlm_tune.model.base_weights import recipe_choice
 from vlm_tune.model.build import load_dtype, trained_later
 from vlm_tune.model.checkpoint import restore_model
-from vlm_tune.model.optimizer_groups import TuneRow
+from vlm_tune.model.optimizer_groups import TuneRow, tune_similarity
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vlm import Network, VisionLanguageNetwork
 from vlm_tune.model.weights import CPU, own_memory, page_out
@@ -158,6 +158,7 @@ def stage_loop(
 
     earlier = dict(model.adapters)
     tuned = apply_rules(model, recipe.tune, **_tuning(context, recipe, progress.stage))
+    tune_similarity(model, recipe.objective, tuned, recipe.train.learning_rate)
     if checkpoint is None:
         check_adapters_off(model, recipe, earlier)
     cached = decide_features(recipe, model, rows, context.accelerator, progress, report)

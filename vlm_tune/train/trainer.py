@@ -45,7 +45,7 @@ from vlm_tune.train.kernel_report import report_kernels
 from vlm_tune.train.meetings import Meeting, Meetings
 from vlm_tune.train.nonfinite import NonFinitePolicy
 from vlm_tune.train.objective_registry import build_objective
-from vlm_tune.train.objectives import Counts
+from vlm_tune.train.objectives import Counts, Objective
 from vlm_tune.train.prefetch import on_device
 from vlm_tune.train.rates import Rates
 from vlm_tune.train.references import dropout_off, reference_model
@@ -101,10 +101,7 @@ class StageLoop:
         self.report = report
         self.recipe_text = recipe_text
         train = recipe.train
-        reference = reference_model(model, recipe, tuned, folder, resumed=resume_from is not None)
-        all_ranks = partial(summed, self.accelerator)
-        device = self.accelerator.device
-        self.objective = build_objective(recipe.objective, reference, all_ranks, device)
+        self.objective = self._objective(resumed=resume_from is not None)
         self._prepare_engine(resume_from)
         progress.processes = self.accelerator.num_processes
         self.position = StagePosition(data.feed, progress, train, resume_from)
@@ -134,6 +131,19 @@ class StageLoop:
             any_stops=self.meetings.stopping,
         )
         self._compiles = False
+
+    def _objective(self, *, resumed: bool) -> Objective:
+        """The stage's objective, with its reference model as the weights are before the engine."""
+        reference = reference_model(
+            self.model, self.recipe, self.tuned, self.folder, resumed=resumed
+        )
+        return build_objective(
+            self.recipe.objective,
+            reference,
+            partial(summed, self.accelerator),
+            self.accelerator.device,
+            lambda figures: self.meetings.by_rank(figures),
+        )
 
     def _prepare_engine(self, resume_from: Path | None) -> None:
         """Hands the model to the engine, and restores optimizer and random state on resuming."""

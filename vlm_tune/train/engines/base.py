@@ -23,6 +23,7 @@ from vlm_tune.config.train import TrainSection
 from vlm_tune.model.acceleration.lora_layers import merge_projections
 from vlm_tune.model.lora import parts
 from vlm_tune.model.optimizer_groups import Tuned
+from vlm_tune.model.similarity import SIMILARITY
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import is_sharded, whole_tensor
 
@@ -230,6 +231,9 @@ def named_parameters(model: VisionLanguageNetwork) -> Iterator[tuple[str, nn.Par
             yield f"{part}.{name}", parameter
     if model.llm.prompt is not None:
         yield "llm.prompt.values", model.llm.prompt.values
+    if model.similarity is not None:
+        for name, parameter in model.similarity.named_parameters():
+            yield f"{SIMILARITY}.{name}", parameter
 
 
 def fill(parameter: nn.Parameter, device: torch.device) -> None:

@@ -147,4 +147,6 @@ def _blocks(model: VisionLanguageNetwork) -> list[tuple[nn.Module, bool]]:
             blocks += [(module.get_submodule(name), castable) for name in names]
         if not castable:
             blocks.append((module, castable))
+    if model.similarity is not None:
+        blocks.append((model.similarity, False))
     return blocks
