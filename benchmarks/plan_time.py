@@ -44,6 +44,37 @@ def write_llava(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def write_smolvlm(folder: Path) -> None:
+    """Writes the configs of SmolVLM-256M."""
+    from transformers import Idefics3Config, Idefics3ImageProcessorPil
+
+    vision = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 512,
+        "patch_size": 16,
+    }
+    text = {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49280,
+        "max_position_embeddings": 8192,
+        "pad_token_id": 2,
+    }
+    Idefics3Config(
+        vision_config=vision, text_config=text, scale_factor=4, image_token_id=49190
+    ).save_pretrained(folder)
+    Idefics3ImageProcessorPil(
+        size={"longest_edge": 2048}, max_image_size={"longest_edge": 512}
+    ).save_pretrained(folder)
+
+
 def write_instructblip(folder: Path) -> None:
     """Writes the configs of InstructBLIP with Flan-T5-XL."""
     from transformers import BlipImageProcessor, InstructBlipConfig, T5Config

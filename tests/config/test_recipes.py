@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.plan_time import write_instructblip, write_llava
+from benchmarks.plan_time import write_instructblip, write_llava, write_smolvlm
 from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.template import load_template
@@ -159,6 +159,22 @@ def test_instructblip_flan_t5_xl_builds_and_tunes_at_its_real_shape(tmp_path: Pa
         counts["connector.*"]
         == words + 12 * (attention(768) + feed) + 6 * attention(1408) + 11 * feed
     )
+
+
+def test_smolvlm_256m_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
+    """SigLIP B/16 at 512 pixels and SmolLM2-135M, in each layer 16 rows of LoRA on 7 matrices."""
+    write_smolvlm(tmp_path)
+    recipe = load_recipe(RECIPES / "smolvlm-256m-lora.yaml", {"model.pretrained": str(tmp_path)})
+    model, measured = bare_model(recipe)
+    assert (measured, model.processor.spec.tokens_per_image) == ((1024, 768), 64)
+    layer = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
+    assert trained(tuned(model, recipe)) == {
+        "tower.*": 0,
+        "connector.*": 16 * 768 * 576,
+        "llm.*": 30 * 16 * layer,
+    }
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert 255e6 < total - 30 * 16 * layer < 260e6
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)

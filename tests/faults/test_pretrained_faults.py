@@ -14,7 +14,13 @@ import pytest
 import torch
 
 from tests.helpers.tiny_models import built, parsed, rows_of
-from tests.helpers.vlm_samples import save_blip, save_llava, save_llava_original, with_pretrained
+from tests.helpers.vlm_samples import (
+    save_blip,
+    save_idefics3,
+    save_llava,
+    save_llava_original,
+    with_pretrained,
+)
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section
 
@@ -125,6 +131,30 @@ def test_llavas_of_another_shape_are_refused(
 ) -> None:
     folder, text = llava
     change_config(folder, **changes)
+    with pytest.raises(ModelError, match=message):
+        model_section(parsed(text))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"do_image_splitting": False}, r"not cut in tiles .* expected true"),
+        ({"resample": 3}, "or not by Lanczos.* expected resample: 1"),
+        ({"do_normalize": False}, "does not resize, rescale and normalise"),
+        ({"rescale_factor": 1.0}, r"pixels scaled by 1\.0"),
+        ({"size": {"longest_edge": 5000}}, "expected a longest_edge from 32 to 4096"),
+        ({"size": {"height": 64, "width": 64}}, "expected a longest_edge from 32 to 4096"),
+    ],
+)
+def test_idefics3_with_other_images_is_refused(
+    changes: dict[str, Any], message: str, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    save_idefics3(tmp_path / "vlm", "idefics3")
+    file = tmp_path / "vlm" / "processor_config.json"
+    written = json.loads(file.read_text())
+    written["image_processor"] |= changes
+    file.write_text(json.dumps(written))
+    text = with_pretrained(tiny_recipe("causal"), tmp_path / "vlm", "idefics3")
     with pytest.raises(ModelError, match=message):
         model_section(parsed(text))
 

@@ -292,6 +292,58 @@ def save_blip(folder: Path, rows: Sequence[Conversation], kind: Blip, **changes:
     return theirs
 
 
+IDEFICS3_SIDE = 32
+"""Pixels of a frame's side, of 4 x 4 patches; a frame takes 4 tokens."""
+
+
+def save_idefics3(
+    folder: Path,
+    kind: Literal["idefics3", "smolvlm"],
+    *,
+    tied: bool = False,
+    smolvlm_tokenizer: bool = False,
+) -> Any:
+    """A tiny Idefics3 or SmolVLM with its processor, whose images are at most 2 x 2 tiles.
+
+    An Idefics3 with SmolVLM's tokenizer is what the first SmolVLMs are.
+    """
+    import transformers
+
+    name = "Idefics3" if kind == "idefics3" else "SmolVLM"
+    words = "smolvlm" if smolvlm_tokenizer else kind
+    tokenizer = marked_tokenizer(words, rows_and_columns=words == "smolvlm")
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    vision = {**VISION, "image_size": IDEFICS3_SIDE, "patch_size": 8}
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{name}Config")(
+        vision_config=vision,
+        text_config={"model_type": "llama", **LLAMA, **ids, "vocab_size": len(tokenizer) + 3},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=tied,
+        scale_factor=2,
+    )
+    theirs = stir(getattr(transformers, f"{name}ForConditionalGeneration")(config))
+    theirs.save_pretrained(folder)
+    options: Any = {
+        "size": {"longest_edge": 2 * IDEFICS3_SIDE},
+        "max_image_size": {"longest_edge": IDEFICS3_SIDE},
+    }
+    video = [transformers.SmolVLMVideoProcessor()] if kind == "smolvlm" else []
+    processor = getattr(transformers, f"{name}Processor")(
+        getattr(transformers, f"{name}ImageProcessor")(**options),
+        tokenizer,
+        *video,
+        image_seq_len=4,
+        chat_template=CHAT_TEMPLATES[words],
+    )
+    processor.save_pretrained(folder)
+    return theirs
+
+
 def their_inputs(folder: Path, row: Conversation, text: str) -> Any:
     """Inputs that a model's own processor makes of a row's image and a text."""
     from PIL import Image

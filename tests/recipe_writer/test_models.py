@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.vlm_samples import save_idefics3
 from vlm_tune.config.model import ModelSection
 from vlm_tune.recipe_writer import fit as fitting
 from vlm_tune.recipe_writer.choose import batches, held_out, set_data, set_evaluation, set_training
@@ -14,7 +15,7 @@ from vlm_tune.recipe_writer.draft import Draft
 from vlm_tune.recipe_writer.fit import Drafted, Fit, fit
 from vlm_tune.recipe_writer.look import Facts
 from vlm_tune.recipe_writer.machine import Machine
-from vlm_tune.recipe_writer.models import ModelChoice, candidates, shape_tower
+from vlm_tune.recipe_writer.models import ModelChoice, candidates, named_model, shape_tower
 
 CPU = Machine("a CPU", None, 8_000_000_000, 2, hub=False)
 GPU = Machine("a GPU", 9.0, 24_000_000_000, 8, hub=True)
@@ -109,6 +110,19 @@ def test_shares_follow_the_number_of_images() -> None:
     assert shares(FACTS, validation=[{"path": "val.jsonl"}]) == {"test": 0.1}
     stratified = shares(replace(FACTS, smallest_class=12))
     assert stratified == {"validation": 0.1, "test": 0.1, "stratify": True}
+
+
+def test_a_model_that_cuts_images_is_left_to_cut_them(tmp_path: Path) -> None:
+    """Its chat format follows from its tokenizer: the first SmolVLMs are stored as Idefics3."""
+    facts = replace(FACTS, elongated=1.0, most_images=8)
+    for folder, marked in (("one", False), ("other", True)):
+        save_idefics3(tmp_path / folder, "idefics3", smolvlm_tokenizer=marked)
+        choice = named_model(str(tmp_path / folder), None)
+        draft = draft_of(choice, CPU, facts, 1)
+        assert draft.values["data.template"] == ("smolvlm" if marked else "idefics3")
+        assert "model.tower" not in draft.values
+        assert choice.splits and choice.image_tokens == 5 * (4 + 3)
+        assert draft.values["data.max_length"] >= 8 * 5 * 7
 
 
 def test_rows_of_many_images_get_fewer_tokens_for_each() -> None:

@@ -177,6 +177,9 @@ class PixelShuffleConnector(Projector):
     depth: Depth = Field(
         default=2, description="linear layers with GELU between them (Idefics3 and SmolVLM have 1)"
     )
+    bias: bool = Field(
+        default=True, description="whether the linear layers have biases (Idefics3's has none)"
+    )
 
 
 class AvgPoolConnector(Projector):
@@ -361,7 +364,7 @@ class PretrainedLlm(Config):
 
 
 class PretrainedModel(Config):
-    """An existing vision-language model to start from (LLaVA-1.5, BLIP-2, InstructBLIP).
+    """An existing vision-language model to start from (LLaVA-1.5, BLIP-2, SmolVLM and others).
 
     Its tower, connector and LLM are used. Options set under `tower` override the checkpoint's own.
     """

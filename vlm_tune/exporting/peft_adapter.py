@@ -19,13 +19,13 @@ from vlm_tune.exporting.verify import probe_rows
 from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_model, load_model
 from vlm_tune.model.committed_folders import verify_folder
+from vlm_tune.model.families.registry import find_vlm
 from vlm_tune.model.hub import read_json
 from vlm_tune.model.lora import PREFIX
 from vlm_tune.model.pretrained.language_model import load_llm, make_room
 from vlm_tune.model.restoring import ADAPTERS, read_config
 from vlm_tune.model.restoring import BESIDE as OWN
 from vlm_tune.model.vlm import VisionLanguageConfig
-from vlm_tune.model.vlm_layouts import find_vlm
 from vlm_tune.model.weights import read_safetensors, write_safetensors
 from vlm_tune.quoting import applying, quoted
 

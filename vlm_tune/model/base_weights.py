@@ -23,9 +23,9 @@ from vlm_tune.config.model import AnyTower, Llm
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError
 from vlm_tune.model.base_places import Base, BaseChoice, tower_paths
+from vlm_tune.model.families.registry import find_vlm
 from vlm_tune.model.hub import read_json
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section
-from vlm_tune.model.vlm_layouts import find_vlm
 from vlm_tune.model.weights import check_folder, check_safetensors
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted

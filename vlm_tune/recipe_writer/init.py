@@ -152,7 +152,8 @@ def _draft(
     draft.set("name", name)
     draft.set("output", f"runs/{name}")
     draft.set("seed", 0)
-    shape_tower(draft, facts, choice.size)
+    if not choice.splits:
+        shape_tower(draft, facts, choice.size)
     set_data(draft, facts, sources, choice)
     set_training(draft, facts, machine, choice, batches(facts, choice)[0])
     set_evaluation(draft, facts, choice)

@@ -6,12 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from vlm_tune.config.model import Llm
+from vlm_tune.data.chat.template import load_template
+from vlm_tune.data.images.split import split_of
 from vlm_tune.errors import ModelError, Problem, RecipeError
+from vlm_tune.model.connectors.registry import build_connector
+from vlm_tune.model.families.base import Vlm
+from vlm_tune.model.families.registry import family_names, find_vlm
 from vlm_tune.model.hub import is_ours, read_json
 from vlm_tune.model.pretrained.language_model import llm_config
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
-from vlm_tune.model.vlm_layouts import Vlm, find_vlm
+from vlm_tune.model.vision.registry import meta_tower
 from vlm_tune.paths import is_file, is_folder
 from vlm_tune.quoting import quoted
 from vlm_tune.recipe_writer.draft import Draft
@@ -38,6 +45,8 @@ SCRATCH_TOKENS = 16
 MOST_TOKENS = 1024
 """Tokens of an image: of the small towers, of CLIP ViT-L/14 at 336 pixels, of the tower from random
 weights, and at most of one that the user names."""
+MARKERS = 3
+"""Tokens that mark a tile where a tokenizer has tokens for rows and columns."""
 SCRATCH_SIDES = (64, 128)
 """Sides of images that the tower from random weights reads; the larger for larger images."""
 
@@ -49,7 +58,7 @@ Size = Literal["scratch", "small", "large"]
 class ModelChoice:
     """A model in words, its size and kind, and a draft with what the recipe says about it.
 
-    `image_tokens` is the most that an image takes.
+    `image_tokens` is the most that an image takes. With `splits` the model cuts images in its way.
     """
 
     name: str
@@ -57,6 +66,7 @@ class ModelChoice:
     causal: bool
     draft: Draft
     image_tokens: int
+    splits: bool = False
 
 
 def candidates(
@@ -135,23 +145,51 @@ def named_model(model: str, tower: str | None) -> ModelChoice:
         template = config.get("template", {}).get("name", "chatml")
         causal = config.get("model", {}).get("llm", {}).get("kind") == "causal"
         whole = _whole(model, template, causal, "named by --model")
-        return replace(whole, size="small")
+        cuts = config.get("model", {}).get("tower", {}).get("split") is not None
+        return replace(whole, size="small", splits=cuts)
     vlm = find_vlm(model)
     if vlm is not None:
         _refuse_tower(model, tower)
         causal = is_causal(vlm)
-        return _whole(model, "vicuna" if causal else "blip2", causal, "named by --model")
+        whole = _whole(model, whole_template(vlm), causal, "named by --model")
+        tokens = _split_tokens(vlm)
+        return whole if tokens is None else replace(whole, image_tokens=tokens, splits=True)
     config = llm_config(Llm(kind="causal", name=model))
     if getattr(config, "vision_config", None) is not None:
         raise ModelError(
             f"--model: {quoted(model)} is a vision-language model of the kind {config.model_type}; "
-            "LLaVA-1.5, BLIP-2 and InstructBLIP are loaded whole, others are not: name one of "
+            f"{family_names()} are loaded whole, others are not: name one of "
             "these, or an LLM (and --tower)"
         )
     if config.is_encoder_decoder:
         return _under_tower(model, "seq2seq", "flan", tower, _width(config), "named by --model")
     template = causal_template(model)
     return _under_tower(model, "causal", template, tower, _width(config), "named by --model")
+
+
+def whole_template(vlm: Vlm) -> str:
+    """The chat format of a vision-language model, by the control tokens that its tokenizer has."""
+    *others, last = vlm.family.templates
+    if not others:
+        return last
+    vocabulary = load_tokenizer(Llm(kind="causal", name=vlm.name)).get_vocab()
+    for name in others:
+        if vocabulary.keys() >= set(load_template(name).control_tokens):
+            return name
+    return last
+
+
+def _split_tokens(vlm: Vlm) -> int | None:
+    """The most tokens of an image that a model cuts in its way; None for one that cuts none."""
+    section, projector, _ = vlm.family.parts(vlm)
+    split = split_of(section.split)
+    if split is None:
+        return None
+    tower = meta_tower(section)
+    tokens, width = tower.measure()
+    with torch.device("meta"):
+        connector = build_connector(projector, width, width)
+    return split.most(tower.image_size) * (connector.tokens(tokens) + MARKERS)
 
 
 def is_causal(vlm: Vlm) -> bool:

@@ -92,11 +92,11 @@ def entry(config: Projector, width: int) -> nn.Module:
     return nn.LayerNorm(width) if config.norm else nn.Identity()
 
 
-def mlp(width: int, llm_width: int, depth: int) -> nn.Sequential:
+def mlp(width: int, llm_width: int, depth: int, bias: bool = True) -> nn.Sequential:
     """An MLP of `depth` linear layers with GELU between them."""
-    layers: list[nn.Module] = [nn.Linear(width, llm_width)]
+    layers: list[nn.Module] = [nn.Linear(width, llm_width, bias=bias)]
     for _ in range(depth - 1):
-        layers += [nn.GELU(), nn.Linear(llm_width, llm_width)]
+        layers += [nn.GELU(), nn.Linear(llm_width, llm_width, bias=bias)]
     return nn.Sequential(*layers)
 
 
@@ -148,7 +148,7 @@ class PixelShuffle(Connector):
         self.factor = config.factor
         joined = width * config.factor**2
         self.norm = entry(config, joined)
-        self.layers = mlp(joined, llm_width, config.depth)
+        self.layers = mlp(joined, llm_width, config.depth, config.bias)
 
     def tokens(self, tower_tokens: int) -> int:
         """The tower's tokens divided by factor²."""

@@ -12,7 +12,9 @@ from vlm_tune.config.model import AnyConnector, CrossAttentionConnector, FusionC
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.projectors import Linear, Mlp
 from vlm_tune.model.connectors.qformer import QFormer
-from vlm_tune.model.vlm_layouts import QFORMER_TOKENIZER, find_vlm, part_tensors
+from vlm_tune.model.families.base import part_tensors
+from vlm_tune.model.families.blip import QFORMER_TOKENIZER
+from vlm_tune.model.families.registry import family_names, find_vlm
 from vlm_tune.model.weights import load_into, read_safetensors, safetensors_shapes
 from vlm_tune.paths import is_file
 from vlm_tune.quoting import quoted, reason_of
@@ -119,8 +121,7 @@ def _read(weights: str) -> Tensors:
     if vlm is None:
         raise ModelError(
             f"model.connector.weights: {quoted(weights)} is neither a safetensors file "
-            "nor a vision-language model of a known kind "
-            "(LLaVA-1.5, BLIP-2, InstructBLIP)"
+            f"nor a vision-language model of a known kind ({family_names()})"
         )
     return part_tensors(vlm, "connector")
 
@@ -136,7 +137,7 @@ def _renamed(connector: nn.Module, tensors: Tensors, name: str) -> Tensors:
     Raises:
         ModelError: the tensors are those of another kind of connector.
     """
-    if tensors.keys() == connector.state_dict().keys():
+    if tensors.keys() <= connector.state_dict().keys():
         return tensors
     other = next(
         (

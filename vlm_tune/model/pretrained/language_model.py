@@ -19,12 +19,12 @@ from vlm_tune.compat import (
 )
 from vlm_tune.config.model import Llm, Scratch
 from vlm_tune.errors import ModelError
+from vlm_tune.model.families.base import Vlm, language_names
+from vlm_tune.model.families.registry import find_vlm
 from vlm_tune.model.hub import check_base, config_source, load_reason
 from vlm_tune.model.layer_index import block_names
-from vlm_tune.model.pretrained.vlm_checkpoints import language_config, language_names
 from vlm_tune.model.quantized_stub import pack_linears
 from vlm_tune.model.vlm import VisionLanguageNetwork
-from vlm_tune.model.vlm_layouts import Vlm, find_vlm
 from vlm_tune.model.weights import CPU, check_folder, check_loading, own_memory
 from vlm_tune.paths import is_file, is_folder
 from vlm_tune.quoting import quoted, reason_of
@@ -96,7 +96,7 @@ def llm_config(llm: Llm, folder: Path | None = None) -> Any:
         check_base(str(llm.name), "model.llm.name")
     vlm = find_vlm(str(llm.name)) if folder is None else None
     if vlm is not None:
-        return language_config(vlm)
+        return vlm.family.language(vlm)
     options: dict[str, Any] = (
         {"gguf_file": llm.gguf_file} if llm.gguf_file and folder is None else {}
     )
@@ -242,7 +242,7 @@ def load_llm(
     options |= {"use_safetensors": True, **packing, **placing}
     vlm = find_vlm(name) if folder is None else None
     if vlm is not None:
-        config = language_config(vlm)
+        config = vlm.family.language(vlm)
         options |= {"config": config, "key_mapping": language_names(vlm, config)}
     return _fit_attention(_loaded(factory, name, options, vlm), llm)
 

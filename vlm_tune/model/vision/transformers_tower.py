@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torch import nn
 
 from vlm_tune.config.model import TransformersTower
 from vlm_tune.errors import ModelError
+from vlm_tune.model.families.base import part_tensors
+from vlm_tune.model.families.registry import family_names, find_vlm
 from vlm_tune.model.hub import check_base, config_source, load_reason
 from vlm_tune.model.vision.base import (
     CLIP_MEAN,
@@ -20,7 +23,6 @@ from vlm_tune.model.vision.base import (
     FeatureMaps,
     VisionTower,
 )
-from vlm_tune.model.vlm_layouts import find_vlm, part_tensors
 from vlm_tune.model.weights import check_folder, check_loading, load_into
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted
@@ -28,12 +30,30 @@ from vlm_tune.quoting import quoted
 HALF = (0.5, 0.5, 0.5)
 
 
+def _states(model: Any, pixels: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The last hidden states [B, N, D] of a vision model."""
+    return model(pixel_values=pixels, **options).last_hidden_state
+
+
+def _states_of_whole_images(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """`_states` of a vision model that takes padded images, for images without padding.
+
+    Its own forward pass looks at the mask's values, for which a GPU waits and a plan has none.
+    """
+    batch, _, height, width = pixels.shape
+    grid = (batch, height // model.patch_size, width // model.patch_size)
+    mask = torch.ones(grid, dtype=torch.bool, device=pixels.device)
+    states = model.embeddings(pixel_values=pixels, patch_attention_mask=mask)
+    return model.encoder(inputs_embeds=states).last_hidden_state
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of vision models in transformers.
 
     It has the names of the classes, of the blocks and of the last norm, and the normalisation of
-    pixels. `mean` and `std` are for checkpoints without `preprocessor_config.json`.
+    pixels. `mean` and `std` are for checkpoints without `preprocessor_config.json`. `states` gives
+    a model's last hidden states.
     """
 
     config: str
@@ -44,6 +64,7 @@ class Family:
     std: tuple[float, float, float]
     class_token: bool = True
     asks_to_interpolate: bool = False
+    states: Callable[..., torch.Tensor] = _states
 
 
 FAMILIES = {
@@ -96,6 +117,26 @@ FAMILIES = {
         IMAGENET_MEAN,
         IMAGENET_STD,
     ),
+    "idefics3_vision": Family(
+        "Idefics3VisionConfig",
+        "Idefics3VisionTransformer",
+        "layers",
+        "post_layernorm",
+        HALF,
+        HALF,
+        class_token=False,
+        states=_states_of_whole_images,
+    ),
+    "smolvlm_vision": Family(
+        "SmolVLMVisionConfig",
+        "SmolVLMVisionTransformer",
+        "layers",
+        "post_layernorm",
+        HALF,
+        HALF,
+        class_token=False,
+        states=_states_of_whole_images,
+    ),
 }
 """Families by transformers' model_type."""
 
@@ -137,6 +178,7 @@ class TransformersVision(VisionTower):
         _drop_unused(model)
         self.rebuild = source
         self.model = model
+        self.states = family.states
         self.class_token = config.class_token
         self.side, left = divmod(self.image_size, vision["patch_size"])
         if left or not self.side:
@@ -150,7 +192,7 @@ class TransformersVision(VisionTower):
         self.options = {"interpolate_pos_encoding": True} if resized else {}
 
     def maps(self, pixels: torch.Tensor) -> FeatureMaps:
-        hidden = self.norm(self.model(pixel_values=pixels, **self.options).last_hidden_state)
+        hidden = self.norm(self.states(self.model, pixels, **self.options))
         # The class token and registers come first.
         patches = hidden[:, hidden.shape[1] - self.side**2 :]
         return [patches.transpose(1, 2).unflatten(2, (self.side, self.side))], hidden[
@@ -188,10 +230,11 @@ def transformers_config(name: str) -> dict[str, Any]:
             f"model.tower.name: can't load the tower {quoted(name)}: {load_reason(name, error)}"
         ) from None
     vision = getattr(whole, "vision_config", whole)
-    family = FAMILIES.get(vision.model_type)
+    described = vision.to_dict()  # an instance may bear the type that its file has
+    family = FAMILIES.get(described["model_type"])
     if family is None:
         raise ModelError(
-            f"the tower {quoted(name)} is of type {vision.model_type}; "
+            f"the tower {quoted(name)} is of type {described['model_type']}; "
             f"known are {', '.join(FAMILIES)}"
         )
     try:
@@ -202,7 +245,7 @@ def transformers_config(name: str) -> dict[str, Any]:
         "mean": pixels.get("image_mean") or family.mean,
         "std": pixels.get("image_std") or family.std,
     }
-    return {"vision_config": vision.to_dict(), **{key: list(value) for key, value in scale.items()}}
+    return {"vision_config": described, **{key: list(value) for key, value in scale.items()}}
 
 
 def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[str, Any]) -> Any:
@@ -221,7 +264,7 @@ def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[s
     if config.weights is not None:
         raise ModelError(
             f"model.tower.weights: {quoted(config.weights)} is no vision-language model "
-            "of a known kind (LLaVA-1.5, BLIP-2)"
+            f"of a known kind ({family_names()})"
         )
     if is_folder(name):
         check_folder(Path(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vlm_tune.model.vlm_layouts import find_vlm
+from vlm_tune.model.families.registry import find_vlm
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
 from vlm_tune.recipe_writer.converting.models import lora_rule, set_model
 from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources, source_of

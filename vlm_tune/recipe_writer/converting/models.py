@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from vlm_tune.errors import ModelError
-from vlm_tune.model.vlm_layouts import stored_config, vlm_of
+from vlm_tune.model.families.registry import family_names, stored_config, vlm_of
 from vlm_tune.quoting import quoted
 from vlm_tune.recipe_writer.converting.conversion import Conversion
 from vlm_tune.recipe_writer.models import (
     LARGE_WIDTH,
     LLAVA,
     causal_template,
-    is_causal,
     named_model,
     tower_section,
+    whole_template,
 )
 
 Family = Literal["llava", "other", "text"]
@@ -55,7 +55,7 @@ def set_model(
     vlm = None if config is None else vlm_of(name, config)
     if vlm is not None:
         family = "llava"
-        template = "vicuna" if is_causal(vlm) else "blip2"
+        template = whole_template(vlm)
     elif config is not None:
         family = "other" if "vision_config" in config else "text"
     if family == "text":
@@ -63,7 +63,7 @@ def set_model(
         return True
     if family == "other":
         reason = (
-            "LLaVA-1.5, BLIP-2 and InstructBLIP are loaded whole, others are not; the recipe takes "
+            f"{family_names()} are loaded whole, others are not; the recipe takes "
             f"{LLAVA} (--model chooses another)"
         )
         conversion.arguments.refuse(key, name, reason)

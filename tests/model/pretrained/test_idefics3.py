@@ -1,0 +1,156 @@
+"""Recipes that start from an Idefics3 or a SmolVLM: trained, resumed, planned, joined, merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from tests.helpers.tiny_models import (
+    LORA_TUNE,
+    assert_close,
+    assert_same_outputs,
+    batch_of,
+    built,
+    examples_of,
+    interrupted,
+    largest,
+    loss_and_gradients,
+    parsed,
+    rows_of,
+    tuned_by,
+    wake_adapters,
+    with_tune,
+)
+from tests.helpers.vlm_samples import save_idefics3, with_pretrained
+from tests.invariants.test_resume import assert_same_runs, run_of
+from vlm_tune.api import sft
+from vlm_tune.data.prepare.run import prepare
+from vlm_tune.exporting.merge import merge
+from vlm_tune.generation.answering import answer_prompts
+from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.memory_plan.plan import plan
+from vlm_tune.model.build import build_processor
+from vlm_tune.model.checkpoint import load_model
+from vlm_tune.model.language.decoding import Decoding
+
+Tiny = Callable[..., str]
+
+
+@pytest.fixture
+def smolvlm(tiny_recipe: Tiny, tmp_path: Path) -> str:
+    """A recipe over a tiny SmolVLM: LoRA on the LLM, the connector in full."""
+    save_idefics3(tmp_path / "vlm", "smolvlm")
+    return with_tune(with_pretrained(tiny_recipe("causal"), tmp_path / "vlm", "smolvlm"), LORA_TUNE)
+
+
+def logits_of(model: VisionLanguageModel, rows: Any) -> torch.Tensor:
+    with torch.no_grad():
+        batch = batch_of(
+            model.eval(), [example for row in rows for example in model.processor.examples(row)]
+        )
+        return model.llm.supervised_logits(model.embed(batch), batch)
+
+
+def test_losses_gradients_and_answers_of_branches_equal_rows(
+    smolvlm: str, color_rows: Path
+) -> None:
+    recipe = parsed(smolvlm)
+    model = built(recipe)
+    tuned_by(model, recipe)
+    wake_adapters(model)
+    grouped = recipe.data.model_copy(update={"group": "image"})
+    branches = examples_of(prepare(grouped, grouped.train, model.processor, seed=recipe.seed))
+    assert [(len(example.media), example.questions) for example in branches] == [(5, 2)] * 4
+    rows = [example for row in rows_of(recipe) for example in model.processor.examples(row)]
+    alone, expected = loss_and_gradients(model, [batch_of(model, [example]) for example in rows])
+    together, gradients = loss_and_gradients(model, [batch_of(model, branches)])
+    assert float(together) == pytest.approx(float(alone), rel=1e-5)
+    assert_close(gradients, expected)
+    model.eval()
+    prompts = model.processor.prompts(rows_of(recipe))
+    fetch = model.processor.images
+    one_by_one = [
+        answer_prompts(model, [prompt], Decoding(4), fetch=fetch)[0] for prompt in prompts
+    ]
+    assert answer_prompts(model, prompts, Decoding(4), fetch=fetch) == one_by_one
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_bit_for_bit_and_merged_without_the_original(
+    smolvlm: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"train__log_every": 1, "evaluate__every": 2}
+    whole, stopped = (
+        parsed(
+            smolvlm.replace(str(tmp_path / "run"), str(tmp_path / name)),
+            **settings,
+            train__checkpoints={"keep": 10},
+        )
+        for name in ("whole", "stopped")
+    )
+    sft(whole)
+    interrupted(lambda show: run_of(stopped, show=show), stage=0, step=2)
+    run_of(stopped, resume=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "stopped")
+    trained = load_model(tmp_path / "whole", dtype=torch.float32, model_class=VisionLanguageModel)
+    rows = rows_of(whole)
+    expected = logits_of(trained, rows)
+    assert largest(logits_of(built(whole), rows), expected) > 1e-3
+    merge(tmp_path / "whole", tmp_path / "merged", dtype="fp32")
+    (tmp_path / "vlm").rename(tmp_path / "gone")
+    merged = load_model(tmp_path / "merged", dtype=torch.float32, model_class=VisionLanguageModel)
+    assert merged.processor.images == trained.processor.images
+    assert largest(logits_of(merged, rows), expected) <= 1e-4
+    again = built(parsed(smolvlm.replace(str(tmp_path / "vlm"), str(tmp_path / "merged"))))
+    assert largest(logits_of(again, rows), expected) <= 1e-4
+
+
+def test_the_plan_reads_no_weights_and_knows_every_frame(smolvlm: str, tmp_path: Path) -> None:
+    recipe = parsed(smolvlm)
+    model = built(recipe)
+    tuned = tuned_by(model, recipe)
+    (tmp_path / "vlm" / "model.safetensors").unlink()
+    (stage,) = plan(recipe).stages
+    assert [(row.match, row.trained, row.total) for row in stage.tuning] == [
+        (row.match, row.trained, row.total) for row in tuned.table
+    ]
+    processor = build_processor(recipe, [])
+    for row in rows_of(recipe):
+        planned, example = processor.prompt(row), model.processor.prompt(row)
+        assert planned.input_ids.tolist() == example.input_ids.tolist()
+        assert planned.media == example.media
+
+
+def test_fewer_tiles_by_the_recipe(smolvlm: str) -> None:
+    split = "model: {tower: {split: {kind: idefics3, longest_edge: 32}}, "
+    model = built(parsed(smolvlm.replace("model: {", split)))
+    (row, *_) = rows_of(parsed(smolvlm))
+    assert len(model.processor.prompt(row).media) == 1
+    saved = model.config.model.tower.split
+    assert saved is not None and saved.longest_edge == 32
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])
+def test_a_head_that_is_the_embedding(
+    kind: Literal["idefics3", "smolvlm"], tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    """It is where the whole model's config says so, whatever the LLM's own says."""
+    theirs = save_idefics3(tmp_path / "vlm", kind, tied=True)
+    written = json.loads((tmp_path / "vlm" / "config.json").read_text())
+    assert not written["text_config"]["tie_word_embeddings"]
+    recipe = parsed(with_pretrained(tiny_recipe("causal"), tmp_path / "vlm", kind))
+    model = built(recipe)
+    language: Any = model.llm.model
+    assert language.get_output_embeddings().weight is language.get_input_embeddings().weight
+    assert torch.equal(language.lm_head.weight, theirs.lm_head.weight)
+    model.config = model.config.model_copy(update={"precision": "fp32"})
+    model.changed |= {"llm", "tower"}
+    model.save_pretrained(tmp_path / "saved")
+    again = VisionLanguageModel.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    rows = rows_of(recipe)
+    assert_same_outputs(logits_of(again, rows), logits_of(model, rows))
