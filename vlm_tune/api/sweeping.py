@@ -55,7 +55,7 @@ def sweep(
             search that it can't take.
     """
     loaded = as_recipe(recipe, overrides)
-    check_count("--trials", trials)
+    check_count("--trials", trials or 0)
     if output is not None:
         check_path("output", output)
     folder = Path(f"{loaded.output.rstrip('/')}-sweep" if output is None else output)
