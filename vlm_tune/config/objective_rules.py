@@ -1,4 +1,4 @@
-"""Checks for settings of an objective of preferences that contradict each other or other keys."""
+"""Checks for settings of preferences and rewards that contradict each other or other keys."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ CONTINUED = (
 
 
 def objective_contradictions(raw: Any) -> list[Fault]:
-    """Returns faults of an objective of preferences; `raw` holds unchecked values."""
+    """Returns faults of an objective of preferences or rewards; `raw` holds unchecked values."""
     objective = value_at(raw, "objective")
-    if not isinstance(objective, dict) or objective.get("kind") not in list(JUDGED_FORMS):
+    if not isinstance(objective, dict) or objective.get("kind") not in [*JUDGED_FORMS, "grpo"]:
         return []
-    faults = [*_layout_contradictions(raw, objective), *_reference_contradictions(raw, objective)]
-    return faults + (_loss_contradictions(objective) if objective["kind"] == "dpo" else [])
+    faults = [*_layout_contradictions(raw), *_reference_contradictions(raw, objective)]
+    match objective["kind"]:
+        case "grpo":
+            return faults + _sampling_contradictions(raw, objective)
+        case "dpo":
+            faults += _loss_contradictions(objective)
+    return faults + _judging_contradictions(raw, objective)
 
 
 def _loss_contradictions(objective: dict[str, Any]) -> list[Fault]:
@@ -64,13 +69,32 @@ def _loss_contradictions(objective: dict[str, Any]) -> list[Fault]:
     )
 
 
-def _layout_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]:
+def _layout_contradictions(raw: Any) -> list[Fault]:
     """Returns faults of rows in which answers to one prompt can't be told apart or joined."""
     seq2seq = value_at(raw, "model", "llm", "kind") == "seq2seq"
     reads = (
         value_at(raw, "model", "connector", "text") is True
         or value_at(raw, "model", "connector", "kind") == "fusion"
     )
+    return broken(
+        (
+            seq2seq and adds_virtual_tokens(raw),
+            ("objective", "kind"),
+            "virtual tokens (how: prompt or prefix) stand before one answer of an "
+            "encoder-decoder, and this objective compares several; use LoRA",
+        ),
+        (
+            reads and not seq2seq,
+            ("objective", "kind"),
+            "a text-conditioned connector reads an image once an answer, and this objective "
+            "compares several answers to one reading; use another connector",
+        ),
+    )
+
+
+def _judging_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]:
+    """Returns faults of an objective of preferences beside the data and the evaluation."""
+    seq2seq = value_at(raw, "model", "llm", "kind") == "seq2seq"
     estimates = objective["kind"] == "kto" and objective.get("loss_type", "kto") == "kto"
     scored_by = objective.get("scored_by", "rewards/accuracies")
     return broken(
@@ -87,18 +111,6 @@ def _layout_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]:
             "rows of preferences",
         ),
         (
-            seq2seq and adds_virtual_tokens(raw),
-            ("objective", "kind"),
-            "virtual tokens (how: prompt or prefix) stand before one answer of an "
-            "encoder-decoder, and preferences compare several; use LoRA",
-        ),
-        (
-            reads and not seq2seq,
-            ("objective", "kind"),
-            "a text-conditioned connector reads an image once an answer, and preferences compare "
-            "several answers to one reading; use another connector",
-        ),
-        (
             estimates and value_at(raw, "data", "streaming") is True,
             ("data", "streaming"),
             "loss_type kto compares answers with those of other rows, which a stream does not "
@@ -107,14 +119,61 @@ def _layout_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]:
     )
 
 
+def _sampling_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]:
+    """Returns faults of an objective that samples completions and rewards them."""
+    functions = objective.get("reward_funcs", ["exact_match"])
+    weights = objective.get("reward_weights")
+    number = len(functions) if isinstance(functions, list) else 0
+    return broken(
+        (
+            isinstance(weights, list) and len(weights) != number,
+            ("objective", "reward_weights"),
+            f"reward_funcs and reward_weights differ in length ({number} and "
+            f"{len(weights) if isinstance(weights, list) else 0})",
+        ),
+        (
+            value_at(raw, "data", "packing") is True,
+            ("data", "packing"),
+            "grpo samples completions of each prompt, and packed rows have several; use "
+            "packing: false, and group: image for prompts about one image",
+        ),
+        (
+            value_at(raw, "data", "streaming") is True,
+            ("data", "streaming"),
+            "grpo samples completions of prepared rows; prepare them (streaming: false)",
+        ),
+        (
+            value_at(raw, "data", "overlong") == "split",
+            ("data", "overlong"),
+            "grpo samples the last answer of a row, and parts of a row have other last answers; "
+            "use fail, drop or trim",
+        ),
+        (
+            isinstance(value_at(raw, "data", "augment"), dict),
+            ("data", "augment"),
+            "grpo samples completions of images as they are; leave data.augment out",
+        ),
+        (
+            _shards(raw),
+            ("engine",),
+            "the engine shards the weights, and grpo samples completions with whole ones; use "
+            "ddp, or deepspeed with stage 2",
+        ),
+    )
+
+
+def _shards(raw: Any) -> bool:
+    """Whether the engine shards the weights."""
+    engine = value_at(raw, "engine", "kind")
+    return engine == "fsdp" or (engine == "deepspeed" and value_at(raw, "engine", "stage") == 3)
+
+
 def _reference_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]:
     """Returns faults of the reference model."""
-    if objective["kind"] not in ("dpo", "kto"):
+    if not _compares(objective):
         return []
     reference = objective.get("reference", "adapter_off")
     others = _not_switched_off(written_rules(raw))
-    engine = value_at(raw, "engine", "kind")
-    sharded = engine == "fsdp" or (engine == "deepspeed" and value_at(raw, "engine", "stage") == 3)
     return broken(
         (
             reference == "adapter_off" and others,
@@ -124,7 +183,7 @@ def _reference_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault
             "precomputed",
         ),
         (
-            reference != "adapter_off" and sharded,
+            reference != "adapter_off" and _shards(raw),
             ("objective", "reference"),
             f"the engine shards the weights, and reference: {reference} needs them whole; use "
             "adapter_off, or another engine",
@@ -140,6 +199,12 @@ def _reference_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault
             "precomputed is of images as they are, and data.augment changes them in each epoch",
         ),
     )
+
+
+def _compares(objective: Any) -> bool:
+    """Whether an objective has a reference model."""
+    kind = value_at(objective, "kind")
+    return kind in ("dpo", "kto") or (kind == "grpo" and bool(value_at(objective, "beta")))
 
 
 def _not_switched_off(rules: Sequence[dict[str, Any]]) -> list[str]:
@@ -159,9 +224,8 @@ def later_adapter_fault(earlier: Sequence[Any], raw: Any) -> list[Fault]:
     Switched off, these would give the model before that stage.
     """
     objective = value_at(raw, "objective")
-    kind = value_at(objective, "kind")
     continued = any(adapter in _adapters(raw) for adapter in _adapters((earlier or [None])[-1]))
-    off = kind in ("dpo", "kto") and (value_at(objective, "reference") in (None, "adapter_off"))
+    off = _compares(objective) and value_at(objective, "reference") in (None, "adapter_off")
     return broken((continued and off, ("objective", "reference"), CONTINUED))
 
 

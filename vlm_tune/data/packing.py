@@ -229,10 +229,42 @@ def answers_layout(examples: Sequence[Example]) -> Example:
 
 def pair_layout(chosen: Example, rejected: Example, layout: str) -> Example:
     """The chosen and the rejected answer to one prompt as one row, in which the prompt is once."""
-    pair = [numbered(chosen, CHOSEN), replace(numbered(rejected, REJECTED), questions=0)]
+    return _answered_layout([numbered(chosen, CHOSEN), numbered(rejected, REJECTED)], layout)
+
+
+def group_layout(completed: Sequence[Example], layout: str) -> Example:
+    """Completions of one prompt as one row, in which the prompt is once.
+
+    They have the numbers of answers that are judged alone.
+    """
+    rows = [
+        numbered(example, ANSWER_KINDS * place + CHOSEN) for place, example in enumerate(completed)
+    ]
+    return _answered_layout(rows, layout)
+
+
+def _answered_layout(answered: Sequence[Example], layout: str) -> Example:
+    """Numbered answers to one prompt, which count as one question, as one row."""
+    first, *others = answered
+    rows = [first, *(replace(other, questions=0) for other in others)]
     if layout == "seq2seq":
-        return answers_layout(pair)
-    return _tree(_added(0, pair, [])).row
+        return answers_layout(rows)
+    return _tree(_added(0, rows, [])).row
+
+
+def completed(prompt: Example, ids: Sequence[int], layout: str) -> Example:
+    """A prompt with a completion, whose ids, at least one, are all supervised."""
+    answer = np.asarray(ids, dtype=np.int32)
+    if layout == "seq2seq":
+        return replace(prompt, labels=answer)
+    before = np.full(len(prompt.input_ids) - 1, IGNORE_INDEX, dtype=np.int32)
+    return replace(
+        prompt,
+        # The prompt's last token predicts the completion's first one.
+        input_ids=np.concatenate([prompt.input_ids, answer[:-1]]),
+        labels=np.concatenate([before, answer]),
+        image_mask=np.concatenate([prompt.image_mask, np.zeros(len(answer) - 1, dtype=bool)]),
+    )
 
 
 def with_mismatched(

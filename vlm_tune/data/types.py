@@ -252,6 +252,40 @@ class Example:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A row whose last answer is to be sampled, and the example of all that is before it."""
+
+    row: Conversation
+    example: Example
+
+
+@dataclass
+class Completions:
+    """Completions that were sampled for a batch's prompts, those of one prompt after another.
+
+    N completions, rewarded by F functions, of which C train, as the batch's answers in their order;
+    S tokens of these.
+
+    Attributes:
+        rewards: float32[N, F], NaN where a function gives none.
+        lengths: int64[N], numbers of tokens, with the stop token.
+        ended: bool[N], whether a stop token ended them.
+        trained: bool[N], whether they train.
+        advantages: float32[C], what they are worth beside their group.
+        logprobs: float32[S], the tokens' log-probabilities before the first update by them.
+        reference: float32[S], those under the reference model.
+    """
+
+    rewards: torch.Tensor
+    lengths: torch.Tensor
+    ended: torch.Tensor
+    trained: torch.Tensor
+    advantages: torch.Tensor | None = None
+    logprobs: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+
+
 @dataclass
 class Batch:
     """Padded rows as tensors.
@@ -275,6 +309,9 @@ class Batch:
         reference: float32[A], as in `Example`.
         task: The task whose adapters its rows train; None where all tasks have the same.
         loss_weight: The factor of its rows' losses.
+        prompts: The prompts of the rows, where their answers are to be sampled: the batch has
+            their examples, and of each row one list of prompts.
+        completions: What was sampled for a batch of prompts.
         host: Of a batch on another device, the batch as it was on the CPU, without images. What
             the host has to know is read there.
     """
@@ -298,6 +335,8 @@ class Batch:
     reference: torch.Tensor | None = None
     task: str | None = None
     loss_weight: float = 1.0
+    prompts: list[list[Prompt]] = field(default_factory=list)
+    completions: Completions | None = None
     slots: torch.Tensor = field(init=False)
     supervised_at: torch.Tensor = field(init=False)
     targets: torch.Tensor = field(init=False)

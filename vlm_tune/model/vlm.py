@@ -27,7 +27,12 @@ from vlm_tune.model.base_places import Base
 from vlm_tune.model.connectors.instruction import Text, instructions, places
 from vlm_tune.model.connectors.layers import matched
 from vlm_tune.model.connectors.projectors import Connector
-from vlm_tune.model.language.base import AnswerLogprobs, LanguageModel, TokenLoss
+from vlm_tune.model.language.base import (
+    AnswerLogprobs,
+    LanguageModel,
+    SupervisedLogprobs,
+    TokenLoss,
+)
 from vlm_tune.model.similarity import Similarity
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.weights import is_sharded
@@ -229,16 +234,21 @@ class VisionLanguageNetwork(nn.Module):
         return any(parameter.requires_grad or is_sharded(parameter) for parameter in parameters)
 
     def forward(
-        self, batch: Batch, *, align: bool = False, by_answer: bool = False
-    ) -> TokenLoss | Alignment | AnswerLogprobs:
+        self,
+        batch: Batch,
+        *,
+        align: bool = False,
+        by_answer: bool = False,
+        temperature: float | None = None,
+    ) -> TokenLoss | Alignment | AnswerLogprobs | SupervisedLogprobs:
         """The language modelling loss of a batch.
 
         With `align` its image and caption vectors, with `by_answer` the log-probabilities of its
-        answers.
+        answers, with a `temperature` those of its supervised tokens, of logits divided by it.
         """
         if align:
             return self._align(batch)
-        return self.llm(self.embed(batch), batch, by_answer=by_answer)
+        return self.llm(self.embed(batch), batch, by_answer=by_answer, temperature=temperature)
 
     def _align(self, batch: Batch) -> Alignment:
         """Mean image features and summed caption embeddings, normalised.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from vlm_tune.config.objectives import AnyObjective, Contrastive, Kto, LanguageModeling
+from vlm_tune.config.objectives import AnyObjective, Contrastive, Grpo, Kto, LanguageModeling
 from vlm_tune.train.contrastive import ByRank, PairedObjective, single_rank
 from vlm_tune.train.objectives import ContrastiveObjective, LanguageModelingObjective, Objective
+from vlm_tune.train.policy import GrpoObjective
 from vlm_tune.train.preferences import KtoObjective, PairObjective, Summed
 from vlm_tune.train.references import ReferenceModel
 
@@ -36,4 +37,6 @@ def build_objective(
     if isinstance(config, Kto):
         assert reference is not None
         return KtoObjective(config, reference, summed, device)
+    if isinstance(config, Grpo):
+        return GrpoObjective(config, reference, summed, device)
     return PairObjective(config, reference)

@@ -1,4 +1,4 @@
-"""The reference model of preferences, which is the model before its training.
+"""The reference model of preferences and rewards, which is the model before its training.
 
 Its log-probabilities are those of the same modules with other weights, or were stored.
 """
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlm_tune.config.objective_rules import CONTINUED
+from vlm_tune.config.objectives import reference_of
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError, TrainingError
@@ -28,26 +29,34 @@ from vlm_tune.train.engines.base import named_parameters
 
 
 class ReferenceModel(Protocol):
-    """Summed log-probabilities of answers under the reference model."""
+    """Log-probabilities of answers under the reference model."""
 
-    def __call__(self, model: Any, batch: Batch) -> Tensor:
+    def __call__(self, model: Any, batch: Batch, temperature: float | None = None) -> Tensor:
         """The log-probabilities fp32[A] of a batch's answers, without a gradient.
 
         Args:
             model: The engine's model, by which every forward pass goes.
             batch: The batch.
+            temperature: Where given, the log-probabilities fp32[S] of the answers' tokens are
+                returned, of logits that are divided by it.
         """
         ...
 
 
 @torch.no_grad()
-def _logprobs(model: Any, batch: Batch, weights: AbstractContextManager[None]) -> Tensor:
-    """The log-probabilities of a batch's answers, with the weights of a context."""
+def _logprobs(
+    model: Any, batch: Batch, temperature: float | None, weights: AbstractContextManager[None]
+) -> Tensor:
+    """The log-probabilities of a batch's answers or tokens, with the weights of a context."""
     with weights:
-        sums = model(batch, by_answer=True).sums
+        logprobs = (
+            model(batch, by_answer=True).sums
+            if temperature is None
+            else model(batch, temperature=temperature).logprobs
+        )
     # Autocast keeps casts of trained weights, made here without a gradient, or of other values.
     torch.clear_autocast_cache()
-    return sums
+    return logprobs
 
 
 class AdapterOff:
@@ -56,8 +65,8 @@ class AdapterOff:
     def __init__(self, network: VisionLanguageNetwork) -> None:
         self.network = network
 
-    def __call__(self, model: Any, batch: Batch) -> Tensor:
-        return _logprobs(model, batch, adapters_off(self.network))
+    def __call__(self, model: Any, batch: Batch, temperature: float | None = None) -> Tensor:
+        return _logprobs(model, batch, temperature, adapters_off(self.network))
 
 
 class StartCopy:
@@ -68,8 +77,8 @@ class StartCopy:
         self.network = network
         self.start = start
 
-    def __call__(self, model: Any, batch: Batch) -> Tensor:
-        return _logprobs(model, batch, self._at_start())
+    def __call__(self, model: Any, batch: Batch, temperature: float | None = None) -> Tensor:
+        return _logprobs(model, batch, temperature, self._at_start())
 
     @contextmanager
     def _at_start(self) -> Iterator[None]:
@@ -95,9 +104,12 @@ def _fill(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Non
 
 
 class Precomputed:
-    """The log-probabilities that were computed before training, and came with the batch."""
+    """The log-probabilities that were computed before training, and came with the batch.
 
-    def __call__(self, model: Any, batch: Batch) -> Tensor:
+    They are those of whole answers.
+    """
+
+    def __call__(self, model: Any, batch: Batch, temperature: float | None = None) -> Tensor:
         if batch.reference is None:
             raise TrainingError(f"no log-probabilities of the reference model for {batch.ids}")
         return batch.reference
@@ -113,7 +125,7 @@ def check_adapters_off(
         recipe: The stage's recipe.
         earlier: The adapters of its parts before the stage's rules were applied.
     """
-    if getattr(recipe.objective, "reference", None) == "adapter_off" and any(
+    if reference_of(recipe.objective) == "adapter_off" and any(
         model.adapters[part] is adapter
         for part, adapter in earlier.items()
         if part in model.adapters
@@ -140,7 +152,7 @@ def reference_model(
     Raises:
         TrainingError: The start values of a resumed stage are lost.
     """
-    match getattr(recipe.objective, "reference", None):
+    match reference_of(recipe.objective):
         case "adapter_off":
             return AdapterOff(model)
         case "precomputed":

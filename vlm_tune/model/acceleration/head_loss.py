@@ -38,14 +38,22 @@ def head_reason(llm: LanguageModel, hidden: Tensor | None = None) -> str | None:
 
 
 def operator_loss(
-    llm: LanguageModel, hidden: Tensor, targets: Tensor, reduction: Reduction = "sum"
+    llm: LanguageModel,
+    hidden: Tensor,
+    targets: Tensor,
+    reduction: Reduction = "sum",
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Cross-entropy, fp32, of hidden states [S, E] and token ids int64[S]: a scalar, or [S]."""
+    """Cross-entropy, fp32, of hidden states [S, E] and token ids int64[S]: a scalar, or [S].
+
+    Logits are divided by `temperature`.
+    """
     if head_reason(llm, hidden) is not None:
-        return chunked_loss(llm, hidden, targets, reduction)
+        return chunked_loss(llm, hidden, targets, reduction, temperature)
     assert llm.rule is not None and llm.rule.scale is not None
     weight = llm.head.get_parameter("weight")
-    scaled = hidden if llm.rule.scale == 1 else hidden * llm.rule.scale
+    scale = llm.rule.scale / temperature
+    scaled = hidden if scale == 1 else hidden * scale
     if reduction == "none":
         keep = torch.is_grad_enabled() and scaled.requires_grad
         return losses(scaled.to(weight.dtype), weight, targets, keep)[0]

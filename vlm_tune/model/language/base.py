@@ -51,11 +51,19 @@ class AnswerLogprobs:
     sums: torch.Tensor
 
 
+@dataclass
+class SupervisedLogprobs:
+    """Log-probabilities of a batch's supervised tokens, fp32[S]."""
+
+    logprobs: torch.Tensor
+
+
 def chunked_loss(
     llm: LanguageModel,
     hidden: torch.Tensor,
     targets: torch.Tensor,
     reduction: Reduction = "sum",
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """Cross-entropy, an fp32 scalar or fp32[S], whose logits exist for some positions at a time.
 
@@ -64,9 +72,11 @@ def chunked_loss(
         hidden: Hidden states [S, E].
         targets: Token ids int64[S].
         reduction: "sum", or "none" for the loss of each position.
+        temperature: What logits are divided by.
     """
+    logits = llm.logits if temperature == 1 else lambda states: llm.logits(states) / temperature
     return token_loss(
-        llm.logits, hidden, targets, llm.head_parts(), whole=llm.whole_head, reduction=reduction
+        logits, hidden, targets, llm.head_parts(), whole=llm.whole_head, reduction=reduction
     )
 
 
@@ -79,6 +89,7 @@ class Loss(Protocol):
         hidden: torch.Tensor,
         targets: torch.Tensor,
         reduction: Reduction = "sum",
+        temperature: float = 1.0,
         /,
     ) -> torch.Tensor: ...
 
@@ -247,13 +258,21 @@ class LanguageModel(nn.Module):
         return embeds if self.factor == 1 else embeds * self.factor
 
     def forward(
-        self, embeds: torch.Tensor, batch: Batch, *, by_answer: bool = False
-    ) -> TokenLoss | AnswerLogprobs:
+        self,
+        embeds: torch.Tensor,
+        batch: Batch,
+        *,
+        by_answer: bool = False,
+        temperature: float | None = None,
+    ) -> TokenLoss | AnswerLogprobs | SupervisedLogprobs:
         """The loss of the batch's supervised labels, given its embeds [B, L, E].
 
-        With `by_answer` the log-probabilities of the batch's answers.
+        With `by_answer` the log-probabilities of the batch's answers, with a `temperature` those of
+        its supervised tokens, of logits that are divided by it.
         """
         hidden, targets = self.supervised(embeds, batch)
+        if temperature is not None:
+            return SupervisedLogprobs(-self.loss(self, hidden, targets, "none", temperature))
         if by_answer:
             assert batch.answer_of is not None and batch.answer_lengths is not None
             losses = self.loss(self, hidden, targets, "none")
