@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_tune.version import __version__
 
 if TYPE_CHECKING:
-    from vlm_tune.api import compare, dpo, evaluate, kto, predict, report, sft, sweep
+    from vlm_tune.api import compare, dpo, evaluate, grpo, kto, predict, report, sft, sweep
     from vlm_tune.config.load import load_recipe
     from vlm_tune.data_check.check import check
     from vlm_tune.exporting import export
@@ -26,6 +26,7 @@ _HOMES = {
     "sft": "vlm_tune.api",
     "dpo": "vlm_tune.api",
     "kto": "vlm_tune.api",
+    "grpo": "vlm_tune.api",
     "check": "vlm_tune.data_check.check",
     "compare": "vlm_tune.api",
     "evaluate": "vlm_tune.api",
@@ -49,6 +50,7 @@ __all__ = [
     "dpo",
     "evaluate",
     "export",
+    "grpo",
     "init",
     "kto",
     "load_recipe",

@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
-from tests.helpers.tiny_models import batch_of
+from tests.helpers.preference_samples import LORA
+from tests.helpers.tiny_models import batch_of, parsed, with_tune
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.batching.loader import Position
+from vlm_tune.data.batching.prompts import PromptFeed
+from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.packing import completed, group_layout
-from vlm_tune.data.prepare.run import conversations
+from vlm_tune.data.prepare.run import conversations, prepare
 from vlm_tune.data.types import Batch, Completions, Example
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.train.sampling import Sampler
 
 Ids = Sequence[int]
+
+
+def policy_recipe(
+    make: Callable[..., str], kind: str, *, tune: str = LORA, output: str = "run", **changes: Any
+) -> Recipe:
+    """A tiny recipe that samples four completions, of four tokens, of each prompt."""
+    settings = {"kind": "grpo", "num_generations": 4, "max_completion_length": 4}
+    changes["objective"] = settings | changes.pop("objective", {})
+    common = {"train__log_every": 1, "evaluate__samples": 0, "data__test": []}
+    return parsed(with_tune(make(kind, output=output), tune), **(common | changes))
+
+
+def prompt_batches(model: VisionLanguageModel, recipe: Recipe) -> list[Batch]:
+    """The batches of prompts of the recipe's first step."""
+    train = prepare(recipe.data, recipe.data.train, model.processor, seed=recipe.seed)
+    plan = Plan(train, recipe.data, Sizes.of(recipe.train), recipe.seed)
+    images = model.processor.images
+    feed = PromptFeed(train, plan, model.processor.spec, images, processor=model.processor)
+    return next(feed.windows(Position()))
+
+
+def sampler_of(model: VisionLanguageModel, recipe: Recipe) -> Sampler:
+    """What samples completions, in one process without autocast."""
+    engine: Any = SimpleNamespace(
+        inference=nullcontext, accelerator=SimpleNamespace(autocast=nullcontext)
+    )
+    return Sampler(model, recipe, engine)
 
 
 def prompts_of(model: VisionLanguageModel, recipe: Recipe, number: int) -> list[Example]:
@@ -55,3 +90,8 @@ def completions_batch(
     all_of_them = torch.ones(len(lengths), dtype=torch.bool)
     batch.completions = Completions(rewards, lengths, all_of_them, all_of_them)
     return batch
+
+
+def low_share(completion_ids: list[list[int]], **_: object) -> list[float]:
+    """A reward function: the share of a completion's ids that are under 200."""
+    return [sum(token < 200 for token in ids) / len(ids) for ids in completion_ids]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlm_tune.api.scoring import compare, evaluate, evaluate_model, predict, report
 from vlm_tune.api.sweeping import sweep
-from vlm_tune.api.training import dpo, kto, sft
+from vlm_tune.api.training import dpo, grpo, kto, sft
 from vlm_tune.exporting import export
 from vlm_tune.exporting.merge import merge
 from vlm_tune.train.replay import verify_run
@@ -15,6 +15,7 @@ __all__ = [
     "evaluate",
     "evaluate_model",
     "export",
+    "grpo",
     "kto",
     "merge",
     "predict",

@@ -1,4 +1,4 @@
-"""Training by Python: `sft`, `dpo` and `kto`."""
+"""Training by Python: `sft`, `dpo`, `kto` and `grpo`."""
 
 from __future__ import annotations
 
@@ -102,6 +102,24 @@ def kto(
         VlmTuneError: as `sft`.
     """
     return train_by("kto", as_recipe(recipe, overrides), **options)
+
+
+def grpo(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] | dict[str, Any] = (),
+    **options: Unpack[TrainOptions],
+) -> Run:
+    """Trains a recipe on sampled completions that are rewarded (objective grpo); returns the run.
+
+    Args:
+        recipe: as in `sft`, like `overrides`.
+        overrides: changes to the recipe.
+        **options: resume, overwrite, accept_changes, test and show, as in `sft`.
+
+    Raises:
+        VlmTuneError: as `sft`.
+    """
+    return train_by("grpo", as_recipe(recipe, overrides), **options)
 
 
 def train_by(command: str, loaded: Recipe, **options: Unpack[TrainOptions]) -> Run:

@@ -19,7 +19,7 @@ from vlm_tune.cli.options import print_json
 from vlm_tune.cli.serve import serve
 from vlm_tune.cli.sweep import sweep
 from vlm_tune.cli.system import env
-from vlm_tune.cli.train import dpo, kto, sft, verify_run
+from vlm_tune.cli.train import dpo, grpo, kto, sft, verify_run
 from vlm_tune.errors import EXIT_INTERRUPTED, EXIT_RECIPE, RecipeError, VlmTuneError
 from vlm_tune.resources import kernel_choice
 from vlm_tune.version import __version__
@@ -67,6 +67,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sft": sft,
     "dpo": dpo,
     "kto": kto,
+    "grpo": grpo,
     "sweep": sweep,
     "eval": evaluate,
     "compare": compare,

@@ -1,4 +1,4 @@
-"""Commands that train: sft, dpo, kto, verify-run."""
+"""Commands that train: sft, dpo, kto, grpo, verify-run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ NoTestOption = Annotated[
 ]
 
 
-def _command(name: Literal["sft", "dpo", "kto"], about: str) -> Callable[..., None]:
+def _command(name: Literal["sft", "dpo", "kto", "grpo"], about: str) -> Callable[..., None]:
     """A command that trains by the function of its name in the API."""
 
     def train(
@@ -92,9 +92,13 @@ kto = _command(
     "kto", "Train what RECIPE says on answers that are liked or disliked: objective kto."
 )
 
+grpo = _command(
+    "grpo", "Train what RECIPE says on completions that are sampled and rewarded: objective grpo."
+)
+
 
 def _train(
-    command: Literal["sft", "dpo", "kto"],
+    command: Literal["sft", "dpo", "kto", "grpo"],
     recipe: str,
     changes: list[str],
     *,

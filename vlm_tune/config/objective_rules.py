@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -10,8 +11,10 @@ from pydantic import ValidationError
 
 from vlm_tune.config.faults import Fault, broken
 from vlm_tune.config.objectives import JUDGED_FORMS
+from vlm_tune.config.train import FUNCTION, REWARDS
 from vlm_tune.config.tune import LORA_RANK, TuneRule, adds_virtual_tokens, written_rules
 from vlm_tune.config.yaml_source import value_at
+from vlm_tune.quoting import quoted
 
 SMOOTHED = ("robust", "exo_pair")
 """DPO's losses that take `label_smoothing`."""
@@ -124,7 +127,7 @@ def _sampling_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]
     functions = objective.get("reward_funcs", ["exact_match"])
     weights = objective.get("reward_weights")
     number = len(functions) if isinstance(functions, list) else 0
-    return broken(
+    return _reward_faults(functions if isinstance(functions, list) else []) + broken(
         (
             isinstance(weights, list) and len(weights) != number,
             ("objective", "reward_weights"),
@@ -143,10 +146,9 @@ def _sampling_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]
             "grpo samples completions of prepared rows; prepare them (streaming: false)",
         ),
         (
-            value_at(raw, "data", "overlong") == "split",
+            value_at(raw, "data", "overlong") in ("split", "trim"),
             ("data", "overlong"),
-            "grpo samples the last answer of a row, and parts of a row have other last answers; "
-            "use fail, drop or trim",
+            "grpo samples the last answer of a whole row; use fail or drop",
         ),
         (
             isinstance(value_at(raw, "data", "augment"), dict),
@@ -160,6 +162,34 @@ def _sampling_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]
             "ddp, or deepspeed with stage 2",
         ),
     )
+
+
+def _reward_faults(functions: Sequence[Any]) -> list[Fault]:
+    """Returns faults of the names of reward functions; functions are imported later."""
+    rules = []
+    for index, described in enumerate(functions):
+        name = value_at(described, "function") if isinstance(described, dict) else described
+        if not isinstance(name, str):
+            continue
+        place = ("objective", "reward_funcs", index)
+        known = [*REWARDS, "format"]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f": {', '.join(known)}"
+        given = isinstance(described, dict)
+        rules += [
+            (
+                name not in known and not FUNCTION.fullmatch(name),
+                place,
+                f"{quoted(name)} is no reward, and no my_module:function{hint}",
+            ),
+            (
+                name == "format" and not given,
+                place,
+                "format needs a pattern: {function: format, arguments: {pattern: ...}}",
+            ),
+            (name in REWARDS and given, place, f"{name} takes no arguments: name it alone"),
+        ]
+    return broken(*rules)
 
 
 def _shards(raw: Any) -> bool:

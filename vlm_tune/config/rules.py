@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from typing import Any
 
 from vlm_tune.config.data_rules import data_contradictions
@@ -11,15 +10,13 @@ from vlm_tune.config.faults import Fault, broken
 from vlm_tune.config.model import ModelSection
 from vlm_tune.config.objective_rules import objective_contradictions
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.config.train import LOSS, METRICS
+from vlm_tune.config.train import FUNCTION, LOSS, METRICS
 from vlm_tune.config.tune import adds_virtual_tokens
 from vlm_tune.config.tune_rules import tune_contradictions
 from vlm_tune.config.yaml_source import Path, dotted_name, value_at
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.quoting import quoted
 
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-"""The name of a metric of a user's own."""
 LENGTHS = ("epochs", "steps")
 """Keys of a train section that set how long a stage trains; exactly one is given."""
 

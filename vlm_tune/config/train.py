@@ -143,6 +143,25 @@ METRICS = (
 )
 """The metrics that `evaluate.metrics` names; another name is a user's `module:function`."""
 
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""The name of a function of a user's own."""
+
+REWARDS = (
+    "exact_match",
+    "vqa_exact_match",
+    "vqa_accuracy",
+    "relaxed_accuracy",
+    "anls",
+    "choice_letter",
+    "choice_text",
+    "bleu",
+    "chrf",
+    "rouge_l",
+    "box_iou",
+    "box_accuracy",
+)
+"""The metrics that score one answer by itself, which `objective.reward_funcs` names."""
+
 LOSS = "loss"
 """What `evaluate.best` names besides metrics: the loss of the reference answers."""
 

@@ -335,8 +335,8 @@ class Batch:
     reference: torch.Tensor | None = None
     task: str | None = None
     loss_weight: float = 1.0
-    prompts: list[list[Prompt]] = field(default_factory=list)
-    completions: Completions | None = None
+    prompts: list[list[Prompt]] = field(init=False, default_factory=list)
+    completions: Completions | None = field(init=False, default=None)
     slots: torch.Tensor = field(init=False)
     supervised_at: torch.Tensor = field(init=False)
     targets: torch.Tensor = field(init=False)

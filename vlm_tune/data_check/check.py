@@ -35,6 +35,7 @@ from vlm_tune.data_check.padding import padding
 from vlm_tune.data_check.rules import check_batches, check_rows, check_split, report_leaks
 from vlm_tune.errors import DataError, ModelError, check_count
 from vlm_tune.evaluation.registry import check_metrics
+from vlm_tune.evaluation.rewards import check_rewards
 from vlm_tune.events import Note, Preparing, Report
 from vlm_tune.model.build import bare_model, build_processor, tune_bare_model
 from vlm_tune.model.feature_choice import cache_choice, stage_usage
@@ -73,6 +74,7 @@ def check(
     started = time.perf_counter()
     stages = loaded.resolved_stages()
     check_metrics(stages[-1][1].evaluate.metrics)
+    check_rewards(stage.objective for _, stage in stages)
     if sample is None and any(stage.data.streaming for _, stage in stages):
         sample = STREAMED
     stages = [(name, _sampled(stage, sample)) for name, stage in stages]
@@ -84,8 +86,7 @@ def check(
         )
     trained = {part.prepared.folder: part.rows for part in report.read if part.name == "train"}
     choices = {} if sample is not None else _feature_choices(loaded, stages, report, processor)
-    # Rows that several stages read are reported once.
-    distinct: dict[Any, Part] = {}
+    distinct: dict[Any, Part] = {}  # rows that several stages read are reported once
     for part in report.read:
         data = part.recipe.data
         distinct.setdefault(

@@ -71,7 +71,7 @@ def score(
         "batch_size": batch_size,
     }
     if answering == "retrieve":
-        answers = _answers(conversations, [""] * len(conversations))
+        answers = row_answers(conversations, [""] * len(conversations))
         retrieved = retrieve(
             model, conversations, answers, temperature=temperature, progress=progress, **source
         )
@@ -81,7 +81,7 @@ def score(
     options: dict[str, Any] = {"decoding": decoding, "likelihood": likelihood, **source}
     with reading(model.llm, compile, len(conversations)):
         texts = answer_rows(model, conversations, progress=progress, **options)
-    answers = _answers(conversations, texts)
+    answers = row_answers(conversations, texts)
     if ranks:
         retrieved = retrieve(model, conversations, answers, temperature=temperature, **source)
         answers = with_ranks(answers, retrieved, answering=False)
@@ -135,7 +135,8 @@ def score_options(settings: EvaluateSection, objective: AnyObjective | None) -> 
     }
 
 
-def _answers(conversations: Sequence[Conversation], generated: Sequence[str]) -> list[Answer]:
+def row_answers(conversations: Sequence[Conversation], generated: Sequence[str]) -> list[Answer]:
+    """The answers to rows beside what metrics compare them with."""
     answers = []
     # Bytes that come with a row are hashed once, and not for each question about them.
     plain = [conversation.without_shots() for conversation in conversations]

@@ -293,32 +293,40 @@ def find_metric(name: str) -> Metric:
     """
     if name in METRICS:
         return METRICS[name]
-    module_name, colon, function_name = name.partition(":")
-    if not colon:
+    if ":" not in name:
         near = difflib.get_close_matches(name, METRICS, n=1)
         hint = f"; did you mean {near[0]}?" if near else f": {', '.join(METRICS)}"
-        raise _problem(f"{quoted(name)} is no metric, and no my_module:function{hint}")
+        message = f"{quoted(name)} is no metric, and no my_module:function{hint}"
+        raise RecipeError([Problem("evaluate.metrics", message)])
+    function = import_function(name, "evaluate.metrics")
+    return Metric(name, name, by_row(_user_score(name, function)), top=None)
+
+
+def import_function(name: str, key: str) -> Callable[..., Any]:
+    """The function `module:function`, from the working folder or an installed package.
+
+    Raises `RecipeError`, with the key that names it, where it can't be imported.
+    """
+    module_name, _, function_name = name.partition(":")
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
+        function = getattr(module, function_name, None)
     # A module may raise anything as it is imported, or end the process.
     except (Exception, SystemExit) as error:
-        raise _problem(
+        message = (
             f"{quoted(name)}: the module {quoted(module_name)} can't be imported from the working "
             f"folder or an installed package: {reason_of(error)}"
-        ) from None
+        )
+        raise RecipeError([Problem(key, message)]) from None
     finally:
         with contextlib.suppress(ValueError):  # the module may have changed the path
             sys.path.remove(folder)
-    function = getattr(module, function_name, None)
     if not callable(function):
-        raise _problem(f"{quoted(name)}: {module_name} has no function {quoted(function_name)}")
-    return Metric(name, name, by_row(_user_score(name, function)), top=None)
-
-
-def _problem(message: str) -> RecipeError:
-    return RecipeError([Problem("evaluate.metrics", message)])
+        message = f"{quoted(name)}: {module_name} has no function {quoted(function_name)}"
+        raise RecipeError([Problem(key, message)])
+    return function
 
 
 def _user_score(name: str, function: Callable[..., Any]) -> Callable[[Answer], float]:

@@ -62,6 +62,7 @@ def prompt_answers(
     cached: bool = False,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Generates answers, in the order of the prompts.
 
@@ -76,13 +77,14 @@ def prompt_answers(
         cached: whether `fetch` returns features.
         batch_size: the approximate number of answers in a batch.
         progress: called after each batch with the numbers of answered and of all prompts.
+        seeds: a seed for each prompt, in place of the decoding's.
     """
     # Draws are answers of their own, to the same prompt; beams come from one search.
     samples = decoding.num_return_sequences if decoding.samples else 1
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     reader = AnswerReader(model.processor, decoding.stop_strings)
     constraint = json_constraint(model.processor, decoding, model.llm.vocabulary)
-    job = _Job(model, repeated, decoding, reader, samples, fetch, cached, constraint)
+    job = _Job(model, repeated, decoding, reader, samples, fetch, cached, constraint, seeds)
     groups: list[list[Answer]] = [[] for _ in repeated]
     done = 0
     rows = prompt_rows(model, repeated, decoding)
@@ -171,6 +173,7 @@ class _Job:
     fetch: Fetch
     cached: bool
     constraint: JsonConstraint | None
+    seeds: Sequence[int] | None
 
     def batch(self, rows: Sequence[Tree], *, pad_left: bool = False) -> Batch:
         """The rows as a batch on the model's device."""
@@ -186,7 +189,7 @@ class _Job:
     def picker(self, rows: Sequence[Tree]) -> Picker:
         """The picker of the branches; a row with fewer than others has its last one again."""
         members = _filled([tree.members for tree in rows])
-        numbers = [[draws(self.decoding, place % self.samples) for place in row] for row in members]
+        numbers = [[self.draws(place) for place in row] for row in members]
         llm = self.model.llm
         return Picker(
             llm,
@@ -199,6 +202,11 @@ class _Job:
             self.model.device,
             self.constraint,
         )
+
+    def draws(self, place: int) -> np.ndarray | None:
+        """The numbers by which the answer at a place is drawn."""
+        prompt, sample = divmod(place, self.samples)
+        return draws(self.decoding, sample, None if self.seeds is None else self.seeds[prompt])
 
     def continued(self, rows: Sequence[Tree]) -> list[list[Answer]]:
         """The answers of rows, in the order of their members."""

@@ -31,6 +31,7 @@ class Answer:
             likeliest tokens in its place, by id, the likeliest first.
         alternatives: The further answers, of `num_return_sequences` above 1.
         probabilities: Of `choices`: the probability of each choice, which add up to 1.
+        stop_id: The stop token that ended it, if one did.
     """
 
     text: str
@@ -40,6 +41,7 @@ class Answer:
     top_logprobs: tuple[dict[int, float], ...] | None = None
     alternatives: tuple[Answer, ...] = ()
     probabilities: dict[str, float] | None = None
+    stop_id: int | None = None
 
 
 def up_to_stop(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
@@ -74,8 +76,10 @@ class AnswerReader:
         """
         answer_ids = up_to_stop(ids, self.stop_ids)
         ended = len(answer_ids) < len(ids)
+        stop_id = ids[len(answer_ids)] if ended else None
         if self.holds_stop(answer_ids):
             ended = True
+            stop_id = None
             # Where the host does not look after each token, there are some after the stop string.
             while self.holds_stop(answer_ids[:-1]):
                 answer_ids.pop()
@@ -89,6 +93,7 @@ class AnswerReader:
             tuple(answer_ids),
             None if logprobs is None else tuple(logprobs.chosen[:count].tolist()),
             None if logprobs is None else logprobs.likeliest(count),
+            stop_id=stop_id,
         )
 
     def holds_stop(self, ids: Sequence[int]) -> bool:

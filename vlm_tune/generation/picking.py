@@ -25,14 +25,16 @@ NOTHING = -1
 """What fills up the ids of a prompt that has none."""
 
 
-def draws(decoding: Decoding, sample: int) -> np.ndarray | None:
+def draws(decoding: Decoding, sample: int, seed: int | None = None) -> np.ndarray | None:
     """Numbers float64[N] from 0 to 1 by which an answer's tokens are drawn; None for no draws.
 
-    `sample` counts a prompt's answers. The numbers follow from it and from the seed alone.
+    `sample` counts a prompt's answers. The numbers follow from it and from the seed alone, which is
+    that of the decoding where not given.
     """
     if not decoding.samples:
         return None
-    start = None if decoding.seed is None else [decoding.seed, sample]
+    seed = decoding.seed if seed is None else seed
+    start = None if seed is None else [seed, sample]
     return np.random.default_rng(start).random(decoding.max_new_tokens)
 
 

@@ -20,6 +20,7 @@ from vlm_tune.data.prepare.run import scratch_texts
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import TrainingError, VlmTuneError
 from vlm_tune.evaluation.registry import check_metrics
+from vlm_tune.evaluation.rewards import check_rewards
 from vlm_tune.events import Environment, Evaluation, Event, Note, Report, TrainSteps
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.kernels.cpu.native import kernel_status
@@ -134,7 +135,7 @@ def sft(
 
 
 def _check_machine(recipe: Recipe) -> str:
-    """Checks kernels, model and metrics before anything is written.
+    """Checks kernels, model, metrics and rewards before anything is written.
 
     Returns what computes and why.
     """
@@ -142,6 +143,7 @@ def _check_machine(recipe: Recipe) -> str:
         with kernel_setting(stage.train.kernels):
             kernel_status()
         check_metrics(stage.evaluate.metrics)
+        check_rewards([stage.objective])
     kernels = str(kernel_status())
     check_model(recipe)
     forget_old_kernels()

@@ -17,9 +17,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from vlm_tune.config.objectives import Grpo
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.bounds import stream_bounds, unkept_bounds
 from vlm_tune.data.batching.loader import Feed, PreparedFeed
+from vlm_tune.data.batching.prompts import PromptFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.batching.streaming import StreamFeed, usable_rows
 from vlm_tune.data.chat.processor import Processor
@@ -252,21 +254,27 @@ def stage_feed(
             report=lambda error: report(Note(f"left out: {error}")),
         )
     plan = Plan(train, data, Sizes.of(settings, planned, image_cost), recipe.seed)
+    options: dict[str, Any] = {
+        "cached": features is not None,
+        "rank": rank,
+        "ranks": ranks,
+        "workers": loader_workers(
+            settings.loader_workers, accelerator.device, cached=features is not None
+        ),
+        "start": settings.loader_start,
+        "pinned": accelerator.device.type == "cuda",
+    }
+    fetch = features or PixelCache(processor.images)
+    if isinstance(recipe.objective, Grpo):
+        return PromptFeed(train, plan, processor.spec, fetch, processor=processor, **options)
     return PreparedFeed(
         train,
         plan,
         processor.spec,
-        features or PixelCache(processor.images),
-        cached=features is not None,
+        fetch,
         augment=data.augment,
-        rank=rank,
-        ranks=ranks,
-        workers=loader_workers(
-            settings.loader_workers, accelerator.device, cached=features is not None
-        ),
-        start=settings.loader_start,
-        pinned=accelerator.device.type == "cuda",
         mismatches=getattr(recipe.objective, "mismatches", False),
+        **options,
     )
 
 

@@ -49,6 +49,7 @@ from vlm_tune.train.objectives import Counts, Objective
 from vlm_tune.train.prefetch import on_device
 from vlm_tune.train.rates import Rates
 from vlm_tune.train.references import dropout_off, reference_model
+from vlm_tune.train.sampling import build_sampler
 from vlm_tune.train.schedule import schedule_factor
 from vlm_tune.train.stage_position import StagePosition
 from vlm_tune.train.step_figures import MetricSums, read_figures, summed
@@ -73,6 +74,8 @@ class StageData:
 
 class StageLoop:
     """Trains one stage from `progress` on; every epoch's order is a function of (seed, epoch)."""
+
+    _compiles = False
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class StageLoop:
         self.recipe_text = recipe_text
         train = recipe.train
         self.objective = self._objective(resumed=resume_from is not None)
+        self.sampler = build_sampler(model, recipe, engine)
         self._prepare_engine(resume_from)
         progress.processes = self.accelerator.num_processes
         self.position = StagePosition(data.feed, progress, train, resume_from)
@@ -130,7 +134,6 @@ class StageLoop:
             stop=stop,
             any_stops=self.meetings.stopping,
         )
-        self._compiles = False
 
     def _objective(self, *, resumed: bool) -> Objective:
         """The stage's objective, with its reference model as the weights are before the engine."""
@@ -352,22 +355,42 @@ class StageLoop:
                 )
                 start = time.perf_counter()
                 window = next(windows)
-                yield window, time.perf_counter() - start
+                waited = time.perf_counter() - start
+                if self.sampler is not None:
+                    window = self.sampler(window, self.progress.step + 1, compiled=self._compiles)
+                yield window, waited
 
     def _step(self, batches: list[Batch], step: int, rates: Rates, meeting: Meeting) -> float:
-        """One optimizer step; returns the highest learning rate used.
+        """One step, of one update or several by its batches; returns the highest rate used."""
+        self.watch.at(f"step {step}", (step, 2))
+        for batch in batches:
+            rates.add(batch)
+        factor = schedule_factor(self.recipe.train.schedule, *self.position.in_schedule(step))
+        updates = range(getattr(self.recipe.objective, "num_iterations", 1))
+        figures = [self._update(batches, step, factor, rates, meeting) for _ in updates]
+        loss_sum, norm = figures[-1]
+        if self.accelerator.is_main_process:
+            norm_written = None if norm is None else json_number(norm)
+            line = Step(step, json_number(loss_sum), norm_written, f"{meeting.samples:x}")
+            write_step(self.folder, line)
+        return factor * max(self.engine.rates)
+
+    def _update(
+        self, batches: list[Batch], step: int, factor: float, rates: Rates, meeting: Meeting
+    ) -> tuple[float, float | None]:
+        """One optimizer step, with `factor` times the full learning rates.
 
         The gradient is that of the mean over all supervised items of all micro-batches and ranks,
         each item's loss multiplied by the weight of its source.
+
+        Returns:
+            The summed loss, and the gradient's norm where the engine has it.
         """
-        ids = [identity for batch in batches for identity in batch.ids]
         total = torch.zeros((), device=self.accelerator.device)
         metrics = MetricSums(self.objective.metrics)
-        self.watch.at(f"step {step}", (step, 2))
         with self.accelerator.autocast():
             self.objective.before(self.engine.model, batches, meeting.counts)
         for place, batch in enumerate(batches):
-            rates.add(batch)
             last = place == len(batches) - 1
             with self.engine.micro_batch(last=last):
                 loss = self.objective(self.engine.model, batch, meeting.counts)
@@ -375,10 +398,10 @@ class StageLoop:
                 self.engine.backward(weighted / meeting.counts.items)
             total += weighted.detach()
             metrics.add(loss)
-        factor = schedule_factor(self.recipe.train.schedule, *self.position.in_schedule(step))
         norms = self.engine.clip(factor)
         figures = summed(self.accelerator, metrics.beside(total))
         (loss_sum, *metric_sums), norm = read_figures(figures, norms)
+        ids = [identity for batch in batches for identity in batch.ids]
         if self.nonfinite.allows(step, loss_sum, norm, ids, self.folder, last=step >= self.total):
             self.engine.step()
             rates.loss = rates.loss + loss_sum
@@ -386,11 +409,7 @@ class StageLoop:
             rates.add_metrics(metrics.named(metric_sums))
         else:
             self.engine.skip()
-        if self.accelerator.is_main_process:
-            norm_written = None if norm is None else json_number(norm)
-            line = Step(step, json_number(loss_sum), norm_written, f"{meeting.samples:x}")
-            write_step(self.folder, line)
-        return factor * max(self.engine.rates)
+        return loss_sum, norm
 
     def _meet(self, batches: list[Batch], step: int, rates: Rates) -> Meeting:
         """Meets the other processes before a step. Raises as `Meetings.before_step` does."""

@@ -26,7 +26,7 @@ from vlm_tune.errors import DataError, RecipeError
 from vlm_tune.evaluation.assessment import assess
 from vlm_tune.evaluation.benchmarks import BENCHMARKS, mmbench, pope, read_benchmarks, scienceqa
 from vlm_tune.evaluation.benchmarks.textvqa import normalise
-from vlm_tune.evaluation.evaluate import _answers
+from vlm_tune.evaluation.evaluate import row_answers
 from vlm_tune.evaluation.metrics import Scores, scores
 
 
@@ -35,7 +35,7 @@ def copy_of(name: str, folder: Path) -> str:
 
 
 def assessed(rows: Sequence[Conversation], texts: Sequence[str]) -> Scores:
-    scored = scores(_answers(rows, texts), {})
+    scored = scores(row_answers(rows, texts), {})
     assess(scored)
     return scored
 

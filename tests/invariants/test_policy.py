@@ -1,0 +1,166 @@
+"""Sampled completions: generation and training agree, and a step is the same however divided."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.forked_runs import ended, start
+from tests.helpers.policy_samples import (
+    completions_batch,
+    drawn_ids,
+    policy_recipe,
+    prompt_batches,
+    prompts_of,
+    rewards_of,
+    sampler_of,
+)
+from tests.helpers.preference_samples import awake, objective_of
+from tests.helpers.tiny_models import assert_close, batch_of
+from vlm_tune.api import grpo
+from vlm_tune.data.packing import completed
+from vlm_tune.data.types import Batch
+from vlm_tune.generation.answering import prompt_answers
+from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.train.sampling import draw_seed
+
+PLAIN = {"train__batch_size": 8}
+GROUPED = {"data__group": "image", "train__batch_size": 4}
+
+
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("causal", PLAIN), ("causal", GROUPED), ("seq2seq", PLAIN), ("seq2seq", GROUPED)],
+    ids=["decoder", "decoder by image", "T5", "T5 by image"],
+)
+def test_generation_and_training_find_completions_equally_likely(
+    kind: str, changes: dict[str, Any], tiny_recipe: Callable[..., str]
+) -> None:
+    recipe = policy_recipe(tiny_recipe, kind, **changes)
+    model = awake(recipe)
+    batches = prompt_batches(model, recipe)
+    prompts = [prompt for batch in batches for unit in batch.prompts for prompt in unit]
+    assert len(prompts) == 8 and sum(len(batch.input_ids) for batch in batches) == 8
+    answers = prompt_answers(
+        model,
+        [prompt.example for prompt in prompts],
+        Decoding(4, temperature=1.0, num_return_sequences=4, logprobs=True),
+        fetch=model.processor.images,
+        seeds=[draw_seed(recipe.seed, 1, prompt.row.id) for prompt in prompts],
+    )
+    expected = [each for first in answers for each in (first, *first.alternatives)]
+    assert len({answer.ids for answer in expected}) > 16
+    trained: list[tuple[tuple[int, ...], list[float]]] = []
+    for batch in sampler_of(model, recipe)(batches, 1, compiled=False):
+        completions = batch.completions
+        assert completions is not None
+        # A decoder reads the prompts of an image as branches too.
+        joined = changes is GROUPED and kind == "causal"
+        assert len(batch.input_ids) == (4 if joined else 8)
+        with torch.no_grad():
+            output: Any = model(batch, temperature=1.0)
+        lengths = completions.lengths.tolist()
+        rows = zip(
+            batch.targets.split(lengths),
+            output.logprobs.split(lengths),
+            completions.ended.tolist(),
+            strict=True,
+        )
+        for ids, logprobs, stopped in rows:
+            end = len(ids) - stopped  # generation has no figure for the stop token
+            trained.append((tuple(ids[:end].tolist()), logprobs[:end].tolist()))
+    by_ids = sorted((answer.ids, list(answer.logprobs or ())) for answer in expected)
+    assert [ids for ids, _ in sorted(trained)] == [ids for ids, _ in by_ids]
+    for (_, ours), (_, theirs) in zip(sorted(trained), by_ids, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_branches_are_rows_and_micro_batches_are_one(
+    kind: str, loss_type: str, tiny_recipe: Callable[..., str]
+) -> None:
+    objective = {"loss_type": loss_type, "temperature": 0.8, "scale_rewards": "batch"}
+    recipe = policy_recipe(tiny_recipe, kind, objective=objective)
+    model = awake(recipe)
+    prompts = prompts_of(model, recipe, 3)
+    ids = drawn_ids(3, 4, 200)
+    rewards = rewards_of(3, 4)
+    grpo_objective = objective_of(model, recipe)
+
+    def step(batches: list[Batch]) -> dict[str, torch.Tensor]:
+        counts = [grpo_objective.counts(batch) for batch in batches]
+        totals = type(counts[0])(sum(count.items for count in counts))
+        model.zero_grad(set_to_none=True)
+        grpo_objective.before(model, batches, totals)
+        for batch in batches:
+            (grpo_objective(model, batch, totals).sum / totals.items).backward()
+        return gradients_of(model)
+
+    whole = step([completions_batch(model, prompts, ids, rewards)])
+    apart = [
+        completions_batch(model, [prompt], [group], rewards[4 * place : 4 * place + 4])
+        for place, (prompt, group) in enumerate(zip(prompts, ids, strict=True))
+    ]
+    assert_close(step(apart), whole)
+
+    # Row by row: of an unchanged model, the gradient is that of the weighted log-probabilities.
+    groups = rewards.view(3, 4)
+    worth = ((groups - groups.mean(1, keepdim=True)) / (rewards.std() + 1e-4)).flatten()
+    rows = [
+        completed(prompt, each, kind)
+        for prompt, group in zip(prompts, ids, strict=True)
+        for each in group
+    ]
+    tokens = sum(row.supervised for row in rows)
+    model.zero_grad(set_to_none=True)
+    for row, advantage in zip(rows, worth, strict=True):
+        output: Any = model(batch_of(model, [row]), temperature=0.8)
+        share = row.supervised * len(rows) if loss_type == "grpo" else tokens
+        (-advantage * output.logprobs.sum() / share).backward()
+    assert_close(gradients_of(model), whole)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+    def recipe(output: str, size: int) -> Any:
+        return policy_recipe(
+            tiny_recipe,
+            "causal",
+            output=output,
+            objective={
+                "beta": 0.1,
+                "scale_rewards": "batch",
+                "num_iterations": 2,
+                "reward_funcs": ["tests.helpers.policy_samples:low_share"],
+            },
+            train__steps=4,
+            train__batch_size=size,
+            data__validation=[],
+        )
+
+    def logged(output: str) -> list[dict[str, Any]]:
+        lines = (tmp_path / output / "log.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == "train"]
+
+    grpo(recipe("one", 4))
+    pids = start(partial(grpo, recipe("two", 2)), tmp_path / "ranks.txt", ranks=2)
+    assert ended(pids) == [0, 0], (tmp_path / "ranks.txt").read_text()
+    assert len(logged("one")) == len(logged("two")) == 4
+    for alone, together in zip(logged("one"), logged("two"), strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3, abs=1e-6)
+        assert together["metrics"] == pytest.approx(alone["metrics"], rel=1e-3, abs=1e-5)
