@@ -33,7 +33,7 @@ from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.kernels.cpu import native
 from vlm_tune.memory_plan import machine, traced_stage, tracer
 from vlm_tune.memory_plan.advice import changes
-from vlm_tune.memory_plan.batch_stats import longest_batch
+from vlm_tune.memory_plan.batch_stats import longest_batch, work_of
 from vlm_tune.memory_plan.cuda import (
     COLLECTIVES,
     CONTEXT,
@@ -51,6 +51,7 @@ from vlm_tune.memory_plan.step import traced
 from vlm_tune.memory_plan.tracer import Trace
 from vlm_tune.memory_plan.zero import Held, zero_memory
 from vlm_tune.model.build import bare_model
+from vlm_tune.model.language.masks import tree_mask
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.precision import DTYPES
 from vlm_tune.rendering.plan_text import show_plan
@@ -531,6 +532,33 @@ def test_longest_batch_supervises_text_and_no_image(tiny_recipe: TinyRecipe) -> 
     recipe = parsed(tiny_recipe("causal"))
     batch = longest_batch(recipe, bare_model(recipe)[0].processor.spec, 50)
     assert ((batch.labels == IGNORE_INDEX) == batch.image_mask).all()
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_completions_that_will_be_sampled_are_planned_for(
+    tiny_recipe: TinyRecipe, kind: str
+) -> None:
+    """As many and as long as the objective says, beside each other after one prompt."""
+    changes: Any = {
+        "objective": {"kind": "grpo", "num_generations": 3, "max_completion_length": 20},
+        "train__batch_size": 2,
+    }
+    tuned = parsed(with_tune(tiny_recipe(kind)), **changes)
+    plain = parsed(with_tune(tiny_recipe(kind)), train__batch_size=2)
+    for tokens in (None, 50):
+        sampled, read = (plan(each, tokens=tokens).stages[0].peak for each in (tuned, plain))
+        assert sampled.supervised == 2 * 3 * 20 > read.supervised
+        assert sampled.rows == read.rows == 2
+    assert plan(tuned).stages[0].memory.activations > plan(plain).stages[0].memory.activations
+
+
+def test_attended_positions_of_branches_are_those_of_their_mask(tiny_recipe: TinyRecipe) -> None:
+    changes: Any = {"objective": {"kind": "grpo", "num_generations": 3, "max_completion_length": 4}}
+    recipe = parsed(with_tune(tiny_recipe("causal")), **changes)
+    batch = longest_batch(recipe, bare_model(recipe)[0].processor.spec, 10)
+    assert batch.visible_until is not None
+    mask = tree_mask(batch.visible_until) & batch.attention_mask[:, None, :, None]
+    assert work_of(batch).attended == int(mask.sum())
 
 
 def test_a_name_without_a_config_and_a_size_that_is_none_are_told(

@@ -252,6 +252,21 @@ def _answered_layout(answered: Sequence[Example], layout: str) -> Example:
     return _tree(_added(0, rows, [])).row
 
 
+def prompt_of(example: Example, layout: str) -> Example:
+    """A separate row up to its last answer; it has no labels."""
+    if layout == "seq2seq":
+        return replace(example, labels=example.labels[:0])
+    supervised = example.labels != IGNORE_INDEX
+    begins = np.flatnonzero(supervised & ~np.concatenate([[False], supervised[:-1]]))
+    end = int(begins[-1]) + 1 if len(begins) else len(supervised)
+    return replace(
+        example,
+        input_ids=example.input_ids[:end],
+        labels=np.full(end, IGNORE_INDEX, dtype=np.int32),
+        image_mask=example.image_mask[:end],
+    )
+
+
 def completed(prompt: Example, ids: Sequence[int], layout: str) -> Example:
     """A prompt with a completion, whose ids, at least one, are all supervised."""
     answer = np.asarray(ids, dtype=np.int32)

@@ -9,18 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlm_tune.config.objectives import Grpo
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.loader import Place, Position, PreparedFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.chat.processor import Processor
-from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.packing import completed, group_layout, prompt_of, separate_rows, trees
+from vlm_tune.data.prepare.dataset import Group, Prepared
 from vlm_tune.data.prepare.forms import check_forms
 from vlm_tune.data.prepare.run import prepare, scratch_texts
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec
 from vlm_tune.errors import DataError, Interrupted, ModelError
 from vlm_tune.model.build import build_processor
 from vlm_tune.model.feature_choice import Usage, stage_usage
-from vlm_tune.model.language.masks import same_sample, tree_mask
+from vlm_tune.model.language.masks import same_sample
 
 PREPARING = 3.0
 """Most seconds that are spent on preparing data."""
@@ -128,7 +131,41 @@ def _read(
 
 def _feed(stage: Recipe, prepared: Prepared, processor: Processor, processes: int) -> PreparedFeed:
     plan = Plan(prepared, stage.data, Sizes.of(stage.train, processes), stage.seed)
+    if isinstance(stage.objective, Grpo):
+        return SampledFeed(prepared, plan, processor.spec, stage)
     return PreparedFeed(prepared, plan, processor.spec, None)  # type: ignore[arg-type]
+
+
+class SampledFeed(PreparedFeed):
+    """Batches of prompts with as many and as long completions as an objective may sample."""
+
+    def __init__(self, prepared: Prepared, plan: Plan, spec: InputSpec, stage: Recipe) -> None:
+        super().__init__(prepared, plan, spec, None)  # type: ignore[arg-type]
+        self.stage = stage
+
+    def unit(self, number: int) -> Group:
+        """The rows of a unit with completions."""
+        return [
+            row
+            for example in self.prepared.unit(number)
+            for row in with_completions(example, self.stage, self.spec.layout)
+        ]
+
+
+def with_completions(example: Example, stage: Recipe, layout: str) -> Group:
+    """The prompts of an example with the most and longest completions of each, joined as rows."""
+    objective = stage.objective
+    assert isinstance(objective, Grpo)
+    ids = [0] * objective.max_completion_length
+    groups = [
+        group_layout(
+            [completed(prompt_of(row, layout), ids, layout)] * objective.num_generations, layout
+        )
+        for row in separate_rows(example)
+    ]
+    if layout == "seq2seq":
+        return groups
+    return [tree.row for tree in trees(groups, stage.data.row_length)]
 
 
 def _chosen(feed: PreparedFeed) -> tuple[Place, list[Place], int]:
@@ -161,8 +198,9 @@ def work_of(batch: Batch) -> Work:
     inputs = real.sum(1).double()
     outputs = supervised.sum(1).double()
     if causal:
+        place = torch.arange(length)
         pairs = (
-            (tree_mask(batch.visible_until) & real[:, None, :, None]).sum()
+            ((batch.visible_until - place) * real).sum()
             if batch.visible_until is not None
             else (inputs * (inputs + 1) / 2).sum()
         )
@@ -191,7 +229,8 @@ def work_of(batch: Batch) -> Work:
 def longest_batch(stage: Recipe, spec: Any, length: int) -> Batch:
     """A batch of rows of `length` tokens with one image each, whose whole text is supervised.
 
-    For an encoder-decoder, the labels are an answer of the longest length.
+    For an encoder-decoder, the labels are an answer of the longest length. Where completions are
+    sampled, the rows are prompts with these.
     """
     rows = (
         stage.train.batch_size
@@ -202,6 +241,12 @@ def longest_batch(stage: Recipe, spec: Any, length: int) -> Batch:
     ids = torch.zeros(rows, length, dtype=torch.int64)
     slots = torch.zeros(rows, length, dtype=torch.bool)
     slots[:, :shown] = shown == spec.tokens_per_image
+    if isinstance(stage.objective, Grpo):
+        labels = np.full(length, IGNORE_INDEX)
+        prompt = Example("longest", ids[0].numpy(), labels, slots[0].numpy(), ())
+        batch = collate(with_completions(prompt, stage, spec.layout) * rows, spec)
+        batch.media_index = torch.arange(rows if slots.any() else 0)
+        return batch
     labels = torch.zeros_like(ids)
     if spec.layout == "causal":
         labels[slots] = IGNORE_INDEX
