@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.tiny_models import parsed, with_tune
 from vlm_tune.config.load import check_command
+from vlm_tune.config.objectives import reference_of
 from vlm_tune.errors import RecipeError
 
 LORA = """
@@ -69,6 +70,41 @@ def test_settings_that_contradict_each_other(
         recipe(tiny_recipe, {"kind": "dpo"} | objective, **changes)
 
 
+@pytest.mark.parametrize(
+    ("objective", "changes", "message"),
+    [
+        ({"reward_weights": [1.0, 2.0]}, {}, "reward_funcs and reward_weights differ in length"),
+        ({}, {"data__packing": True}, "packed rows have several"),
+        ({}, {"data__streaming": True, "data__validation": []}, "samples completions of prepared"),
+        ({}, {"data__augment": {"flip": 0.5}}, "samples completions of images as they are"),
+        ({}, {"data__overlong": "trim"}, "samples the last answer of a whole row"),
+        ({}, {"engine": {"kind": "fsdp"}}, "samples completions with whole ones"),
+        ({}, {"engine": {"kind": "deepspeed", "stage": 3}}, "samples completions with whole ones"),
+        ({"beta": 0.1}, {"tune": WITH_CONNECTOR}, "adapter_off gives the model before training"),
+        (
+            {},
+            {"model__connector": {"kind": "fusion", "how": "gate"}},
+            "reads an image once an answer",
+        ),
+    ],
+)
+def test_settings_that_samples_are_not_for(
+    tiny_recipe: Callable[..., str],
+    objective: dict[str, Any],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(tiny_recipe, {"kind": "grpo"} | objective, **changes)
+
+
+def test_rewards_without_a_divergence_need_no_reference(tiny_recipe: Callable[..., str]) -> None:
+    sampled = recipe(tiny_recipe, {"kind": "grpo"}, WITH_CONNECTOR)
+    assert reference_of(sampled.objective) is None
+    compared = recipe(tiny_recipe, {"kind": "grpo", "beta": 0.1, "reference": "copy"}, DORA)
+    assert reference_of(compared.objective) == "copy"
+
+
 @pytest.mark.parametrize("reference", ["copy", "precomputed"])
 def test_other_references_go_with_any_tuning(
     tiny_recipe: Callable[..., str], reference: str
@@ -100,14 +136,20 @@ def test_adapters_of_an_earlier_stage_are_not_switched_off(
 
 @pytest.mark.parametrize(
     ("kind", "command"),
-    [("language_modeling", "sft"), ("simpo", "dpo"), ("orpo", "dpo"), ("kto", "kto")],
+    [
+        ("language_modeling", "sft"),
+        ("simpo", "dpo"),
+        ("orpo", "dpo"),
+        ("kto", "kto"),
+        ("grpo", "grpo"),
+    ],
 )
 def test_each_objective_has_its_command(
     tiny_recipe: Callable[..., str], kind: str, command: str
 ) -> None:
     of_kind = recipe(tiny_recipe, {"kind": kind})
     check_command(of_kind, command)
-    for other in {"sft", "dpo", "kto"} - {command}:
+    for other in {"sft", "dpo", "kto", "grpo"} - {command}:
         with pytest.raises(RecipeError, match=f"is trained by `vlm-tune {command}`"):
             check_command(of_kind, other)
 

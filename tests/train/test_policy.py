@@ -14,6 +14,7 @@ from tests.helpers.preference_samples import awake, objective_of
 from tests.helpers.tiny_models import assert_same_bits, interrupted
 from vlm_tune.api import grpo, sft
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data_check.check import check
 from vlm_tune.errors import DataError, RecipeError
 from vlm_tune.events import Evaluation, Event, TrainSteps
 from vlm_tune.train import policy
@@ -127,6 +128,13 @@ def test_a_process_without_rows_takes_part(tiny_recipe: Callable[..., str]) -> N
     loss.sum.backward()
     assert float(loss.sum.detach()) == 0
     assert all(int(number) == 0 for _, number in loss.metrics.values())
+
+
+def test_check_takes_the_objective(tiny_recipe: Callable[..., str]) -> None:
+    assert not check(policy_recipe(tiny_recipe, "causal", data__validation=[])).errors
+    missing = policy_recipe(tiny_recipe, "causal", objective={"reward_funcs": ["no_module:score"]})
+    with pytest.raises(RecipeError, match="no_module"):
+        check(missing)
 
 
 def test_another_command_is_named(tiny_recipe: Callable[..., str]) -> None:
