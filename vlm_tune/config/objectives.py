@@ -8,11 +8,19 @@ from pydantic import Field
 
 from vlm_tune.config.base import Config, NonNegativeInt, PositiveFloat, PositiveInt
 
+LEAST_IMAGES = 3
+"""Images of a batch from which on their differences give directions of noise."""
+
 
 class LanguageModeling(Config):
     """Cross-entropy loss of the supervised tokens."""
 
     kind: Literal["language_modeling"] = "language_modeling"
+    image_noise: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=0.0,
+        description="largest noise of an image's tokens in training, in the directions in which "
+        "the batch's images differ and as a multiple of the tokens' length; for few images",
+    )
 
 
 class Contrastive(Config):

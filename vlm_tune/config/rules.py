@@ -9,6 +9,7 @@ from vlm_tune.config.data_rules import data_contradictions
 from vlm_tune.config.faults import Fault, broken
 from vlm_tune.config.model import ModelSection
 from vlm_tune.config.objective_rules import objective_contradictions
+from vlm_tune.config.objectives import LEAST_IMAGES
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.train import FUNCTION, LOSS, METRICS
 from vlm_tune.config.tune import adds_virtual_tokens
@@ -35,6 +36,7 @@ def contradictions(raw: Any) -> list[Fault]:
         *tune_contradictions(raw),
         *_engine_contradictions(raw),
         *_metric_contradictions(raw),
+        *_noise_contradictions(raw),
         *objective_contradictions(raw),
     ]
 
@@ -178,6 +180,21 @@ def _engine_contradictions(raw: Any) -> list[Fault]:
             ("engine", "offload"),
             "stage 0 shards nothing, so nothing can be offloaded; use stage 1, 2 or 3",
         ),
+    )
+
+
+def _noise_contradictions(raw: Any) -> list[Fault]:
+    """Returns the fault of noise on images without others to take its directions from."""
+    batch = value_at(raw, "train", "batch_size")
+    return broken(
+        (
+            value_at(raw, "objective", "image_noise")
+            and isinstance(batch, int)
+            and batch < LEAST_IMAGES,
+            ("objective", "image_noise"),
+            f"image_noise compares the images of a batch, so it needs train.batch_size of "
+            f"{LEAST_IMAGES} or more",
+        )
     )
 
 

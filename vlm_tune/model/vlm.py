@@ -27,6 +27,7 @@ from vlm_tune.model.base_places import Base
 from vlm_tune.model.connectors.instruction import Text, instructions, places
 from vlm_tune.model.connectors.layers import matched
 from vlm_tune.model.connectors.projectors import Connector
+from vlm_tune.model.image_noise import noised
 from vlm_tune.model.language.base import (
     AnswerLogprobs,
     LanguageModel,
@@ -169,16 +170,20 @@ class VisionLanguageNetwork(nn.Module):
         }
         return copied
 
-    def media(self, batch: Batch) -> torch.Tensor | None:
-        """The connector's outputs [M, N, E] in order of the media places; None without media."""
+    def media(self, batch: Batch, image_noise: float = 0.0) -> torch.Tensor | None:
+        """The connector's outputs [M, N, E] in order of the media places; None without media.
+
+        `image_noise` is as in `forward`.
+        """
         if batch.features is None and batch.pixels is None:
             return None
         features = self.tower(batch.pixels) if batch.features is None else batch.features
         features = matched(features, self.connector)
         if not self.connector.needs_text:
-            return self.connector(features)[batch.media_index]
+            return noised(self.connector(features), image_noise)[batch.media_index]
         where = places(batch.on_host, self.processor.spec.tokens_per_image)
-        return self.connector(features[batch.media_index], self._text(batch, *where))
+        connected = self.connector(features[batch.media_index], self._text(batch, *where))
+        return noised(connected, image_noise)
 
     def _text(self, batch: Batch, rows: torch.Tensor, columns: torch.Tensor) -> Text:
         """The instructions that a text-conditioned connector reads.
@@ -206,12 +211,12 @@ class VisionLanguageNetwork(nn.Module):
             else self.connector(features)
         )
 
-    def embed(self, batch: Batch) -> torch.Tensor:
+    def embed(self, batch: Batch, image_noise: float = 0.0) -> torch.Tensor:
         """The LLM's input [B, L, E]: the text's embeddings with the media spliced in.
 
-        Raises `ModelError` if slots and media differ in number.
+        `image_noise` is as in `forward`. Raises `ModelError` if slots and media differ in number.
         """
-        connected = self.media(batch)
+        connected = self.media(batch, image_noise if self.training else 0.0)
         if connected is None and len(batch.slots):
             raise ModelError(
                 f"{len(batch.slots)} image slots and no media in {name_list(batch.ids)}"
@@ -240,15 +245,18 @@ class VisionLanguageNetwork(nn.Module):
         align: bool = False,
         by_answer: bool = False,
         temperature: float | None = None,
+        image_noise: float = 0.0,
     ) -> TokenLoss | Alignment | AnswerLogprobs | SupervisedLogprobs:
         """The language modelling loss of a batch.
 
         With `align` its image and caption vectors, with `by_answer` the log-probabilities of its
-        answers, with a `temperature` those of its supervised tokens, of logits divided by it.
+        answers, with a `temperature` those of its supervised tokens, of logits divided by it. In
+        training mode `image_noise` is the largest noise of its images' tokens, see `noised`.
         """
         if align:
             return self._align(batch)
-        return self.llm(self.embed(batch), batch, by_answer=by_answer, temperature=temperature)
+        embeds = self.embed(batch, image_noise)
+        return self.llm(embeds, batch, by_answer=by_answer, temperature=temperature)
 
     def _align(self, batch: Batch) -> Alignment:
         """Mean image features and summed caption embeddings, normalised.

@@ -6,21 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from vlm_tune.config.objectives import LEAST_IMAGES
 from vlm_tune.recipe_writer.draft import Draft
 from vlm_tune.recipe_writer.find_data import PARTS, Sources
 from vlm_tune.recipe_writer.look import ROWS, Answers, Facts
 from vlm_tune.recipe_writer.machine import Machine
 from vlm_tune.recipe_writer.models import ModelChoice, Size
+from vlm_tune.recipe_writer.small_data import unlearnable
 
 FEW_IMAGES = 10
 """Images under which none is held out: a score on one or two would say nothing."""
 SMALL_SET = 40
 """Images under which larger shares are held out."""
-FEW = 1000
-"""Images up to which data is small."""
-UNREPEATED = 0.2
-"""Share of questions with an answer of one image only, from which small data has no validation
-part of its own."""
 QUESTIONS = 1.5
 """Questions an image from which on a decoder reads an image's rows together."""
 LONGEST = 2048
@@ -48,6 +45,7 @@ class Effort:
 EFFORTS: dict[Size, Effort] = {
     "scratch": Effort(questions=60_000, epochs=60, batch=32, largest=32),
     "small": Effort(questions=20_000, epochs=30, batch=8, largest=8),
+    "aligned": Effort(questions=8_000, epochs=40, batch=20, largest=20),
     "large": Effort(questions=5_000, epochs=5, batch=32, largest=16),
 }
 """By size of the model; `batch` is the units of an optimizer step, `largest` those read at once.
@@ -120,7 +118,7 @@ def _about(part: str, facts: Facts) -> str:
 def held_out(facts: Facts, sources: Sources) -> tuple[dict[str, Any] | None, str]:
     """The shares to hold out for parts without a source, and the reason."""
     missing = [part for part in ("validation", "test") if not sources[part]]
-    if unlearnable(facts) and "validation" in missing:
+    if facts.all_images >= FEW_IMAGES and unlearnable(facts) and "validation" in missing:
         missing.remove("validation")
         open_answers = (
             f"no validation part is held out: {facts.unrepeated:.0%} of the questions have an "
@@ -129,14 +127,6 @@ def held_out(facts: Facts, sources: Sources) -> tuple[dict[str, Any] | None, str
         split, reason = _shares(facts, missing)
         return split, f"{open_answers}\n{reason}".strip()
     return _shares(facts, missing)
-
-
-def unlearnable(facts: Facts) -> bool:
-    """Whether held-out images of small data would often have answers that training never shows."""
-    small = (
-        FEW_IMAGES <= facts.all_images <= FEW and facts.answers != "long" and facts.single_images
-    )
-    return small and facts.unrepeated >= UNREPEATED
 
 
 def _shares(facts: Facts, missing: list[str]) -> tuple[dict[str, Any] | None, str]:
@@ -234,8 +224,9 @@ def step_units(facts: Facts, choice: ModelChoice) -> int:
 def batches(facts: Facts, choice: ModelChoice) -> list[int]:
     """The batches to try, the largest first: halves of the first."""
     batch = min(step_units(facts, choice), EFFORTS[choice.size].largest)
+    least = LEAST_IMAGES if choice.size == "aligned" else 1
     sizes = [batch]
-    while sizes[-1] > 1:
+    while sizes[-1] >= 2 * least:
         sizes.append(sizes[-1] // 2)
     return sizes
 

@@ -13,7 +13,7 @@ from vlm_tune.quoting import escaped
 
 WIDTH = 100
 """Columns of a comment."""
-ORDER = ("name", "output", "seed", "model", "data", "train", "engine", "evaluate")
+ORDER = ("name", "output", "seed", "model", "data", "train", "engine", "evaluate", "stages")
 """The order of a recipe's keys; `tune` comes behind `data`."""
 
 
@@ -61,7 +61,8 @@ class Draft:
             section, _, key = name.partition(".")
             target = root.setdefault(section, CommentedMap()) if key else root
             depth = 2 if key else 0
-            target[key or section] = _one_line(quoted_breaks(value))
+            shown = quoted_breaks(value)
+            target[key or section] = _stages(shown) if name == "stages" else _one_line(shown)
             if name in self.reasons:
                 target.yaml_set_comment_before_after_key(
                     key or section, before=_wrapped(self.reasons[name], depth), indent=depth
@@ -90,6 +91,15 @@ class Draft:
 def _place_of_tune(root: Any) -> int:
     """The place of `tune` in a recipe: behind `data`."""
     return list(root).index("data") + 1 if "data" in root else len(root)
+
+
+def _stages(stages: Any) -> Any:
+    """The stages of a recipe, with a line for each of their keys and rules."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    return CommentedSeq(
+        CommentedMap({key: _one_line(value) for key, value in stage.items()}) for stage in stages
+    )
 
 
 def _one_line(value: Any) -> Any:

@@ -29,6 +29,7 @@ from vlm_tune.recipe_writer.fit import Drafted, Fit, fit
 from vlm_tune.recipe_writer.look import ROWS, Facts, look
 from vlm_tune.recipe_writer.machine import Machine, this_machine
 from vlm_tune.recipe_writer.models import ModelChoice, candidates, shape_tower
+from vlm_tune.recipe_writer.small_data import aligned_first
 from vlm_tune.recipe_writer.written import Written
 
 
@@ -84,7 +85,8 @@ def _for_data(
     def drafted_for(choice: ModelChoice) -> Drafted:
         return _checked(_draft(name, sources, facts, machine, choice), facts, show)
 
-    chosen = fit(candidates(machine, facts, model, tower), facts, machine, drafted_for, show)
+    choices = [aligned_first(each, facts) for each in candidates(machine, facts, model, tower)]
+    chosen = fit(choices, facts, machine, drafted_for, show)
     with writing(target, "the recipe"):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(chosen.draft.text(_title(named, machine, chosen)), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Conversation, Media
 from vlm_tune.errors import DataError
+from vlm_tune.evaluation.boxes import boxes_in
+from vlm_tune.evaluation.texts import normalise
 from vlm_tune.paths import home
 from vlm_tune.quoting import name_list
 from vlm_tune.recipe_writer.find_data import has_images
@@ -39,6 +42,21 @@ LANGUAGE_TEXTS = 50
 LATIN_ENDS = 0x250
 """The first code point behind the Latin letters."""
 
+COLOURS = {
+    *("red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black"),
+    *("white", "grey", "gray", "cyan", "teal", "gold", "silver"),
+}
+DETAILS = {
+    *("left", "right", "top", "bottom", "above", "below", "upper", "lower", "middle", "center"),
+    *("centre", "yes", "no", "true", "false"),
+}
+"""Words of answers that a change of an image's colours can make wrong, and of answers about a part
+of an image."""
+OFTEN = 0.05
+"""Share of answers with such words up to which they are parts of names, as in "orange juice"."""
+ASKED = 10
+"""Rows of a question, on average, from which on the same is asked about all images."""
+
 Answers = Literal["repeated", "short", "long"]
 """Kinds of answers: few different ones, open but short ones, and sentences."""
 
@@ -50,8 +68,9 @@ SEVERAL = object()
 class _Seen:
     """Counts over the rows that were read.
 
-    `single` counts the rows with exactly one image. `shown_with` has the images of each answer, or
-    `SEVERAL`.
+    `single` counts the rows with exactly one image. `wordings` has the distinct questions; those of
+    classifications, which list the choices in any order, are one. `shown_with` has the images of
+    each answer, or `SEVERAL`.
     """
 
     rows: int = 0
@@ -69,6 +88,7 @@ class _Seen:
     categories: Counter[str] = field(default_factory=Counter)
     longest: int = 0
     texts: list[str] = field(default_factory=list)
+    wordings: set[str] = field(default_factory=set)
 
     def add(self, row: Conversation) -> None:
         self.rows += 1
@@ -76,6 +96,7 @@ class _Seen:
         self.questions += len(answers)
         self.answers.update(answers)
         self.categories[row.category] += 1
+        self.wordings.add("" if row.references.form == "classify" else normalise(row.question))
         media = row.media
         self.most_images = max(self.most_images, len(media))
         self.single += len(media) == 1
@@ -112,9 +133,11 @@ class Facts:
     `rows` counts all of them; the rest is of the first `read` rows that can be used, of each source
     `ROWS` at most. `longest_row` is in bytes of UTF-8, `longest_answer` in characters, and sides
     are in pixels. `single_images` says whether each row has exactly one image. `unrepeated` is the
-    share of the questions whose answer belongs to one image only. `smallest_class` is the number of
-    rows of the rarest category, 0 without categories. `language` is an ISO 639-1 code, None if
-    unknown; `latin` is the share of the texts' letters that are Latin.
+    share of the questions whose answer belongs to one image only. `colours` says whether answers
+    name some, `whole_image` whether the same is asked about all images and answers are names: no
+    places, boxes, numbers, yes or no. `smallest_class` is the number of rows of the rarest
+    category, 0 without categories. `language` is an ISO 639-1 code, None if unknown; `latin` is the
+    share of the texts' letters that are Latin.
     """
 
     forms: tuple[str, ...]
@@ -131,6 +154,8 @@ class Facts:
     answers: Answers
     distinct_answers: int
     unrepeated: float
+    colours: bool
+    whole_image: bool
     longest_answer: int
     longest_row: int
     smallest_class: int
@@ -245,6 +270,7 @@ def _merge(whole: _Seen, part: _Seen) -> None:
         whole.add_shown(answer, shown)
     whole.first_fault = whole.first_fault or part.first_fault
     whole.images |= part.images
+    whole.wordings |= part.wordings
     whole.texts += part.texts
     whole.samples += part.samples
 
@@ -288,6 +314,8 @@ def _facts(seen: _Seen, forms: tuple[str, ...], rows: int) -> Facts:
         answers=_kind_of_answers(seen.answers, lengths),
         distinct_answers=len(seen.answers),
         unrepeated=_unrepeated(seen),
+        colours=_share_with(seen.answers, COLOURS) > OFTEN,
+        whole_image=_asks_for_names(seen),
         longest_answer=lengths[-1] if lengths else 0,
         longest_row=seen.longest,
         smallest_class=min(categories.values(), default=0) if len(categories) > 1 else 0,
@@ -300,6 +328,28 @@ def _unrepeated(seen: _Seen) -> float:
     """The share of the questions whose answer belongs to one image only."""
     several = sum(times for text, times in seen.answers.items() if seen.shown_with[text] is SEVERAL)
     return 1 - several / max(seen.answers.total(), 1)
+
+
+def _share_with(answers: Counter[str], words: set[str]) -> float:
+    """The share of the answers that have some of these words."""
+    times = sum(
+        count for text, count in answers.items() if words & set(re.findall(r"\w+", text.lower()))
+    )
+    return times / max(answers.total(), 1)
+
+
+def _asks_for_names(seen: _Seen) -> bool:
+    """Whether the same is asked about all images, and answers name what a whole image shows."""
+    details = sum(
+        times
+        for text, times in seen.answers.items()
+        if re.fullmatch(r"[\d.,\s]+", text) or len(boxes_in(text))
+    )
+    share = details / max(seen.answers.total(), 1)
+    return (
+        seen.questions >= ASKED * len(seen.wordings)
+        and share + _share_with(seen.answers, DETAILS) <= OFTEN
+    )
 
 
 def _kind_of_answers(answers: Counter[str], lengths: Sequence[int]) -> Answers:

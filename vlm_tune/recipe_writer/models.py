@@ -50,7 +50,9 @@ MARKERS = 3
 SCRATCH_SIDES = (64, 128)
 """Sides of images that the tower from random weights reads; the larger for larger images."""
 
-Size = Literal["scratch", "small", "large"]
+Size = Literal["scratch", "small", "aligned", "large"]
+"""`aligned` is a small language model after a stage that aligns images with answers."""
+
 """From random weights; under about a billion parameters; above."""
 
 

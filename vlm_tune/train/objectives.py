@@ -98,7 +98,7 @@ class LanguageModelingObjective:
         """Computes nothing: the loss adds over tokens."""
 
     def __call__(self, model: Any, batch: Batch, totals: Counts | None = None) -> Loss:
-        output = model(batch)
+        output = model(batch, image_noise=self.config.image_noise)
         return Loss(output.sum, output.count)
 
 
