@@ -12,7 +12,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vlm_tune.config.load import check_recipe, dump_recipe, load_recipe, parse_recipe, recipe_schema
+from vlm_tune.config.load import (
+    changed_recipe,
+    check_recipe,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_schema,
+)
 from vlm_tune.config.model import ModelSection
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.schema_errors import OLD_NAMES
@@ -357,6 +364,21 @@ def test_a_length_set_by_an_override_holds_in_every_stage(tmp_path: Path) -> Non
     ).resolved_stages()
     assert (first[1].train.steps, second[1].train.steps, second[1].train.epochs) == (5, 7, None)
     assert notes[1:] == ["stages.1.train.steps: 7 replaces train.epochs: 1 for this stage"]
+
+
+def test_a_loaded_recipe_is_changed_as_by_overrides_and_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "staged.yaml"
+    path.write_text(STAGED)
+    recipe = load_recipe(path, ["seed=3"])
+    before = dump_recipe(recipe)
+    values = {"stages.1.train.steps": 7, "train.learning_rate": 1e-05}
+    assert changed_recipe(recipe, values) == load_recipe(path, {"seed": 3, **values})
+    assert dump_recipe(recipe) == before
+    built = Recipe.model_validate(recipe.model_dump(exclude_unset=True))
+    assert changed_recipe(built, values) == changed_recipe(recipe, values)
+    with pytest.raises(RecipeError) as caught:
+        changed_recipe(recipe, {"seed": -1}, option="--search")
+    assert [problem.where for problem in caught.value.problems] == ["--search seed=-1"]
 
 
 @pytest.mark.parametrize(

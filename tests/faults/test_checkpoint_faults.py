@@ -256,7 +256,7 @@ def test_fault_47_out_of_memory_says_what_to_change(
         match=r"a process needs \d+\.\d\d GB, and \d+\.\d\d GB with .*--set train\.\w+=",
     ) as raised:
         sft(runs(tiny_recipe))
-    assert raised.value.exit_code == 5
+    assert raised.value.exit_code == 5 and raised.value.by_recipe
     assert hidden(tmp_path / "run") == []
     assert all(is_whole(path) for path in checkpoints(stage_of(tmp_path / "run")))
     assert checkpoints(stage_of(tmp_path / "run"))[-1].name == "step-0000002"

@@ -21,6 +21,7 @@ from vlm_tune.sweeping.records import Sweep
 from vlm_tune.sweeping.run import Setting, run_sweep
 from vlm_tune.sweeping.space import parse_search
 from vlm_tune.train.checkpoint import Progress, stage_folder
+from vlm_tune.train.step_trace import Step, write_step
 
 VALIDATIONS = 3
 RECIPE = """
@@ -75,10 +76,10 @@ class FormulaRuns:
         if int(folder.name) in self.faults:
             raise self.faults.pop(int(folder.name))
         scores = [self.score(recipe, count) for count in range(1, VALIDATIONS + 1)]
-        path = folder / "log.jsonl"
-        earlier = len(path.read_text().splitlines()) if path.is_file() else 0
-        for count in range(earlier + 1, VALIDATIONS + 1):
-            score = scores[count - 1]
+        stage = stage_folder(folder, 0, "main")
+        stage.mkdir(parents=True, exist_ok=True)
+        for count, score in enumerate(scores, 1):
+            write_step(stage, Step(10 * count, 1.0, 1.0, "0"))
             event = Evaluation(
                 step=10 * count,
                 accuracy=score,
@@ -88,22 +89,21 @@ class FormulaRuns:
                 stage=0,
                 name="main",
             )
-            with path.open("a") as file:
+            with (folder / "log.jsonl").open("a") as file:
                 file.write(json.dumps(event.line()) + "\n")
             show(event)
-        self._finish(recipe, scores)
+        (stage / "done.json").write_text(json.dumps(asdict(_progress(recipe, scores))))
 
-    def _finish(self, recipe: Recipe, scores: list[float]) -> None:
-        """Writes what the end of a stage writes."""
-        metric = recipe.evaluate.best or "exact_match"
-        finite = [score for score in scores if math.isfinite(score)]
-        progress = Progress(step=10 * VALIDATIONS, best_by=metric)
-        if finite:
-            progress.best_score = min(finite) if lower_is_better(metric) else max(finite)
-            progress.best_step = 10 * (1 + scores.index(progress.best_score))
-        place = stage_folder(Path(recipe.output), 0, "main")
-        place.mkdir(parents=True)
-        (place / "done.json").write_text(json.dumps(asdict(progress)))
+
+def _progress(recipe: Recipe, scores: list[float]) -> Progress:
+    """The state of a stage after its last validation."""
+    metric = recipe.evaluate.best or "exact_match"
+    progress = Progress(step=10 * VALIDATIONS, best_by=metric)
+    finite = [score for score in scores if math.isfinite(score)]
+    if finite:
+        progress.best_score = min(finite) if lower_is_better(metric) else max(finite)
+        progress.best_step = 10 * (1 + scores.index(progress.best_score))
+    return progress
 
 
 def formula_sweep(

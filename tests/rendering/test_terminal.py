@@ -26,6 +26,8 @@ from vlm_tune.events import (
     Scoring,
     StageEvent,
     TrainSteps,
+    TrialEnd,
+    TrialStart,
 )
 from vlm_tune.rendering.terminal import EVERY, Display
 
@@ -96,6 +98,15 @@ def test_the_thread_ends_when_the_display_is_closed_while_it_looks(
     for thread in set(threading.enumerate()) - before:
         thread.join(60)
     assert not faults
+
+
+def test_trials_of_a_sweep_are_lines_also_on_a_terminal() -> None:
+    for terminal in (False, True):
+        shown = Shown(terminal=terminal)
+        start = " ".join(shown.event(TrialStart(1, 3, {"seed": 2})))
+        assert "trial 1 of 3: seed 2" in start
+        end = TrialEnd(number=1, of=3, state="pruned", seconds=4.0, reason="worse")
+        assert "trial 1 of 3 pruned (worse), 4.0 s" in " ".join(shown.event(end))
 
 
 @pytest.mark.parametrize(

@@ -185,13 +185,16 @@ def test_a_gradient_that_no_scale_makes_finite_ends_the_run(tmp_path: Path) -> N
     notes: list[StageEvent] = []
     policy = NonFinitePolicy(engine.accelerator, notes.append, most=2, skips=True)
     taken = []
-    with pytest.raises(TrainingError, match=r"norm is nan at step 7; .* the 2th such step"):
+    with pytest.raises(
+        TrainingError, match=r"norm is nan at step 7; .* the 2th such step"
+    ) as raised:
         for step in range(1, 20):
             engine.backward(layer(torch.ones(1, 2)).sum() * float("nan"))
             norm = engine.clip(1.0)
             assert norm is not None
             taken.append(policy.allows(step, 1.0, norm.item(), ["row"], tmp_path, last=False))
             (engine.step if taken[-1] else engine.skip)()
+    assert raised.value.by_recipe
     # 16, 8, 4, 2 and 1, then a half.
     assert taken == [True] * 5 + [False]
     assert [note.step for note in notes if isinstance(note, Note)] == [6]

@@ -37,10 +37,11 @@ from vlm_tune.sweeping.records import (
 )
 from vlm_tune.sweeping.space import Space, check_space, space_differences
 from vlm_tune.sweeping.study import JOURNAL, TrialStudy, check_installed
-from vlm_tune.sweeping.trial_log import best_evaluation, evaluations, last_step
+from vlm_tune.sweeping.trial_log import best_evaluation, evaluations
 from vlm_tune.train.allocator import trim_heap
 from vlm_tune.train.checkpoint import stage_folder
 from vlm_tune.train.signals import stop_requests
+from vlm_tune.train.step_trace import read_trace
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -264,12 +265,12 @@ def _run_folder(setting: Setting, number: int) -> Path:
 
 def _facts(setting: Setting, run: Path, *, complete: bool) -> dict[str, Any]:
     """The score of a trial's run, the metric and step that it is of, and the steps taken."""
-    name = setting.recipe.resolved_stages()[setting.stage][0]
+    stage = stage_folder(run, setting.stage, setting.recipe.resolved_stages()[-1][0])
     if complete:
-        done = json.loads((stage_folder(run, setting.stage, name) / "done.json").read_text())
+        done = json.loads((stage / "done.json").read_text())
         facts = {"score": "best_score", "metric": "best_by", "step": "best_step", "steps": "step"}
         return {fact: done[key] for fact, key in facts.items()}
-    facts = {"steps": last_step(run, setting.stage)}
+    facts: dict[str, Any] = {"steps": max((each.step for each in read_trace(stage)), default=0)}
     best = best_evaluation(evaluations(run, setting.stage))
     if best is None:
         return facts
