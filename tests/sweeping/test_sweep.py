@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import gc
 import json
 import math
@@ -202,6 +203,22 @@ def test_the_folder_is_locked_while_the_sweep_runs(recipe: Path) -> None:
     with run_lock(recipe.parent / "sweep"), pytest.raises(TrainingError, match="in use by"):
         formula_sweep(recipe, SEARCH, FormulaRuns(nearness))
     assert formula_sweep(recipe, SEARCH, FormulaRuns(nearness), of=1).best is not None
+
+
+def test_a_full_disk_ends_the_sweep_with_what_to_do_and_it_goes_on(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = recipe.parent / "sweep"
+
+    def full(sweep: Sweep) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "best.yaml"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vlm_tune.sweeping.run.write_best", full)
+        with pytest.raises(TrainingError, match="no space left on device: make room; mend"):
+            formula_sweep(recipe, SEARCH, FormulaRuns(nearness), of=1)
+    sweep = formula_sweep(recipe, SEARCH, FormulaRuns(nearness), of=1, resume=True)
+    assert sweep.best is not None and (folder / "best.yaml").is_file()
 
 
 def test_a_recipe_without_validation_rows_is_refused(recipe: Path) -> None:

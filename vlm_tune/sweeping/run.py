@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +22,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import Interrupted, Problem, RecipeError, TrainingError
 from vlm_tune.evaluation.registry import lower_is_better
 from vlm_tune.events import Evaluation, Event, Note, Report, StageStart, TrialEnd, TrialStart
-from vlm_tune.paths import check_writable, shown_path
+from vlm_tune.paths import check_writable, reason, shown_path
 from vlm_tune.quoting import cut
 from vlm_tune.run_folder import MARK, OUTPUT, RECIPE
 from vlm_tune.run_lock import HOLDER, check_lock, run_lock
@@ -121,7 +123,7 @@ def run_sweep(
         VlmTuneError: an error of a trial's data or model.
     """
     _check(setting, resume=resume)
-    with stop_requests() as stop, run_lock(setting.folder) as note:
+    with stop_requests() as stop, _files(setting.folder), run_lock(setting.folder) as note:
         _check_folder(setting, resume=resume)
         if note is not None:
             show(Note(note))
@@ -134,6 +136,8 @@ def run_sweep(
             lower_is_better=setting.lower_is_better,
             prune=setting.prune,
         )
+        if resume:  # the process may have been killed before it wrote them
+            _write(setting, study, write_report)
         _run_trials(setting, study, train, write_report, show, stop)
         sweep = _sweep(setting, study.trials())
     if sweep.best is None:
@@ -169,7 +173,6 @@ def _run_trials(
         _return_memory()
         sweep = _write(setting, study, write_report)
         show(_end(sweep, sweep.trials[trial.number], seconds))
-    _write(setting, study, write_report)
 
 
 def _write(setting: Setting, study: TrialStudy, write_report: Callable[[Sweep], object]) -> Sweep:
@@ -237,23 +240,23 @@ def _run_trial(
     show(TrialStart(number, setting.of, trial.params, resume))
     before = float(trial.user_attrs.get("seconds", 0.0))
     started = time.monotonic()
-    state, reason = "complete", ""
+    state, why = "complete", ""
     try:
         train(recipe, resume=resume, show=_Watch(study, trial, run, setting.stage, show))
     except TrialPruned as error:
-        state, reason = "pruned", str(error)
+        state, why = "pruned", str(error)
     except TrainingError as error:
         if not error.by_recipe:
             raise
-        state, reason = "failed", cut(str(error).partition(";")[0])
+        state, why = "failed", cut(str(error).partition(";")[0])
     except Interrupted as error:
         trial.set_user_attr("seconds", before + time.monotonic() - started)
         raise Interrupted(f"trial {number} {error}") from error
     seconds = before + time.monotonic() - started
     facts = _facts(setting, run, complete=state == "complete")
     if state == "complete" and facts.get("score") is None:
-        state, reason = "failed", "no validation score is finite"
-    facts |= {"seconds": round(seconds, 2), "reason": reason}
+        state, why = "failed", "no validation score is finite"
+    facts |= {"seconds": round(seconds, 2), "reason": why}
     study.finish(trial, state, facts.get("score"), facts)
     return seconds
 
@@ -351,6 +354,19 @@ def _check(setting: Setting, *, resume: bool) -> None:
     check_writable(setting.folder, OUTPUT, folder=True)
     check_lock(setting.folder)
     _check_folder(setting, resume=resume)
+
+
+@contextmanager
+def _files(folder: Path) -> Iterator[None]:
+    """Context in which a file of the folder that can't be read or written is a `TrainingError`."""
+    try:
+        yield
+    except OSError as error:
+        inside = error.filename is not None and Path(str(error.filename)).is_relative_to(folder)
+        if not inside and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        message = f"{error.filename or folder}: {reason(error)}; mend that, and --resume goes on"
+        raise TrainingError(message) from error
 
 
 def _check_folder(setting: Setting, *, resume: bool) -> None:
