@@ -43,7 +43,7 @@ def sweep(
             or a list as `[8, 16, 32]`, also written `"8,16,32"`.
         trials: how many there are to be, with those of an earlier start.
         output: the sweep's folder; by default that of the recipe with `-sweep` at its end.
-        prune: stop trials whose scores are below the median of the others.
+        prune: stop trials whose scores are worse than the median of the complete ones.
         resume: go on with the sweep in the folder; an interrupted trial goes on first.
         show: called with every event of the sweep and of its runs.
 

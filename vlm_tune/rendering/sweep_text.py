@@ -14,9 +14,9 @@ from vlm_tune.sweeping.space import Choices, Dimension, Scalar
 
 
 def value_text(value: Scalar) -> str:
-    """A searched value as text: a float with four digits."""
+    """A searched value as text: a float with three digits."""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.3g}"
     return cut(value) if isinstance(value, str) else json.dumps(value)
 
 

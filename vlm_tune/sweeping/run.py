@@ -65,7 +65,7 @@ class Setting:
         space: the values of each searched key.
         folder: the sweep's.
         of: the number of trials.
-        prune: whether a trial is stopped whose score is worse than the median of the others'.
+        prune: whether a trial is stopped if its score is worse than the median of complete ones.
     """
 
     recipe: Recipe

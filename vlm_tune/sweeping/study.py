@@ -46,7 +46,7 @@ class TrialStudy:
         seed: the recipe's. It decides the values of a trial, with the trial's number and the
             scores of those before it: a sweep that was interrupted goes on as it would have.
         lower_is_better: whether the lowest score is the best.
-        prune: whether a trial is stopped whose score is worse than the median of the others'.
+        prune: whether a trial is stopped if its score is worse than the median of complete ones.
 
     Raises:
         RecipeError: the journal can't be read.
