@@ -219,7 +219,8 @@ def tune(recipe: Path, run: Path, seed: int) -> dict[str, float]:
 def right_answers(run: Path, things: Sequence[Thing], task: str) -> np.ndarray:
     """Which things a run names, or groups, rightly."""
     lines = map(json.loads, (run / "answers.jsonl").read_text("utf-8").splitlines())
-    right = {line["id"]: line["correct"] for line in lines}
+    # An id is that of the row in the file, between the source's name and the row's number.
+    right = {line["id"].split(":")[1]: line["correct"] for line in lines}
     return np.array([right[f"{thing.key}-{task}"] for thing in things], dtype=float)
 
 
