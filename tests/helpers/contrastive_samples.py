@@ -68,5 +68,25 @@ def contrastive_recipe(
     return parsed(tiny_recipe(kind, output=output), **(settings | changes))
 
 
+def matching_recipe(
+    tiny_recipe: Callable[..., str],
+    folder: Path,
+    kind: str = "causal",
+    output: str = "run",
+    *,
+    objective: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Recipe:
+    """A recipe that trains all but the tower on whether eight captions match."""
+    settings: dict[str, Any] = {
+        "objective": {"kind": "matching", **(objective or {})},
+        "evaluate__samples": 0,
+    }
+    for seed, part in enumerate(("train", "validation", "test")):
+        path = write_captions(folder, part, seed)
+        settings[f"data__{part}"] = [{"kind": "file", "path": str(path), "form": "match"}]
+    return parsed(tiny_recipe(kind, output=output), **(settings | changes))
+
+
 EMBEDDINGS = {"causal": "model.embed_tokens.*", "seq2seq": "shared.*"}
 """The names of the LLM's embeddings, by its kind."""

@@ -68,10 +68,11 @@ class EasyVqaSource(Source):
     validation_images: NonNegativeInt = Field(
         default=200, description="number of train images held out as `validation`"
     )
-    task: Literal["vqa", "caption", "preference"] = Field(
+    task: Literal["vqa", "caption", "match", "preference"] = Field(
         default="vqa",
-        description="questions, captions built from the questions and answers, or questions with "
-        "the answer as chosen and another of its kind as rejected",
+        description="questions, captions built from the questions and answers, whether such a "
+        "caption matches, or questions with the answer as chosen and another of its kind as "
+        "rejected",
     )
     categories: Annotated[list[Literal["yes/no", "color", "shape"]], Field(min_length=1)] | None = (
         Field(default=None, description="use only rows of these categories")
@@ -93,6 +94,7 @@ Form = Literal[
     "vqa",
     "multiple_choice",
     "caption",
+    "match",
     "classify",
     "retrieval",
     "ocr",

@@ -1,4 +1,4 @@
-"""Checks for settings of preferences and rewards that contradict each other or other keys."""
+"""Checks for settings of objectives of several answers that contradict each other or other keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONTINUED = (
 
 
 def objective_contradictions(raw: Any) -> list[Fault]:
-    """Returns faults of an objective of preferences or rewards; `raw` holds unchecked values."""
+    """Returns faults of an objective of several answers; `raw` holds unchecked values."""
     objective = value_at(raw, "objective")
     if not isinstance(objective, dict) or objective.get("kind") not in [*JUDGED_FORMS, "grpo"]:
         return []
@@ -37,6 +37,8 @@ def objective_contradictions(raw: Any) -> list[Fault]:
             return faults + _sampling_contradictions(raw, objective)
         case "dpo":
             faults += _loss_contradictions(objective)
+        case "matching":
+            faults += _matching_contradictions(raw)
     return faults + _judging_contradictions(raw, objective)
 
 
@@ -99,7 +101,8 @@ def _judging_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]:
     """Returns faults of an objective of preferences beside the data and the evaluation."""
     seq2seq = value_at(raw, "model", "llm", "kind") == "seq2seq"
     estimates = objective["kind"] == "kto" and objective.get("loss_type", "kto") == "kto"
-    scored_by = objective.get("scored_by", "rewards/accuracies")
+    matching = objective["kind"] == "matching"
+    scored_by = "answers" if matching else objective.get("scored_by", "rewards/accuracies")
     return broken(
         (
             scored_by != "answers" and value_at(raw, "evaluate", "best") is not None,
@@ -160,6 +163,38 @@ def _sampling_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]
             ("engine",),
             "the engine shards the weights, and grpo samples completions with whole ones; use "
             "ddp, or deepspeed with stage 2",
+        ),
+    )
+
+
+def _matching_contradictions(raw: Any) -> list[Fault]:
+    """Returns faults of rows whose images can't be exchanged."""
+    return broken(
+        (
+            value_at(raw, "data", "group") == "image",
+            ("data", "group"),
+            "matching shows a row with another row's image, so each row needs its own: group: none",
+        ),
+        (
+            value_at(raw, "data", "packing") is True
+            and value_at(raw, "model", "llm", "kind") != "seq2seq",
+            ("data", "packing"),
+            "matching shows a row with another row's image, so each row stands by itself: "
+            "packing: false",
+        ),
+        *(
+            (
+                value_at(raw, "model", "tower", key),
+                ("model", "tower", key),
+                "matching exchanges the images of rows, which have as many each, so no tiles",
+            )
+            for key in ("tiles", "split")
+        ),
+        (
+            value_at(raw, "train", "batch_size") == 1,
+            ("train", "batch_size"),
+            "matching takes negatives from the other rows of a micro-batch, and one row has "
+            "none; take 2 or more (gradient_accumulation adds none)",
         ),
     )
 

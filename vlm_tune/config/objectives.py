@@ -59,6 +59,24 @@ class Contrastive(Config):
         return -10.0 if self.bias is None else self.bias
 
 
+class Matching(Config):
+    """Image-text matching: the LLM reads an image and a caption and answers whether they match.
+
+    Half of the rows of a micro-batch are shown with the image of another row. The loss is the
+    binary cross-entropy of the two answers' log-probabilities.
+    """
+
+    kind: Literal["matching"]
+    negatives: Literal["hard", "random"] = Field(
+        default="hard",
+        description="which row's image is taken; hard: the likelier, the more similar its vector "
+        "is to the caption's, random: any whose caption is another",
+    )
+    temperature: PositiveFloat = Field(
+        default=0.07, description="hard: what similarities are divided by, smaller is harder"
+    )
+
+
 Reference = Annotated[
     Literal["adapter_off", "copy", "precomputed"],
     Field(
@@ -284,7 +302,7 @@ class Grpo(Config):
 
 
 PreferenceConfig = Dpo | Kto | SimPo | Orpo
-AnyObjective = LanguageModeling | Contrastive | PreferenceConfig | Grpo
+AnyObjective = LanguageModeling | Contrastive | Matching | PreferenceConfig | Grpo
 
 
 def reference_of(objective: AnyObjective) -> str | None:
@@ -297,6 +315,7 @@ def reference_of(objective: AnyObjective) -> str | None:
 COMMANDS = {
     "language_modeling": "sft",
     "contrastive": "sft",
+    "matching": "sft",
     "dpo": "dpo",
     "simpo": "dpo",
     "orpo": "dpo",
@@ -310,5 +329,6 @@ JUDGED_FORMS = {
     "simpo": ("preference",),
     "orpo": ("preference",),
     "kto": ("preference", "unpaired_preference"),
+    "matching": ("match",),
 }
-"""The forms of rows that an objective of preferences trains on, by its kind."""
+"""The forms of rows that an objective of two answers to one prompt trains on, by its kind."""

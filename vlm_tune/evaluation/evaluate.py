@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from vlm_tune.config.objectives import AnyObjective, Contrastive
+from vlm_tune.config.objectives import AnyObjective, Contrastive, Matching
 from vlm_tune.config.train import EvaluateSection
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.images.decode import PixelCache
@@ -124,11 +124,14 @@ def score_options(settings: EvaluateSection, objective: AnyObjective | None) -> 
     temperature = None
     if isinstance(objective, Contrastive) and not objective.learns_scale:
         temperature = objective.temperature
+    answering = "retrieve" if contrastive else settings.answering
+    if isinstance(objective, Matching):
+        answering = "likelihood"
     names = settings.metrics or ()
     return {
         "decoding": Decoding(settings.max_new_tokens, settings.num_beams),
         "batch_size": settings.batch_size,
-        "answering": "retrieve" if contrastive else settings.answering,
+        "answering": answering,
         "ranks": contrastive or any(metric.name in names for metric in RETRIEVAL),
         "temperature": temperature,
         "perplexity": "perplexity" in names and not contrastive,

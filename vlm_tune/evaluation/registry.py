@@ -236,6 +236,7 @@ METRICS: dict[str, Metric] = {
 BY_FORM: dict[str, tuple[str, ...]] = {
     "caption": ("bleu", "chrf", "rouge_l", "cider"),
     "classify": ("balanced_accuracy", "f1_macro"),
+    "match": ("f1_macro",),
     "ocr": ("anls",),
     "translate": ("bleu", "chrf"),
     "retrieval": ("choice_text",),

@@ -242,17 +242,20 @@ class VisionLanguageNetwork(nn.Module):
         self,
         batch: Batch,
         *,
-        align: bool = False,
+        align: bool | Literal["prompts"] = False,
         by_answer: bool = False,
         temperature: float | None = None,
         image_noise: float = 0.0,
     ) -> TokenLoss | Alignment | AnswerLogprobs | SupervisedLogprobs:
         """The language modelling loss of a batch.
 
-        With `align` its image and caption vectors, with `by_answer` the log-probabilities of its
+        With `align` its image and caption vectors; with `align="prompts"` the vectors of its images
+        and of the words that tell its prompts apart. With `by_answer` the log-probabilities of its
         answers, with a `temperature` those of its supervised tokens, of logits divided by it. In
         training mode `image_noise` is the largest noise of its images' tokens, see `noised`.
         """
+        if align == "prompts":
+            return self._align_prompts(batch)
         if align:
             return self._align(batch)
         embeds = self.embed(batch, image_noise)
@@ -270,6 +273,21 @@ class VisionLanguageNetwork(nn.Module):
         images = self.image_vectors(connected)
         return Alignment(images, self.caption_vectors(batch.labels), scale, bias)
 
+    def _align_prompts(self, batch: Batch) -> Alignment:
+        """Mean features of each row's images, and its words' summed embeddings less the rows' mean.
+
+        So the words that all rows have do not count. All rows have as many images.
+        """
+        connected = self.media(batch)
+        assert connected is not None
+        words = self._summed_words(batch.input_ids, batch.attention_mask & ~batch.image_mask)
+        images = connected.reshape(len(batch.ids), -1, connected.shape[-1])
+        return Alignment(self.image_vectors(images), normalize(words - words.mean(0), dim=-1))
+
+    def _summed_words(self, ids: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """The summed embeddings fp32[B, E] of the ids int64[B, T] that are `counted`."""
+        return (self.llm.embed(ids).float() * counted[..., None]).sum(1)
+
     def image_vectors(self, connected: torch.Tensor) -> torch.Tensor:
         """Unit vectors fp32[M, E] of media, by the connector's outputs [M, N, E]: their means."""
         return normalize(connected.float().mean(1), dim=-1)
@@ -282,8 +300,7 @@ class VisionLanguageNetwork(nn.Module):
         caption_mask = labels != IGNORE_INDEX
         for stop in self.processor.stop_ids:
             caption_mask &= labels != stop
-        words = self.llm.embed(labels.clamp(min=0)).float() * caption_mask[..., None]
-        return normalize(words.sum(1), dim=-1)
+        return normalize(self._summed_words(labels.clamp(min=0), caption_mask), dim=-1)
 
 
 Network = TypeVar("Network", bound=VisionLanguageNetwork)

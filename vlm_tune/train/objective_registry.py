@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from vlm_tune.config.objectives import AnyObjective, Contrastive, Grpo, Kto, LanguageModeling
+from vlm_tune.config.objectives import (
+    AnyObjective,
+    Contrastive,
+    Grpo,
+    Kto,
+    LanguageModeling,
+    Matching,
+)
 from vlm_tune.train.contrastive import ByRank, PairedObjective, single_rank
+from vlm_tune.train.matching import MatchingObjective
 from vlm_tune.train.objectives import ContrastiveObjective, LanguageModelingObjective, Objective
 from vlm_tune.train.policy import GrpoObjective
 from vlm_tune.train.preferences import KtoObjective, PairObjective, Summed
@@ -34,6 +42,8 @@ def build_objective(
         if config.learns_scale:
             return PairedObjective(config, by_rank)
         return ContrastiveObjective(config)
+    if isinstance(config, Matching):
+        return MatchingObjective(config)
     if isinstance(config, Kto):
         assert reference is not None
         return KtoObjective(config, reference, summed, device)

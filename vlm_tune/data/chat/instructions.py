@@ -19,6 +19,7 @@ FIELDS = {
     "vqa": {"question", "answer"},
     "multiple_choice": {"question", "choices", "letter", "answer"},
     "caption": {"caption"},
+    "match": {"caption", "answer"},
     "classify": {"choices", "label"},
     "retrieval": {"candidates", "answer"},
     "ocr": {"text"},
@@ -31,7 +32,9 @@ Prompts are drawn from those whose optional fields the row has, and of these fro
 most optional fields.
 """
 
-Task = Literal["vqa", "multiple_choice", "caption", "classify", "retrieval", "ocr", "translate"]
+Task = Literal[
+    "vqa", "multiple_choice", "caption", "match", "classify", "retrieval", "ocr", "translate"
+]
 
 
 class Instructions(BaseModel):

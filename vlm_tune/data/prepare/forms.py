@@ -32,9 +32,15 @@ def form_fault(objective: AnyObjective, form: str, part: PartName) -> str | None
         )
     expected = JUDGED_FORMS.get(objective.kind)
     if expected is not None and form not in expected:
+        page = "contrastive" if objective.kind == "matching" else "preferences"
         return (
             f"objective.kind: {objective.kind} trains on rows of the form "
-            f"{name_list(expected)}, and these are {form} rows; docs/preferences.md shows them"
+            f"{name_list(expected)}, and these are {form} rows; docs/{page}.md shows them"
+        )
+    if expected is None and form == "match":
+        return (
+            "match rows have two answers, and negatives that the objective makes: set "
+            "objective.kind: matching"
         )
     if expected is None and form in PREFERENCE_FORMS:
         kinds = [kind for kind, forms in JUDGED_FORMS.items() if form in forms]

@@ -31,6 +31,7 @@ from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.job import Job, PartName, plan_job
 from vlm_tune.data.prepare.merge_shards import finish
+from vlm_tune.data.prepare.mismatches import with_mismatches
 from vlm_tune.data.prepare.worker import ShardMaker, ShardSummary
 from vlm_tune.data.sources.base import Chunk, SourceReader
 from vlm_tune.data.sources.few_shot import POOL_ROWS
@@ -332,8 +333,12 @@ def read_part(
 
 
 def part_conversations(parts: Sequence[Prepared], part: PartName) -> list[Conversation]:
-    """Reads the usable conversations of a part from the result of `prepared_parts`."""
-    return [row for prepared in parts for row in prepared.conversations(prepared.places(part))]
+    """Reads the usable conversations of a part from the result of `prepared_parts`.
+
+    Rows of the form `match` are followed by ones that do not match.
+    """
+    rows = [row for prepared in parts for row in prepared.conversations(prepared.places(part))]
+    return with_mismatches(rows)
 
 
 def prepared_parts(

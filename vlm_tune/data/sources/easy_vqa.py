@@ -20,6 +20,8 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 KINDS = {"yes/no": ("yes", "no"), "color": COLORS, "shape": SHAPES}
 """The answers by category."""
+YES, NO = MATCHES = ("yes", "no")
+"""The answers to whether a caption matches, the right one first."""
 
 
 def _folder() -> Path:
@@ -101,12 +103,19 @@ class EasyVqa:
                 category,
                 self.name,
                 row,
-                references=References(self._task),
+                references=References("match", choices=MATCHES, chosen=0)
+                if self.form == "match"
+                else References(self._task),
                 rejected=self._rejected(row_id, values),
             )
 
     def _rejected(self, row_id: str, values: dict[str, str]) -> Message | None:
-        """Another answer of the right one's category, drawn by (seed, row id), for preferences."""
+        """The answer that is not right, of preferences and matches.
+
+        For preferences another one of its category, drawn by (seed, row id).
+        """
+        if self.form == "match":
+            return self._instructions.turns((), self._instructions.answer.format(answer=NO))[-1]
         if self.form != "preference":
             return None
         answer = values["answer"]
@@ -143,7 +152,7 @@ def _rows(
         (
             f"easy_vqa/{split}/caption:{image}:{kind}",
             images / f"{image}.png",
-            {"caption": caption},
+            {"caption": caption} | ({"answer": YES} if task == "match" else {}),
             kind,
         )
         for image, captions in revealed(rows).items()

@@ -26,6 +26,7 @@ USED: dict[str, set[str]] = {
     "vqa": {"question", "answer", "answers", "context"},
     "multiple_choice": {"question", "answer", "label", "context", *CHOICES, *LETTERS},
     "caption": {"caption"},
+    "match": {"caption"},
     "classify": {"label", "choices"},
     "retrieval": {"candidates", "answer"},
     "ocr": {"text"},

@@ -20,7 +20,7 @@ from vlm_tune.data.sources.media_places import RowMedia, marked_parts, with_medi
 from vlm_tune.data.sources.preferences import PREFERENCE_FORMS, Judged
 from vlm_tune.data.sources.schema_detection import check_columns, detect_form, renamed, usable
 from vlm_tune.data.sources.task_schemas import TASK_FORMS, TaskOptions
-from vlm_tune.data.types import Conversation, Message, References
+from vlm_tune.data.types import Conversation, References
 from vlm_tune.errors import DataError
 from vlm_tune.paths import home
 from vlm_tune.quoting import name_list, quoted
@@ -187,8 +187,7 @@ class RowsReader:
     ) -> tuple[Judged, References]:
         """The turns of a row by its form, and what scores need of it."""
         if self._instructions:
-            messages, references = self._task(row_id, row, finder)
-            return Judged(messages), references
+            return self._task(row_id, row, finder)
         if self.form in PREFERENCE_FORMS:
             return PREFERENCE_FORMS[self.form](row, finder), References(self.form)
         return Judged(CHAT_FORMS[self.form](row, finder)), References(self.form)
@@ -241,8 +240,10 @@ class RowsReader:
 
     def _task(
         self, row_id: str, row: dict[str, Any], finder: MediaFinder
-    ) -> tuple[list[Message], References]:
+    ) -> tuple[Judged, References]:
         """The turns of a task row, in the words of its prompt set, and what scores need of it.
+
+        A row of `match` has its other answer as the rejected one.
 
         `<image>` marks in its fields or in the prompt set are replaced by its images.
         """
@@ -260,7 +261,12 @@ class RowsReader:
             for each in fields.alternatives
         )
         references = References(self.form, tuple(answers), fields.choices, fields.chosen)
-        return with_system(row, messages), references
+        rejected = (
+            self._instructions.turns((), self._instructions.answer.format(answer=fields.choices[1]))
+            if self.form == "match"
+            else [None]
+        )
+        return Judged(with_system(row, messages), rejected[-1]), references
 
     def _finder(self, folder: Path | None) -> MediaFinder:
         """The cached `MediaFinder` for rows of a file in `folder`."""

@@ -30,6 +30,7 @@ NEEDS = {
     "vqa": "question, answer or answers, image",
     "multiple_choice": "question, choices or options (or columns A, B, ...), answer, image",
     "caption": "caption, image",
+    "match": "caption, image (never detected: such rows are captions)",
     "classify": "label, choices, image",
     "retrieval": "candidates, answer, image",
     "ocr": "text, image",

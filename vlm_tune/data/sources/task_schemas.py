@@ -329,6 +329,13 @@ def caption(row: Row, row_id: str, options: TaskOptions) -> TaskFields:
     return TaskFields({"caption": first}, tuple({"caption": text} for text in captions))
 
 
+def match(row: Row, row_id: str, options: TaskOptions) -> TaskFields:
+    """`caption`, which describes the image; the answers are those of `booleans`, true first."""
+    no, yes = options.booleans
+    values = {"caption": caption(row, row_id, options).values["caption"], "answer": yes}
+    return TaskFields(values, choices=(yes, no), chosen=0)
+
+
 def _one_of(
     row: Row, field: str, listed: str, row_id: str, options: TaskOptions
 ) -> tuple[Sequence[str], int]:
@@ -379,6 +386,7 @@ TASK_FORMS: dict[str, Callable[[Row, str, TaskOptions], TaskFields]] = {
     "vqa": vqa,
     "multiple_choice": multiple_choice,
     "caption": caption,
+    "match": match,
     "classify": classify,
     "retrieval": retrieval,
     "ocr": ocr,
