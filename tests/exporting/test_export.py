@@ -126,7 +126,7 @@ def test_shards_card_and_command_line(
             "--json",
         )
     )
-    assert out["difference"] <= 1e-5 and out["same_text"] and out["format"] == "llava"
+    assert out["difference"] <= 1e-5 and out["same_text"] and out["format"] == "transformers"
     names = {path.name for path in (tmp_path / "llava").iterdir()}
     assert names >= {
         "model.safetensors.index.json",

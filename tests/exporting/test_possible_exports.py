@@ -48,10 +48,11 @@ def test_the_recipe_tells_which_exports_its_model_can_have(
     )
     normed = possible_exports(parsed(tiny_recipe("causal")))
     assert (
-        "its connector begins with a LayerNorm" in str(normed["llava"]) and normed["gguf"] is None
+        "its connector begins with a LayerNorm" in str(normed["transformers"])
+        and normed["gguf"] is None
     )
     t5 = possible_exports(parsed(tiny_recipe("seq2seq")))
-    assert "encoder-decoder" in str(t5["llava"]) and "encoder-decoder" in str(t5["gguf"])
+    assert "encoder-decoder" in str(t5["transformers"]) and "encoder-decoder" in str(t5["gguf"])
     prompted = with_tune(
         named, '\ntune:\n  - {match: "llm.*", how: prompt}\n  - {match: "*", how: frozen}\ntrain:'
     )
@@ -72,13 +73,13 @@ def test_gpt2_is_no_llava_and_that_is_told_before_it_is_merged(
     reason = (
         "its language model is of type gpt2, whose embeddings are not where LLaVA looks for them"
     )
-    assert possible_exports(recipe)["llava"] == reason
+    assert possible_exports(recipe)["transformers"] == reason
     model = built(recipe)
     tuned_by(model, recipe)
     model.save_pretrained(tmp_path / "saved")
     monkeypatch.setattr(merge, "load_model", lambda *a, **k: pytest.fail("weights were loaded"))
     with pytest.raises(ModelError, match=reason):
-        export(tmp_path / "saved", tmp_path / "out", format="llava")
+        export(tmp_path / "saved", tmp_path / "out", format="transformers")
     # Neither may an output lie in what is read.
     with pytest.raises(ModelError, match="the output lies in the model folder that is read"):
         merge.merge(tmp_path / "saved", tmp_path / "saved" / "out")

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.export_samples import llava_text, photos, saved_model
 from tests.helpers.tiny_models import built, parsed, with_tower
 from vlm_tune.errors import ModelError, RecipeError
-from vlm_tune.exporting import export, hf_llava, merge, source
+from vlm_tune.exporting import export, hf_export, merge, source
 from vlm_tune.exporting.gguf import export as gguf
 from vlm_tune.exporting.gguf.writer import read_fields
-from vlm_tune.exporting.hf_llava import verify_llava
+from vlm_tune.exporting.hf_export import verify_transformers
 from vlm_tune.exporting.source import Expected, count_parameters, expected_of, text_config
 from vlm_tune.exporting.verify import observe, probe_rows
 from vlm_tune.generation.chat import VisionLanguageModel
@@ -58,7 +58,7 @@ def test_fault_54_any_corrupted_tensor_is_found(
     rows = probe_rows(run, ours)
     logits, texts = observe(ours, rows)
     expected = Expected(rows, logits.unflatten(0, (-1, len(ours.processor.tokenizer))), texts)
-    difference, _ = verify_llava(tmp_path / "llava", ours, expected, 1e-5)
+    difference, _ = verify_transformers(tmp_path / "llava", ours, expected, 1e-5)
     assert difference <= 1e-5
     whole = load_file(tmp_path / "llava" / "model.safetensors")
     names = [
@@ -77,12 +77,12 @@ def test_fault_54_any_corrupted_tensor_is_found(
             metadata={"format": "pt"},
         )
         with pytest.raises(ModelError, match="differ from the model's"):
-            verify_llava(tmp_path / "llava", ours, expected, 1e-5)
+            verify_transformers(tmp_path / "llava", ours, expected, 1e-5)
             raise AssertionError(name)
     del whole[names[0]]
     save_file(whole, tmp_path / "llava" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="nothing was written: the exported weights do not fit"):
-        verify_llava(tmp_path / "llava", ours, expected, 1e-5)
+        verify_transformers(tmp_path / "llava", ours, expected, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_fault_54_a_processor_that_does_something_else_is_found(
         text = (folder / file).read_text()
         assert change[0] in text
         (folder / file).write_text(text.replace(*change))
-        return verify_llava(folder, *rest)
+        return verify_transformers(folder, *rest)
 
-    monkeypatch.setattr(hf_llava, "verify_llava", corrupted)
+    monkeypatch.setattr(hf_export, "verify_transformers", corrupted)
     with pytest.raises(ModelError, match=message):
         export(run, tmp_path / "llava")
     assert [path.name for path in tmp_path.iterdir() if "llava" in path.name] == []
@@ -122,7 +122,7 @@ def test_fault_56_an_interrupted_export_leaves_no_folder(
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
     target = tmp_path / "out" / "llava"
     for place, error in (
-        ("verify_llava", KeyboardInterrupt),
+        ("verify_transformers", KeyboardInterrupt),
         ("model_card", OSError(28, "No space left on device")),
     ):
         with monkeypatch.context() as patch:
@@ -130,7 +130,7 @@ def test_fault_56_an_interrupted_export_leaves_no_folder(
             def fails(*arguments: Any, error: Any = error) -> None:
                 raise error
 
-            patch.setattr(hf_llava, place, fails)
+            patch.setattr(hf_export, place, fails)
             with pytest.raises(
                 (KeyboardInterrupt, RecipeError), match=r"^$|no space left on device: make room"
             ):
@@ -138,7 +138,7 @@ def test_fault_56_an_interrupted_export_leaves_no_folder(
             assert list((tmp_path / "out").iterdir()) == []
     child = os.fork()
     if child == 0:
-        hf_llava.model_card = lambda *arguments: os._exit(9)
+        hf_export.model_card = lambda *arguments: os._exit(9)
         export(run, target)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not target.exists()
@@ -479,7 +479,7 @@ def test_fault_58_a_soft_prompt_has_no_place(
 ) -> None:
     run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved")
     (run / "model" / "prompt").mkdir()
-    for format in ("llava", "gguf"):
+    for format in ("transformers", "gguf"):
         with pytest.raises(ModelError, match="has a soft prompt"):
             export(run, tmp_path / "out", format=format)
 

@@ -268,7 +268,7 @@ def test_a_run_starts_from_an_exported_llava(tiny_recipe: Tiny, tmp_path: Path) 
     save_llava(tmp_path / "llava", rows_of(parsed(text)))
     first = with_tune(with_pretrained(text, tmp_path / "llava", "vicuna"), LORA_TUNE)
     sft(parsed(first))
-    export(tmp_path / "first", tmp_path / "exported", format="llava", dtype="fp32")
+    export(tmp_path / "first", tmp_path / "exported", format="transformers", dtype="fp32")
     rows = rows_of(parsed(first))
     expected, texts = observe(load_model(tmp_path / "first", dtype=torch.float32), rows)
     following = with_tune(

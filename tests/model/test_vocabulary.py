@@ -164,7 +164,7 @@ def test_new_tokens_are_trained_saved_merged_and_exported(
     merge(run, tmp_path / "merged", dtype="fp32")
     merged, answers = observe(load_model(tmp_path / "merged", dtype=torch.float32), rows)
     assert largest(merged, logits) <= 1e-4 and answers == texts
-    for format in ("llava", "adapter"):
+    for format in ("transformers", "adapter"):
         report = export(
             run, tmp_path / format, format=format, dtype="fp32" if format == "llava" else None
         )
@@ -228,7 +228,7 @@ def test_embedding_and_head_train_beside_quantised_layers(
     )
     merged, answers = observe(load_model(tmp_path / "merged", dtype=torch.float32), rows)
     assert largest(merged, logits) <= 1e-4 and answers == texts
-    exported = export(run, tmp_path / "llava", format="llava", dtype="fp32")
+    exported = export(run, tmp_path / "llava", format="transformers", dtype="fp32")
     assert exported.difference is not None and exported.difference <= 1e-3
     if (run / "model" / "adapter").is_dir():
         assert export(run, tmp_path / "adapter", format="adapter").difference is not None

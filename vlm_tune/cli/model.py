@@ -77,10 +77,10 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="llava: for transformers, adapters merged; adapter: a PEFT folder; gguf: for "
-            "llama.cpp, merged",
+            help="transformers: a model of its own, adapters merged; adapter: a PEFT folder; "
+            "gguf: for llama.cpp, merged",
         ),
-    ] = "llava",
+    ] = "transformers",
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -88,7 +88,9 @@ def export(
             "given"
         ),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="largest weights file of a llava")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="largest weights file of the format transformers")
+    ] = "5GB",
     verify: Annotated[
         bool, typer.Option(help="open what was written and compare it with MODEL")
     ] = True,
@@ -100,7 +102,7 @@ def export(
     """Write MODEL in another library's layout and verify it there."""
     from dataclasses import asdict
 
-    check_choice("--format", format_, ("llava", "adapter", "gguf"))
+    check_choice("--format", format_, ("transformers", "adapter", "gguf"))
     if dtype is not None:
         check_choice(
             "--dtype", dtype, ("bf16", "fp16", "fp32", *(("q8_0",) if format_ == "gguf" else ()))

@@ -7,8 +7,7 @@ from pathlib import Path
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.gguf.export import export_gguf, gguf_reasons
-from vlm_tune.exporting.hf_llava import export_llava
-from vlm_tune.exporting.llava_layout import llava_reasons
+from vlm_tune.exporting.hf_export import export_transformers, transformers_reasons
 from vlm_tune.exporting.peft_adapter import adapter_reasons, export_adapter
 from vlm_tune.exporting.source import ExportReport
 from vlm_tune.model.base_places import BaseArgument, base_choice
@@ -17,7 +16,7 @@ from vlm_tune.paths import check_path
 from vlm_tune.precision import dtype_name
 from vlm_tune.quoting import quoted
 
-FORMATS = ("llava", "adapter", "gguf")
+FORMATS = ("transformers", "adapter", "gguf")
 
 __all__ = ["FORMATS", "ExportReport", "export", "possible_exports"]
 
@@ -26,7 +25,7 @@ def export(
     model: str | Path,
     output: str | Path,
     *,
-    format: str = "llava",
+    format: str = "transformers",
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     verify: bool = True,
@@ -35,24 +34,25 @@ def export(
 ) -> ExportReport:
     """Exports a run, a checkpoint or a merged folder for another library.
 
-    - `format="llava"`: a `LlavaForConditionalGeneration` that plain transformers opens.
+    - `format="transformers"`: a model that plain transformers opens, of the class that it started
+      from (Idefics3, SmolVLM), or else a `LlavaForConditionalGeneration`.
     - `format="adapter"`: the LLM's adapter as a PEFT folder, with the connector and the tower's
       changes beside it.
     - `format="gguf"`: the two files that llama.cpp reads.
 
-    For LLaVA and GGUF, adapters are merged first, with the checks of `merge`. The export is opened
-    again before the output folder gets its name, the LLaVA and the GGUF's language model by
-    transformers alone. It must give the same token ids and greedy text, and logits that differ by
-    at most 1e-5 of the largest logit (2e-2 absolute for a LLaVA in 16 bit).
+    For transformers and GGUF, adapters are merged first, with the checks of `merge`. The export is
+    opened again before the output folder gets its name, the whole model and the GGUF's language
+    model by transformers alone. It must give the same token ids and greedy text, and logits that
+    differ by at most 1e-5 of the largest logit (2e-2 absolute for a whole model in 16 bit).
 
     Args:
         model: a run, a checkpoint or a merged folder.
         output: the folder to write.
-        format: "llava", "adapter" or "gguf".
+        format: "transformers", "adapter" or "gguf".
         dtype: of the exported weights; for GGUF it may also be q8_0. By default the dtype that the
             merge chose, or the model's if nothing is merged.
-        max_shard_size: the largest weight file of a LLaVA, as transformers' `save_pretrained`
-            takes it.
+        max_shard_size: the largest weight file of transformers' format, as its
+            `save_pretrained` takes it.
         verify: whether the export is compared with the model.
         base: as in `merge`, like `accept_other_base`.
 
@@ -68,8 +68,8 @@ def export(
     if format not in FORMATS:
         raise ModelError(f"format: there is no {quoted(format)}; there are {', '.join(FORMATS)}")
     dtype = dtype if format == "gguf" and dtype == "q8_0" else dtype_name(dtype)
-    if format == "llava":
-        return export_llava(path, output, dtype, max_shard_size, verify, choice)
+    if format == "transformers":
+        return export_transformers(path, output, dtype, max_shard_size, verify, choice)
     if format == "adapter":
         return export_adapter(path, output, dtype, verify, choice)
     return export_gguf(path, output, dtype, verify, choice)
@@ -90,7 +90,7 @@ def possible_exports(recipe: Recipe) -> dict[str, str | None]:
     )
     prompt = ["a soft prompt (how: prompt or prefix) has no place there"] if virtual else []
     reasons = {
-        "llava": prompt + llava_reasons(config, decoder),
+        "transformers": prompt + transformers_reasons(config, decoder),
         "adapter": prompt + adapter_reasons(recipe, config),
         "gguf": prompt + gguf_reasons(config, decoder),
     }

@@ -10,18 +10,21 @@ import torch
 from torch import nn
 
 from vlm_tune.config.model import LinearConnector, MlpConnector, OpenClipTower, TransformersTower
-from vlm_tune.data.chat.template import processor_jinja
 from vlm_tune.errors import ModelError
+from vlm_tune.exporting.hf_layout import (
+    IMAGE_TOKEN,
+    Target,
+    Weights,
+    decoder_reasons,
+    written_tokenizer,
+)
 from vlm_tune.model.connectors.projectors import Linear
-from vlm_tune.model.language.causal import CausalLLM
-from vlm_tune.model.language.logits import HeadRule
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vision.open_clip_tower import OpenClipVision
 from vlm_tune.model.vision.transformers_tower import TransformersVision
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
-from vlm_tune.quoting import applying, reason_of
+from vlm_tune.quoting import applying
 
-IMAGE_TOKEN = "<image>"
 VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
 PROJECTOR = {"layers.0": "linear_1", "layers.2": "linear_2"}
 OPEN_CLIP_BLOCK = {
@@ -40,70 +43,13 @@ OPEN_CLIP_STEM = {
 }
 
 
-def check_target(config: VisionLanguageConfig, text: Any) -> None:
-    """Raises `ModelError` with every reason of `llava_reasons`."""
-    reasons = llava_reasons(config, text)
-    if reasons:
-        raise ModelError(
-            f"this model can't be exported as LLaVA: {'; '.join(reasons)}. `vlm-tune merge` "
-            "writes a self-contained folder"
-        )
-
-
-def llava_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
+def _llava_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     """The reasons why a model can't be a LLaVA, from configs alone.
 
     `text` is the LLM's transformers config, None for an encoder-decoder.
     """
-    language = (
-        ["its language model is an encoder-decoder, LLaVA's a decoder"]
-        if text is None
-        else decoder_reasons(text)
-    )
+    language = decoder_reasons(text, "LLaVA")
     return [*tower_reasons(config), *_connector_reasons(config), *language]
-
-
-def decoder_reasons(text: Any) -> list[str]:
-    """The reasons why a decoder can't be LLaVA's, from its transformers config."""
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_MAPPING,
-        AutoModel,
-        AutoModelForCausalLM,
-    )
-
-    name = text.model_type
-    if type(text) not in MODEL_MAPPING or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return [
-            f"its language model is of type {name}, of which transformers has no decoder without "
-            "a head"
-        ]
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(text)
-        body = AutoModel.from_config(text)
-        llm = CausalLLM(whole)
-    rule = "" if llm.rule is None else f" ({llm.rule})"
-    return applying(
-        (
-            llm.rule != HeadRule(),
-            f"its language model, a {name}, scales, caps or shifts its logits{rule}, which LLaVA "
-            "does not",
-        ),
-        (
-            llm.factor != 1,
-            f"its language model, a {name}, multiplies its embeddings by {llm.factor:.4g}, which "
-            "LLaVA does not",
-        ),
-        (
-            not hasattr(body, "embed_tokens") or type(whole.base_model) is not type(body),
-            f"its language model is of type {name}, whose embeddings are not where LLaVA looks "
-            "for them",
-        ),
-        (
-            getattr(whole.get_output_embeddings(), "bias", None) is not None,
-            "its language model's head has a bias, LLaVA's has none",
-        ),
-    )
 
 
 def tower_reasons(config: VisionLanguageConfig) -> list[str]:
@@ -151,27 +97,15 @@ def _connector_reasons(config: VisionLanguageConfig) -> list[str]:
 # --- the processor --------------------------------------------------------------------------------
 
 
-def llava_processor(model: VisionLanguageNetwork) -> Any:
+def _llava_processor(model: VisionLanguageNetwork) -> Any:
     """A `LlavaProcessor` that gives the token ids and pixels of the model's own processor.
 
     `<image>` is a token of its tokenizer.
     """
-    from tokenizers import AddedToken
     from transformers import LlavaProcessor
 
-    processor = model.processor
     tower = model.tower
-    tokenizer: Any = copy.deepcopy(processor.tokenizer)
-    tokenizer.add_tokens(
-        [AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True
-    )
-    # `save_pretrained` writes the value in `init_kwargs`.
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(processor.spec.pad_id)
-    if not any(piece.control == "bos" for piece in processor.template.start):
-        _add_nothing(tokenizer)
-    tokenizer.chat_template = processor_jinja(processor.template, processor.system, IMAGE_TOKEN)
+    tokenizer = written_tokenizer(model)
     vision, _ = vision_weights(tower)
     has_class = vision.model_type == "clip_vision_model"
     return LlavaProcessor(
@@ -183,17 +117,6 @@ def llava_processor(model: VisionLanguageNetwork) -> Any:
         image_token=IMAGE_TOKEN,
         chat_template=tokenizer.chat_template,
     )
-
-
-def _add_nothing(tokenizer: Any) -> None:
-    """Stops a tokenizer from adding special tokens around a text.
-
-    For chat formats that do not begin with a BOS token.
-    """
-    from tokenizers import processors
-
-    if tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids:
-        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
 
 
 def _strategy(tower: Any, has_class: bool) -> Literal["default", "full"]:
@@ -221,16 +144,12 @@ def _image_processor(model: VisionLanguageNetwork) -> Any:
 # --- the model ------------------------------------------------------------------------------------
 
 
-def llava_model(model: VisionLanguageNetwork, image_token: int, dtype: torch.dtype) -> Any:
-    """A `LlavaForConditionalGeneration` with the model's weights in `dtype`.
-
-    Weights that have this dtype already are shared, not copied. Raises `ModelError` for weights
-    that LLaVA has no place for.
-    """
-    from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+def _llava_model(
+    model: VisionLanguageNetwork, image_token: int, dtype: torch.dtype
+) -> tuple[Any, Weights]:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     language: Any = model.llm.model
-    _make_room(language, image_token)
     vision, vision_state = vision_weights(model.tower)
     linear = isinstance(model.connector, Linear)
     has_class = vision.model_type == "clip_vision_model"
@@ -257,41 +176,7 @@ def llava_model(model: VisionLanguageNetwork, image_token: int, dtype: torch.dty
         "language_model": (llava.model.language_model, language.base_model.state_dict()),
         "lm_head": (llava.lm_head, language.get_output_embeddings().state_dict()),
     }
-    for name, (part, state) in parts.items():
-        try:
-            part.load_state_dict(
-                {key: _cast(value, dtype) for key, value in state.items()}, strict=True, assign=True
-            )
-        except RuntimeError as error:
-            raise ModelError(f"the weights don't fit LLaVA's {name}: {reason_of(error)}") from None
-    llava.tie_weights()
-    stops = model.processor.stop_ids
-    tokenizer = model.processor.tokenizer
-    llava.generation_config = GenerationConfig(
-        eos_token_id=stops,
-        pad_token_id=model.processor.spec.pad_id,
-        bos_token_id=tokenizer.bos_token_id,
-        do_sample=False,
-    )
-    return llava
-
-
-def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    value = value.detach().to(dtype) if value.is_floating_point() else value.detach()
-    return value.contiguous()
-
-
-def _make_room(language: Any, token: int) -> None:
-    """Extends the embedding and the head with rows up to `token`.
-
-    A new row is the mean of the old ones, so that its logit is never the largest.
-    """
-    rows = language.get_input_embeddings().num_embeddings
-    if token < rows:
-        return
-    language.resize_token_embeddings(token + 1, mean_resizing=False)
-    for layer in (language.get_input_embeddings(), language.get_output_embeddings()):
-        layer.weight.data[rows:] = layer.weight.data[:rows].float().mean(0).to(layer.weight.dtype)
+    return llava, parts
 
 
 def _projector_state(connector: nn.Module) -> dict[str, torch.Tensor]:
@@ -392,3 +277,6 @@ def _activation(layer: nn.Module) -> str:
     if type(layer).__name__ == "QuickGELU":
         return "quick_gelu"
     raise ModelError(f"an open_clip tower with {type(layer).__name__} can't be exported as LLaVA")
+
+
+LLAVA = Target("LLaVA", _llava_reasons, _llava_processor, _llava_model)

@@ -76,12 +76,12 @@ def export_adapter(
     if (source / "llm").is_dir() or config.llm.name is None:
         raise ModelError(
             f"the adapter's base is no model with a name, it is in {source}: use merge, or "
-            "--format llava"
+            "--format transformers"
         )
     if find_vlm(config.llm.name) is not None:
         raise ModelError(
             f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use "
-            "merge, or --format llava"
+            "merge, or --format transformers"
         )
     if dtype is not None:
         raise ModelError("an adapter is exported as it was trained; leave out --dtype")
@@ -124,7 +124,7 @@ def _server_notes(folder: Path) -> list[str]:
     return [
         f"a server of adapters, such as vLLM, loads the LLM's LoRA alone, and not "
         f"{' or '.join(parts)}: serve a merged model instead, as `vlm-tune merge` or "
-        f"`vlm-tune export --format llava` write it"
+        f"`vlm-tune export --format transformers` write it"
     ]
 
 

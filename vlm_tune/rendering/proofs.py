@@ -47,7 +47,7 @@ def replay_lines(report: ReplayReport) -> list[str]:
 
 
 READERS = {
-    "llava": "opened by transformers' own classes",
+    "transformers": "opened by transformers' own classes",
     "adapter": "opened by plain PEFT over its base, text alone",
     "gguf": "read back from the files, computed as llama.cpp is meant to",
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,7 @@ from tests.helpers.tiny_models import (
     loss_and_gradients,
     parsed,
     rows_of,
+    run,
     tuned_by,
     wake_adapters,
     with_tune,
@@ -30,6 +33,8 @@ from tests.helpers.vlm_samples import save_idefics3, with_pretrained
 from tests.invariants.test_resume import assert_same_runs, run_of
 from vlm_tune.api import sft
 from vlm_tune.data.prepare.run import prepare
+from vlm_tune.data.types import IGNORE_INDEX
+from vlm_tune.exporting import export, possible_exports
 from vlm_tune.exporting.merge import merge
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
@@ -39,6 +44,7 @@ from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.language.decoding import Decoding
 
 Tiny = Callable[..., str]
+OTHER_PATHS = os.pathsep.join(path for path in sys.path if not (Path(path) / "vlm_tune").is_dir())
 
 
 @pytest.fixture
@@ -124,6 +130,109 @@ def test_the_plan_reads_no_weights_and_knows_every_frame(smolvlm: str, tmp_path:
         planned, example = processor.prompt(row), model.processor.prompt(row)
         assert planned.input_ids.tolist() == example.input_ids.tolist()
         assert planned.media == example.media
+
+
+PLAIN = """
+import json, sys
+from pathlib import Path
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from PIL import Image
+
+sys.modules["vlm_tune"] = None
+rows = json.loads(Path("rows.json").read_text())
+for folder in map(Path, sys.argv[1:]):
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    logits = []
+    for row in rows:
+        part = {"type": "image", "image": Image.open(row["image"]).convert("RGB")}
+        text = {"type": "text", "text": row["question"]}
+        turns = [
+            {"role": "user", "content": [part, text]},
+            {"role": "assistant", "content": [{"type": "text", "text": row["answer"]}]},
+        ]
+        inputs = processor.apply_chat_template(
+            turns, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            logits.append(model(**inputs).logits[0].tolist())
+    names = [type(model).__name__, type(processor).__name__]
+    (folder / "logits.json").write_text(json.dumps([names, logits]))
+"""
+"""Prints nothing; writes the logits of the rows of `rows.json` into each folder."""
+
+
+def trained(kind: Literal["idefics3", "smolvlm"], recipe: str, folder: Path) -> VisionLanguageModel:
+    """A model over the checkpoint `vlm`, as if trained, saved in `run` beside its recipe."""
+    text = with_tune(with_pretrained(recipe, folder / "vlm", kind), LORA_TUNE)
+    model = built(parsed(text))
+    tuned_by(model, parsed(text))
+    wake_adapters(model, 0.1)
+    with torch.no_grad():
+        for parameter in model.connector.parameters():
+            parameter.mul_(1.5)
+    (folder / "run").mkdir()
+    model.save_pretrained(folder / "run" / "model")
+    (folder / "run" / "recipe.yaml").write_text(text)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("smolvlm", False), ("idefics3", False), ("idefics3", True)]
+)
+def test_what_was_trained_is_written_as_what_it_was(
+    kind: Literal["idefics3", "smolvlm"], tied: bool, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    """Verified by transformers: ids, pixels, logits and text; and it is a start again."""
+    save_idefics3(tmp_path / "vlm", kind, tied=tied)
+    model = trained(kind, tiny_recipe("causal"), tmp_path)
+    text = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert possible_exports(parsed(text))["transformers"] is None
+    report = export(tmp_path / "run", tmp_path / "exported", dtype="fp32")
+    assert report.difference is not None and report.allowed is not None and report.same_text
+    assert report.difference <= report.allowed and report.rows == 4
+    written = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert written["model_type"] == kind
+    again = built(parsed(text.replace(str(tmp_path / "vlm"), str(tmp_path / "exported"))))
+    rows = rows_of(parsed(text))
+    assert largest(logits_of(again, rows), logits_of(model, rows)) <= 1e-3
+
+
+@pytest.mark.slow
+def test_what_was_trained_opens_in_a_process_without_vlm_tune(
+    tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    models: dict[Path, VisionLanguageModel] = {}
+    kinds: list[Literal["idefics3", "smolvlm"]] = ["smolvlm", "idefics3"]
+    for kind in kinds:
+        folder = tmp_path / kind
+        save_idefics3(folder / "vlm", kind)
+        models[folder / "exported"] = trained(kind, tiny_recipe("causal"), folder)
+        export(folder / "run", folder / "exported", dtype="fp32")
+    rows = rows_of(parsed(tiny_recipe("causal")))[:3]
+    written = [
+        {
+            "image": str(row.media[0].source),
+            "question": row.messages[0].text,
+            "answer": row.messages[1].text,
+        }
+        for row in rows
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(written))
+    folders = [str(folder) for folder in models]
+    run([sys.executable, "-c", PLAIN, *folders], cwd=tmp_path, PYTHONPATH=OTHER_PATHS)
+    for stem, (folder, model) in zip(("SmolVLM", "Idefics3"), models.items(), strict=True):
+        names, logits = json.loads((folder / "logits.json").read_text())
+        assert names == [f"{stem}ForConditionalGeneration", f"{stem}Processor"]
+        for row, theirs in zip(rows, logits, strict=True):
+            batch = batch_of(model, model.processor.examples(row))
+            with torch.no_grad():
+                ours = model.llm.supervised_logits(model.embed(batch), batch)
+            supervised = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0]
+            other = torch.tensor(theirs)[supervised]
+            assert largest(ours, other) <= 1e-5 * max(1.0, float(ours.abs().max()))
 
 
 def test_fewer_tiles_by_the_recipe(smolvlm: str) -> None:

@@ -1,4 +1,4 @@
-"""Export to a `LlavaForConditionalGeneration` folder, verified with plain transformers."""
+"""Export to a folder of one of transformers' own models, verified with plain transformers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from vlm_tune.data.images.decode import decode_image, encoded_bytes
-from vlm_tune.data.types import IGNORE_INDEX, Conversation, Media
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.card import described_parts, model_card
-from vlm_tune.exporting.llava_layout import IMAGE_TOKEN, check_target, llava_model, llava_processor
+from vlm_tune.exporting.hf_layout import IMAGE_TOKEN, Target, written_model
+from vlm_tune.exporting.idefics3_layout import IDEFICS3, SMOLVLM
+from vlm_tune.exporting.llava_layout import LLAVA
 from vlm_tune.exporting.merge import check_output
 from vlm_tune.exporting.source import (
     Expected,
@@ -32,7 +34,7 @@ from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_model
 from vlm_tune.model.pretrained.tokenizer import pin_tokenizer
 from vlm_tune.model.restoring import read_config
-from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters, check_loading
 from vlm_tune.precision import DTYPES
 from vlm_tune.version import __version__
@@ -41,15 +43,42 @@ PIXEL = 1e-3
 """Allowed difference of normalised pixels; one level of 255 is more than ten times that."""
 
 
-def export_llava(
+TARGETS = {"idefics3_vision": IDEFICS3, "smolvlm_vision": SMOLVLM}
+"""The layouts of models that have one of their own, by transformers' type of their tower."""
+
+
+def target_of(config: VisionLanguageConfig) -> Target:
+    """The layout that a model is written in: that of its tower, or LLaVA's."""
+    return TARGETS.get(config.tower_rebuild.get("vision_config", {}).get("model_type"), LLAVA)
+
+
+def transformers_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
+    """The reasons why no layout of transformers can express a model, from configs alone.
+
+    `text` is the LLM's transformers config, None for an encoder-decoder.
+    """
+    return target_of(config).reasons(config, text)
+
+
+def _check_target(target: Target, config: VisionLanguageConfig, text: Any) -> None:
+    reasons = target.reasons(config, text)
+    if reasons:
+        raise ModelError(
+            f"this model can't be exported as {target.name}: {'; '.join(reasons)}. "
+            "`vlm-tune merge` writes a self-contained folder"
+        )
+
+
+def export_transformers(
     path: Path, output: Path, dtype: str | None, max_shard_size: str, verify: bool, base: BaseChoice
 ) -> ExportReport:
-    """Writes a `LlavaForConditionalGeneration` with processor, card and report; see `export`."""
+    """Writes a model of transformers with processor, card and report; see `export`."""
     source = find_model(path)
     config = read_config(source, base)
     check_prompt(source)
     text = text_config(source, config) if config.llm.kind == "causal" else None
-    check_target(config, text)
+    target = target_of(config)
+    _check_target(target, config, text)
     check_output(output, path)
     parameters = count_parameters(text, config)
     # The model is merged and compared in fp32.
@@ -60,17 +89,17 @@ def export_llava(
     cast_parameters(model, DTYPES[dtype])
 
     def write(folder: Path) -> tuple[ExportReport, str]:
-        processor = llava_processor(model)
+        processor = target.processor(model)
         image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        llava_model(model, image_token, DTYPES[dtype]).save_pretrained(
+        written_model(target, model, image_token, DTYPES[dtype]).save_pretrained(
             folder, max_shard_size=max_shard_size
         )
         processor.save_pretrained(folder)
         pin_tokenizer(folder)
-        report = ExportReport(str(output), "llava", dtype, merged, parameters, None, None)
+        report = ExportReport(str(output), "transformers", dtype, merged, parameters, None, None)
         if expected is not None:
             allowed = expected.tolerance(dtype)
-            difference, same = verify_llava(folder, model, expected, allowed)
+            difference, same = verify_transformers(folder, model, expected, allowed)
             report = replace(
                 report,
                 difference=difference,
@@ -78,12 +107,12 @@ def export_llava(
                 rows=len(expected.rows),
                 allowed=allowed,
             )
-        return report, llava_card(path, model, report)
+        return report, transformers_card(path, model, report, target)
 
     return commit_export(output, write)
 
 
-def verify_llava(
+def verify_transformers(
     folder: Path, model: VisionLanguageNetwork, expected: Expected, tolerance: float
 ) -> tuple[float, bool]:
     """Compares an exported folder with the model.
@@ -96,9 +125,9 @@ def verify_llava(
     Raises:
         ModelError: token ids, pixels, logits or greedy text differ.
     """
-    from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-    opened: Any = LlavaForConditionalGeneration.from_pretrained(
+    opened: Any = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     theirs, info = opened
@@ -107,33 +136,23 @@ def verify_llava(
     processor: Any = AutoProcessor.from_pretrained(folder)
     # Pillow resizes as our own preprocessing does. torchvision, which transformers prefers, is off
     # by a level or two.
-    pillow: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     logits = []
     texts = []
     for row in expected.rows:
-        _check_pixels(pillow, model, row)
         logits.append(_their_logits(theirs, processor, model, row))
         texts.append(_their_answer(theirs, processor, model, row))
     exported = torch.cat(logits)[:, : expected.logits.shape[1]]
     return check_answers(expected, exported, texts, tolerance), True
 
 
-def _messages(
-    model: VisionLanguageNetwork, row: Conversation, *, prompt: bool = False
-) -> list[dict[str, Any]]:
-    """A conversation in the form that transformers' processors take.
-
-    Its images are those that the tower sees, already square.
-    """
-    from PIL import Image
+def _messages(row: Conversation, *, prompt: bool = False) -> list[dict[str, Any]]:
+    """A conversation in the form that transformers' processors take, with decoded images."""
 
     def part(one: str | Media) -> dict[str, Any]:
         if isinstance(one, str):
             return {"type": "text", "text": one}
-        return {
-            "type": "image",
-            "image": Image.fromarray(model.processor.images(one).permute(1, 2, 0).numpy()),
-        }
+        return {"type": "image", "image": decode_image(encoded_bytes(one), one.name)}
 
     turns = row.messages[:-1] if prompt and row.messages[-1].role == "assistant" else row.messages
     return [{"role": turn.role, "content": [part(one) for one in turn.parts]} for turn in turns]
@@ -153,11 +172,11 @@ def _their_logits(
 ) -> torch.Tensor:
     """The export's logits [S, V] at a row's supervised positions.
 
-    Raises `ModelError` if the export's processor gives other token ids than the model's.
+    Raises `ModelError` if the export's processor gives other token ids or pixels than the model's.
     """
     image_token = theirs.config.image_token_id
     (example,) = model.processor.examples(row)
-    inputs = _inputs(processor, model, _messages(model, row), prompt=False)
+    inputs = _inputs(processor, model, _messages(row), prompt=False)
     ids = (
         torch.from_numpy(example.input_ids)
         .long()
@@ -165,6 +184,8 @@ def _their_logits(
         .tolist()
     )
     check_ids(row, [*ids, int(example.labels[-1])], inputs["input_ids"][0, : len(ids) + 1].tolist())
+    if example.media:
+        _check_pixels(inputs["pixel_values"], model, example)
     return (
         theirs(**inputs)
         .logits[0, : len(ids)]
@@ -176,25 +197,26 @@ def _their_logits(
 def _their_answer(
     theirs: Any, processor: Any, model: VisionLanguageNetwork, row: Conversation
 ) -> str:
-    inputs = _inputs(processor, model, _messages(model, row, prompt=True), prompt=True)
+    inputs = _inputs(processor, model, _messages(row, prompt=True), prompt=True)
     ids = theirs.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
     return AnswerReader(model.processor, ()).answer(ids.tolist(), None).text
 
 
-def _check_pixels(images: Any, model: VisionLanguageNetwork, row: Conversation) -> None:
-    """Raises `ModelError` if the exported image processor's pixels differ from the tower's."""
-    for media in row.media:
-        scale = model.tower.scale.cpu()
-        offset = model.tower.offset.cpu()
-        trained = model.processor.images(media).float() * scale[0] - offset[0]
-        exported = images(decode_image(encoded_bytes(media), media.name), return_tensors="pt")[
-            "pixel_values"
-        ][0]
-        if trained.shape != exported.shape or float((trained - exported).abs().max()) > PIXEL:
-            raise ModelError(
-                f"the exported image processor gives other pixels for {media.name} than the model "
-                "was trained with; nothing was written"
-            )
+def _check_pixels(exported: torch.Tensor, model: VisionLanguageNetwork, example: Example) -> None:
+    """Raises `ModelError` if an exported processor's pixels [..., 3, H, W] are not the tower's.
+
+    They are those of an example's images, or of the tiles that these are cut in.
+    """
+    images = model.processor.images
+    pixels = torch.stack([images(frame) for frame in example.media]).to(model.device)
+    trained = pixels.float() * model.tower.scale - model.tower.offset
+    frames = exported.flatten(0, -4)
+    if trained.shape != frames.shape or float((trained - frames).abs().max()) > PIXEL:
+        names = ", ".join(dict.fromkeys(frame.name for frame in example.media))
+        raise ModelError(
+            f"the exported image processor gives other pixels for {names} than the model "
+            "was trained with; nothing was written"
+        )
 
 
 EXAMPLE = """
@@ -220,7 +242,9 @@ print(processor.decode(answer, skip_special_tokens=True))
 """
 
 
-def llava_card(path: Path, model: VisionLanguageNetwork, report: ExportReport) -> str:
+def transformers_card(
+    path: Path, model: VisionLanguageNetwork, report: ExportReport, target: Target
+) -> str:
     """The README of an exported folder."""
     tower, connector, language = described_parts(model.config.model)
     verified = (
@@ -234,7 +258,7 @@ def llava_card(path: Path, model: VisionLanguageNetwork, report: ExportReport) -
             "pipeline_tag": "image-text-to-text",
             "base_model": model.config.model.llm.name,
         },
-        f"A LLaVA written by vlm_tune {__version__}.",
+        f"A {target.name} written by vlm_tune {__version__}.",
         [
             f"tower: {tower}",
             f"connector: {connector}",
