@@ -12,7 +12,7 @@ from vlm_tune.config.objectives import COMMANDS
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import check_count
 from vlm_tune.events import Event, Report
-from vlm_tune.paths import check_path
+from vlm_tune.paths import check_path, home
 from vlm_tune.rendering.sweep_report import write_sweep_report
 from vlm_tune.sweeping.records import Sweep
 from vlm_tune.sweeping.run import Setting, run_sweep
@@ -58,7 +58,7 @@ def sweep(
     check_count("--trials", trials or 0)
     if output is not None:
         check_path("output", output)
-    folder = Path(f"{loaded.output.rstrip('/')}-sweep" if output is None else output)
+    folder = Path(f"{loaded.output.rstrip('/')}-sweep" if output is None else home(str(output)))
     command = COMMANDS[loaded.last_stage.objective.kind]
 
     def train(changed: Recipe, *, resume: bool, show: Report) -> Run:
