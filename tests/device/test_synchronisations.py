@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from tests.helpers.connector_kinds import KINDS, with_connector
 from tests.helpers.counted_device import CUDA, CountedDevice, counted_device, to_counted_device
-from tests.helpers.preference_samples import preference_text
+from tests.helpers.preference_samples import LORA, preference_text
 from tests.helpers.tiny_models import LORA_TUNE, built, parsed, stage_loop, with_tune
 from vlm_tune.train import trainer
 from vlm_tune.train.step_trace import read_trace
@@ -118,6 +118,28 @@ def test_objectives_of_preferences_wait_once_a_step(
 ) -> None:
     text = preference_text(tiny_recipe, "causal", f"{{kind: {kind}}}", judged=kind == "kto")
     assert_one_wait_a_step(run_counted(text, tmp_path / "gpu", monkeypatch))
+
+
+def test_sampled_completions_are_trained_on_where_the_model_is(
+    tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampling looks at its tokens; the steps are those of a CPU."""
+    keys: dict[str, Any] = {
+        "objective": {
+            "kind": "grpo",
+            "num_generations": 4,
+            "max_completion_length": 4,
+            "beta": 0.1,
+            "reward_funcs": ["tests.helpers.policy_samples:low_share"],
+        },
+    }
+    text = with_tune(tiny_recipe("causal"), LORA)
+    run_counted(text, tmp_path / "gpu", monkeypatch, **keys)
+    recipe = parsed(text, **TRAIN, **keys)
+    stage_loop(built(recipe), recipe, tmp_path / "cpu").run()
+    for one, other in zip(read_trace(tmp_path / "gpu"), read_trace(tmp_path / "cpu"), strict=True):
+        assert (one.step, one.samples) == (other.step, other.samples)
+        assert one.loss == pytest.approx(other.loss, rel=1e-4, abs=1e-7)
 
 
 def test_a_gradient_is_clipped_without_looking_at_its_norm(

@@ -26,9 +26,11 @@ from PIL import Image
 
 from vlm_tune.config.data import DataSection, FileSource
 from vlm_tune.config.load import parse_recipe
+from vlm_tune.config.objectives import Grpo
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.loader import PreparedFeed
+from vlm_tune.data.batching.prompts import PromptFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import load_template
@@ -250,9 +252,10 @@ def stage_loop(
     features = tower_features(model, train.media) if cached else None
     plan = Plan(train, recipe.data, Sizes.of(recipe.train), recipe.seed)
     fetch = features or PixelCache(model.processor.images)
-    feed = PreparedFeed(
-        train, plan, model.processor.spec, fetch, cached=cached, augment=recipe.data.augment
-    )
+    spec = model.processor.spec
+    feed = PreparedFeed(train, plan, spec, fetch, cached=cached, augment=recipe.data.augment)
+    if isinstance(recipe.objective, Grpo):
+        feed = PromptFeed(train, plan, spec, fetch, cached=cached, processor=model.processor)
     AcceleratorState._reset_state()
     return StageLoop(
         model,

@@ -50,8 +50,10 @@ def learning(make: Callable[..., str], kind: str) -> Recipe:
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 def test_rewarded_completions_become_likelier(kind: str, tiny_recipe: Callable[..., str]) -> None:
-    rewards = rewards_of(learning(tiny_recipe, kind))
+    recipe = learning(tiny_recipe, kind)
+    rewards = rewards_of(recipe)
     assert sum(rewards[-2:]) > sum(rewards[:2]) + 0.3
+    assert "Mean reward of sampled answers" in (Path(recipe.output) / "report.html").read_text()
 
 
 def test_a_wrong_sign_of_the_gradient_is_noticed(

@@ -42,7 +42,7 @@ from vlm_tune.rendering.run_log import (
     steps_of,
     validation_scores,
 )
-from vlm_tune.rendering.scores_text import MARGINS, metric_title
+from vlm_tune.rendering.scores_text import MARGINS, REWARD, metric_title
 
 COLUMNS = ("before", "after")
 """The columns of samples.json that hold the model's answers: before and after training."""
@@ -129,15 +129,19 @@ def _figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _reward_charts(stage: StageLog, steps: int) -> list[Chart]:
-    """The chart of the margin between the rewards of chosen and rejected answers."""
-    trained, held_out = (points_of(events, MARGINS) for events in (stage.train, stage.evaluate))
-    keys = [Key(f"training, last {trained[-1][1]:.3g}", "line")] if trained else []
-    if held_out:
-        keys.append(Key(f"validation, last {held_out[-1][1]:.3g}", "dots"))
-    if not keys:
-        return []
-    panel = Panel("margin", _curves(trained, held_out))
-    return [chart("Margin of rewards", keys, [panel], steps)]
+    """Charts of the margin between rewards of chosen and rejected answers, or of sampled ones'."""
+    charts = []
+    for name, title, unit in (
+        (MARGINS, "Margin of rewards", "margin"),
+        (REWARD, "Mean reward of sampled answers", "reward"),
+    ):
+        trained, held_out = (points_of(events, name) for events in (stage.train, stage.evaluate))
+        keys = [Key(f"training, last {trained[-1][1]:.3g}", "line")] if trained else []
+        if held_out:
+            keys.append(Key(f"validation, last {held_out[-1][1]:.3g}", "dots"))
+        if keys:
+            charts.append(chart(title, keys, [Panel(unit, _curves(trained, held_out))], steps))
+    return charts
 
 
 def _curves(trained: Points, held_out: Points) -> list[Curve]:

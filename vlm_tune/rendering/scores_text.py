@@ -24,6 +24,8 @@ ACCURACIES = "rewards/accuracies"
 has the sign of their label."""
 MARGINS = "rewards/margins"
 """The mean difference between the rewards of chosen and rejected answers."""
+REWARD = "reward"
+"""The mean reward of sampled answers."""
 
 
 def metric_title(name: str) -> str:

@@ -35,6 +35,7 @@ from vlm_tune.quoting import escaped
 from vlm_tune.rendering.scores_text import (
     ACCURACIES,
     MARGINS,
+    REWARD,
     amount,
     metric_title,
     score_notes,
@@ -291,8 +292,10 @@ def _of_source(entry: Mapping[str, Any], metric: str) -> float | None:
 
 
 def _rewards(event: TrainSteps) -> str:
-    """The figures of a preference stage that a line has room for, and two spaces; else empty."""
+    """The figures of rewards that a line has room for, and two spaces; else empty."""
     metrics = event.metrics or {}
+    if REWARD in metrics:
+        return f"reward {metrics[REWARD]:.3g}  "
     shown = {"accuracies": ACCURACIES, "margins": MARGINS}
     figures = [f"{word} {metrics[name]:.3g}" for word, name in shown.items() if name in metrics]
     return f"rewards: {', '.join(figures)}  " if figures else ""
