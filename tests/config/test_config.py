@@ -643,6 +643,49 @@ def test_a_mixture_needs_sources_without_a_count_and_rows_at_hand() -> None:
     assert sorted(messages) == ["a", "epoch_size", "mixture"]
 
 
+SHARED = SMALL.replace(
+    "train: [{kind: file, path: rows.jsonl}]",
+    "train: [{kind: file, path: a.jsonl, task_name: a}, {kind: file, path: b.jsonl, task_name: b}]"
+    "\n  test: [{kind: file, path: c.jsonl, task_name: b}]",
+).replace("[q_proj]", "[q_proj], sharing: soft, tie: 0.1")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (", tie: 0.1", "", "sharing: soft needs tie"),
+        ("soft, tie: 0.1", "layered", "sharing: layered needs shared_layers"),
+        ("soft, tie: 0.1", "hard, tie: 1", "tie belongs to sharing: soft"),
+        ("tie: 0.1", "tie: 1, shared_layers: 1", "shared_layers belongs to sharing: layered"),
+        ("tie: 0.1", "tie: 1, init: pissa", "PiSSA's frozen adapter is one"),
+        (
+            '"tower.*", how: frozen',
+            '"tower.*", how: lora, sharing: soft, tie: 1',
+            "on the llm alone",
+        ),
+        ('"tower.*", how: frozen', '"tower.*", how: full, tie: 1', "tie belongs to how: lora"),
+        ("a.jsonl, task_name: a", "a.jsonl", "sharing: soft needs a task_name"),
+        ("task_name: a}", "task_name: b}", "sharing: soft is of two tasks or more"),
+        ("task_name: a}", "task_name: a.b}", "is named by letters, digits, _ and -"),
+        ("task_name: a}", "task_name: default}", "and not default or initial"),
+        ("c.jsonl, task_name: b", "c.jsonl, task_name: c", "no source of data.train has the task"),
+        ("{epochs: 1}", "{epochs: 1}\nengine: {kind: fsdp}", "use ddp, or deepspeed with stage 2"),
+        ("{epochs: 1}", "{epochs: 1}\nengine: {kind: deepspeed, stage: 3}", "sharded weights"),
+        ("{epochs: 1}", "{epochs: 1}\nobjective: {kind: simpo}", "is for objective.kind: language"),
+        ("{epochs: 1}", "{epochs: 1}\nevaluate: {also: {x: x.jsonl}}", "have no adapter with"),
+        (
+            "  template",
+            "  streaming: true\n  own_shards: true\n  template",
+            "a micro-batch is of one task on all processes",
+        ),
+    ],
+)
+def test_faults_of_adapters_of_tasks(old: str, new: str, message: str) -> None:
+    assert parse_recipe(SHARED).tune[2].by_task
+    assert old in SHARED
+    assert any(message in text for _, text in problems(SHARED.replace(old, new, 1)))
+
+
 def test_names_of_metrics_and_baselines_are_checked() -> None:
     good = SMALL + "\nevaluate: {metrics: [exact_match, my.module:score], baselines: [blind]}"
     assert parse_recipe(good).evaluate.metrics == ["exact_match", "my.module:score"]

@@ -28,6 +28,7 @@ from vlm_tune.config.data import DataSection, FileSource
 from vlm_tune.config.load import parse_recipe
 from vlm_tune.config.objectives import Grpo
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.loader import PreparedFeed
 from vlm_tune.data.batching.prompts import PromptFeed
@@ -36,6 +37,7 @@ from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.prepare.dataset import Prepared
+from vlm_tune.data.prepare.job import distinct_tasks
 from vlm_tune.data.prepare.run import conversations, prepare
 from vlm_tune.data.types import Batch, Conversation, Example, Media
 from vlm_tune.errors import Interrupted
@@ -43,6 +45,7 @@ from vlm_tune.events import Evaluation, Event, StageReport, TrainSteps
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build
 from vlm_tune.model.feature_cache import tower_features
+from vlm_tune.model.lora import is_trained_adapter
 from vlm_tune.model.optimizer_groups import Tuned, tune_similarity
 from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 from vlm_tune.model.tuning import apply_rules
@@ -172,8 +175,13 @@ def built(recipe: Recipe) -> VisionLanguageModel:
 def tuned_by(model: VisionLanguageModel, recipe: Recipe) -> Tuned:
     """The model with the recipe's tuning rules applied, and its objective's learned scale."""
     rate = recipe.train.learning_rate
-    precision = DTYPES[recipe.train.precision]
-    tuned = apply_rules(model, recipe.tune, learning_rate=rate, precision=precision)
+    tuned = apply_rules(
+        model,
+        recipe.tune,
+        learning_rate=rate,
+        precision=DTYPES[recipe.train.precision],
+        tasks=distinct_tasks(recipe.data.train),
+    )
     tune_similarity(model, recipe.objective, tuned, rate)
     return tuned
 
@@ -182,7 +190,7 @@ def wake_adapters(model: VisionLanguageModel, scale: float = 0.3) -> None:
     """Gives every LoRA B a value that is not zero, so that the adapter changes the model."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
-        if "lora_B.default" in name:
+        if is_trained_adapter(name) and "lora_B" in name:
             parameter.data = (
                 torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * scale
             )
@@ -250,7 +258,8 @@ def stage_loop(
     train = prepare(recipe.data, recipe.data.train, model.processor, seed=recipe.seed)
     tuned = tuned_by(model, recipe)
     features = tower_features(model, train.media) if cached else None
-    plan = Plan(train, recipe.data, Sizes.of(recipe.train), recipe.seed)
+    by_task = task_rule(recipe.tune) is not None
+    plan = Plan(train, recipe.data, Sizes.of(recipe.train), recipe.seed, by_task=by_task)
     fetch = features or PixelCache(model.processor.images)
     spec = model.processor.spec
     feed = PreparedFeed(train, plan, spec, fetch, cached=cached, augment=recipe.data.augment)

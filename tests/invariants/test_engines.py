@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.connector_kinds import with_connector
 from tests.helpers.forked_runs import ended, start
+from tests.helpers.task_recipes import SOFT, task_sources
 from tests.helpers.tiny_models import (
     LORA_TUNE,
     assert_close,
@@ -57,6 +58,7 @@ tune:
 train:"""
 """A rank without images has no gradient for what it skips, and must still gather its weights.
 """
+TASKS = LORA_TUNE.replace("all-linear}", f"all-linear, {SOFT}}}")
 MODELS: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "decoder-lora": ("causal", LORA_TUNE, None, {}),
     "decoder-full": ("causal", FULL, None, {"train__cache_features": False}),
@@ -66,6 +68,7 @@ MODELS: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "qformer-text": ("causal", LORA_TUNE, "qformer-text", {"train__cache_features": False}),
     "fusion": ("seq2seq", LORA_TUNE, "fusion-attention", {}),
     "cross": ("causal", LORA_TUNE, "cross_attention", {}),
+    "tasks": ("causal", TASKS, None, {"train__gradient_accumulation": 2}),
 }
 SHARDED = ("zero3", "fsdp")
 WITH: dict[str, Sequence[str]] = {
@@ -74,6 +77,7 @@ WITH: dict[str, Sequence[str]] = {
     "t5-full": tuple(ENGINES),
     "decoder-full": ("ddp", "zero2", *SHARDED),
     "t5-lora": ("ddp", "zero2", *SHARDED),
+    "tasks": ("ddp", "zero2"),
 }
 RUNS = [(model, engine) for model in MODELS for engine in WITH.get(model, SHARDED)]
 HALF = {
@@ -121,6 +125,8 @@ def recipe(folder: Path, name: str, model: str, *, size: int, **changes: Any) ->
     text = tiny_text(kind, folder / "messages.jsonl", folder / name)
     if connector:
         text = with_connector(text, connector)
+    if model == "tasks":
+        changes = {"data__train": task_sources(folder / "messages.jsonl"), **changes}
     return parsed(
         with_tune(text, tune), **{**ONE_STEP, "train__batch_size": size, **settings, **changes}
     )

@@ -29,7 +29,7 @@ from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.evaluation.predict import Predictions, write_answers
 from vlm_tune.events import Report, Scoring
 from vlm_tune.model.base_places import BaseArgument, base_choice
-from vlm_tune.model.checkpoint import find_model, load_model
+from vlm_tune.model.checkpoint import find_model, find_single, load_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import (
@@ -325,8 +325,9 @@ def predict(
     log.info("reading the rows")
     rows, unanswered = read_path(str(data), seed=0, unanswered=True)
     log.info("loading the model")
+    folder = find_single(Path(model))
     return write_answers(
-        load_model(Path(model), dtype=precision, base=base_choice(base, accept_other_base)),
+        load_model(folder, dtype=precision, base=base_choice(base, accept_other_base)),
         rows[:limit],
         unanswered,
         Path(output),

@@ -17,6 +17,7 @@ from vlm_tune.cli.options import (
     JsonOption,
     JsonSchemaOption,
     ModelArgument,
+    TaskOption,
     bases_by_part,
     check_dtype,
     print_json,
@@ -69,6 +70,7 @@ def chat(
     seed: SeedOption = None,
     choices: ChoicesOption = None,
     json_schema: JsonSchemaOption = None,
+    task: TaskOption = None,
     dtype: DtypeOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
@@ -102,7 +104,7 @@ def chat(
     if system is not None:
         check_text("the system text", system)
     vlm = VisionLanguageModel.from_pretrained(
-        model, dtype=dtype, base=bases_by_part(base), accept_other_base=accept_other_base
+        model, task=task, dtype=dtype, base=bases_by_part(base), accept_other_base=accept_other_base
     )
     terminal = ChatTerminal(
         vlm.start_chat(system, **settings), image or [], texts, interactive=sys.stdin.isatty()

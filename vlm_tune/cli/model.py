@@ -14,6 +14,7 @@ from vlm_tune.cli.options import (
     DeviceOption,
     JsonOption,
     ModelArgument,
+    TaskOption,
     bases_by_part,
     check_choice,
     check_dtype,
@@ -36,6 +37,7 @@ def merge(
     tolerance: Annotated[
         float | None, typer.Option(help="how far rounding may move logits; 0.02 where not given")
     ] = None,
+    task: TaskOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
     device: DeviceOption = None,
@@ -56,6 +58,7 @@ def merge(
             output,
             dtype=dtype,
             tolerance=tolerance,
+            task=task,
             base=bases_by_part(base),
             accept_other_base=accept_other_base,
         )
@@ -94,6 +97,7 @@ def export(
     verify: Annotated[
         bool, typer.Option(help="open what was written and compare it with MODEL")
     ] = True,
+    task: TaskOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,
     device: DeviceOption = None,
@@ -120,6 +124,7 @@ def export(
             dtype=dtype,
             max_shard_size=max_shard_size,
             verify=verify,
+            task=task,
             base=bases_by_part(base),
             accept_other_base=accept_other_base,
         )

@@ -25,6 +25,10 @@ RecipeArgument = Annotated[
 ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help="a run, a checkpoint or a merged folder")
 ]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(help="the task, of a run whose tasks have adapters of their own", metavar="NAME"),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="override a value: --set train.epochs=2 (again for more)"),

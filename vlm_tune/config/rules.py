@@ -11,6 +11,7 @@ from vlm_tune.config.model import ModelSection
 from vlm_tune.config.objective_rules import objective_contradictions
 from vlm_tune.config.objectives import LEAST_IMAGES
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.sharing_rules import sharing_contradictions
 from vlm_tune.config.train import FUNCTION, LOSS, METRICS
 from vlm_tune.config.tune import adds_virtual_tokens
 from vlm_tune.config.tune_rules import tune_contradictions
@@ -34,6 +35,7 @@ def contradictions(raw: Any) -> list[Fault]:
         *_tower_contradictions(raw),
         *data_contradictions(raw),
         *tune_contradictions(raw),
+        *sharing_contradictions(raw),
         *_engine_contradictions(raw),
         *_metric_contradictions(raw),
         *_noise_contradictions(raw),

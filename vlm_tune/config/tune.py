@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -65,6 +66,21 @@ class TuneRule(Config):
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1e6)] | None = Field(
         default=None, description="LoRA+: ratio of B's learning rate to A's (lora only)"
     )
+    sharing: Literal["hard", "soft", "layered"] | None = Field(
+        default=None,
+        description="how tasks share the llm's adapter; hard (the default): one for all, soft: one "
+        "for each, tied to their mean, layered: one in the first layers, one for each above "
+        "(lora only)",
+    )
+    tie: PositiveFloat | None = Field(
+        default=None,
+        description="soft: half of tie times the squared distance of each task's adapter from "
+        "their mean is added to the loss of a step",
+    )
+    shared_layers: PositiveInt | None = Field(
+        default=None,
+        description="layered: number of first blocks of the llm whose adapter all tasks share",
+    )
     tokens: Width | None = Field(
         default=None,
         description="virtual tokens before each row; 20 by default (prompt and prefix only)",
@@ -74,6 +90,11 @@ class TuneRule(Config):
     def trains_base(self) -> bool:
         """Whether the rule changes the model's own weights, all of them or some."""
         return self.how in TRAINS_BASE
+
+    @property
+    def by_task(self) -> bool:
+        """Whether each task has an adapter of its own, in some layers or all."""
+        return self.sharing in ("soft", "layered")
 
 
 def written_rules(raw: Any) -> list[dict[str, Any]]:
@@ -88,3 +109,8 @@ def written_rules(raw: Any) -> list[dict[str, Any]]:
 def adds_virtual_tokens(raw: Any) -> bool:
     """Whether a tuning rule trains a prompt or a prefix."""
     return any(rule.get("how") in ("prompt", "prefix") for rule in written_rules(raw))
+
+
+def task_rule(rules: Sequence[TuneRule]) -> TuneRule | None:
+    """The rule by which tasks have adapters of their own; None where they have the same."""
+    return next((rule for rule in rules if rule.by_task), None)

@@ -18,6 +18,7 @@ import torch
 from vlm_tune.config.data import Source
 from vlm_tune.config.load import as_recipe
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.mixture import epoch_counts
 from vlm_tune.data.batching.sampler import Plan, Sizes, planned_steps
 from vlm_tune.data.chat.processor import Processor
@@ -258,11 +259,11 @@ def _check_fits(report: CheckReport, recipe: Recipe, tokenizer: Any) -> None:
 
 def _steps(part: Part) -> int:
     """Returns the optimizer steps of a stage in one process."""
-    train = part.recipe.train
-    return planned_steps(
-        train,
-        len(Plan(part.prepared, part.recipe.data, Sizes.of(train), part.recipe.seed).epoch(0)),
-    )
+    stage = part.recipe
+    by_task = task_rule(stage.tune) is not None
+    sizes = Sizes.of(stage.train)
+    plan = Plan(part.prepared, stage.data, sizes, stage.seed, by_task=by_task)
+    return planned_steps(stage.train, len(plan.epoch(0)))
 
 
 def _mixture(part: Part) -> dict[str, int] | None:
@@ -349,7 +350,7 @@ def _part_report(part: Part, features: str | None) -> PartReport:
         questions=None if held_out else prepared.questions,
         lengths=histogram(lengths[lengths > 0]),
         image_sides=histogram(np.array(sides, dtype=np.int64)),
-        padding=padding(prepared, part.recipe.data, sizes, part.recipe.seed) if batched else [],
+        padding=padding(prepared, part.recipe, sizes) if batched else [],
         ms_per_row=None if part.ms_per_row is None else round(part.ms_per_row, 3),
         steps=_steps(part) if batched else None,
         mixture=_mixture(part) if batched else None,

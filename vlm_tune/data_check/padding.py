@@ -11,6 +11,8 @@ from itertools import islice
 import numpy as np
 
 from vlm_tune.config.data import DataSection
+from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.worker import OK
@@ -32,22 +34,25 @@ class Waste:
     tokens_per_question: float
 
 
-def padding(prepared: Prepared, data: DataSection, sizes: Sizes, seed: int) -> list[Waste]:
+def padding(prepared: Prepared, stage: Recipe, sizes: Sizes) -> list[Waste]:
     """Returns the waste of several ways to batch.
 
     These are rows one by one in random order, the recipe's own batches, and these with packing if
     the recipe does not pack.
     """
+    by_task = task_rule(stage.tune) is not None
+    data = stage.data
+
+    def plan(data: DataSection) -> Plan:
+        return Plan(prepared, data, sizes, stage.seed, by_task=by_task)
+
     wastes = [
-        _one_by_one(prepared, sizes.batch_size, seed),
-        _planned("this recipe", prepared, data, sizes, seed),
+        _one_by_one(prepared, sizes.batch_size, stage.seed),
+        _planned("this recipe", prepared, plan(data)),
     ]
     if not data.packing:
-        wastes.append(
-            _planned(
-                "with packing", prepared, data.model_copy(update={"packing": True}), sizes, seed
-            )
-        )
+        packed = plan(data.model_copy(update={"packing": True}))
+        wastes.append(_planned("with packing", prepared, packed))
     return wastes
 
 
@@ -69,12 +74,13 @@ def _one_by_one(prepared: Prepared, batch: int, seed: int) -> Waste:
     )
 
 
-def _planned(name: str, prepared: Prepared, data: DataSection, sizes: Sizes, seed: int) -> Waste:
-    """Measures the first batches of the first epoch as the recipe plans them."""
+def _planned(name: str, prepared: Prepared, plan: Plan) -> Waste:
+    """Measures the first batches of the first epoch of a plan."""
     lengths = prepared.store.lengths
     questions = prepared.store.questions
     starts = prepared.starts
-    epoch = Plan(prepared, data, sizes, seed).epoch(0)
+    epoch = plan.epoch(0)
+    sizes = plan.sizes
     real = padded = question_count = 0
     for step, number in islice(epoch.places(sizes.ranks), MEASURED):
         rows: list[int] = []

@@ -12,6 +12,7 @@ from vlm_tune.data.types import Conversation
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.choices import choose
 from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.model.task_adapters import each_task
 from vlm_tune.model.vlm import VisionLanguageNetwork
 
 
@@ -39,8 +40,46 @@ def answer_rows(
         progress: called with the number of answered rows and their total.
 
     Raises:
-        DataError: a prompt, or a question with one of its choices, is too long.
+        DataError: a prompt, or a question with one of its choices, is too long; or the model has
+            adapters of tasks, and a row is of none of them.
     """
+    answers = [""] * len(rows)
+    done = 0
+    for places in each_task(model, [row.source_name for row in rows]):
+        before = done
+
+        def of_all(count: int, _: int, before: int = before) -> None:
+            if progress:
+                progress(before + count, len(rows))
+
+        texts = _answers_of_task(
+            model,
+            [rows[place] for place in places],
+            decoding=decoding,
+            batch_size=batch_size,
+            likelihood=likelihood,
+            fetch=fetch,
+            cached=cached,
+            progress=of_all if progress else None,
+        )
+        for place, text in zip(places, texts, strict=True):
+            answers[place] = text
+        done += len(places)
+    return answers
+
+
+def _answers_of_task(
+    model: VisionLanguageNetwork,
+    rows: Sequence[Conversation],
+    *,
+    decoding: Decoding,
+    batch_size: int,
+    likelihood: bool,
+    fetch: Fetch,
+    cached: bool,
+    progress: Callable[[int, int], None] | None,
+) -> list[str]:
+    """The answers to rows for which the right adapters are active; arguments as `answer_rows`."""
     answers = [""] * len(rows)
     candidates = [candidate_answers(row) if likelihood else [] for row in rows]
     limited = [place for place, texts in enumerate(candidates) if texts]

@@ -22,6 +22,7 @@ from vlm_tune.evaluation.retrieval import losses_by_source, retrieve, with_ranks
 from vlm_tune.evaluation.texts import normalise
 from vlm_tune.model.acceleration.compiling import reading
 from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.model.task_adapters import each_task
 from vlm_tune.model.vlm import VisionLanguageNetwork, in_eval_mode
 
 
@@ -109,9 +110,11 @@ def _with_losses(
         entries = ((answer.source, answer.loss, answer.tokens) for answer in answers)
         return scores(answers, sum_losses(entries) if loss else {})
     losses: Losses = {}
-    for name in dict.fromkeys(row.source_name for row in conversations) if loss else ():
-        rows = [row for row in conversations if row.source_name == name]
-        losses[name] = _loss(model, rows, batch_size, fetch, cached)
+    for places in each_task(model, [row.source_name for row in conversations]) if loss else ():
+        of_task = [conversations[place] for place in places]
+        for name in dict.fromkeys(row.source_name for row in of_task):
+            rows = [row for row in of_task if row.source_name == name]
+            losses[name] = _loss(model, rows, batch_size, fetch, cached)
     return scores(answers, losses)
 
 
@@ -231,12 +234,14 @@ def _row_losses(
 ) -> list[tuple[float, int]]:
     """Summed cross-entropy of each row's reference answers, and their number of tokens."""
     losses = [(0.0, 0)] * len(conversations)
-    for numbers, batch in _batches(model, conversations, batch_size, fetch, cached):
-        hidden, targets = model.llm.supervised(model.embed(batch), batch)
-        counts = (batch.on_host.labels != IGNORE_INDEX).sum(1).tolist()
-        rows = zip(numbers, hidden.split(counts), targets.split(counts), strict=True)
-        for number, row_hidden, row_targets in rows:
-            total, tokens = losses[number]
-            row_loss = float(model.llm.loss(model.llm, row_hidden, row_targets))
-            losses[number] = total + row_loss, tokens + len(row_targets)
+    for places in each_task(model, [row.source_name for row in conversations]):
+        of_task = [conversations[place] for place in places]
+        for numbers, batch in _batches(model, of_task, batch_size, fetch, cached):
+            hidden, targets = model.llm.supervised(model.embed(batch), batch)
+            counts = (batch.on_host.labels != IGNORE_INDEX).sum(1).tolist()
+            rows = zip(numbers, hidden.split(counts), targets.split(counts), strict=True)
+            for number, row_hidden, row_targets in rows:
+                total, tokens = losses[places[number]]
+                row_loss = float(model.llm.loss(model.llm, row_hidden, row_targets))
+                losses[places[number]] = total + row_loss, tokens + len(row_targets)
     return losses

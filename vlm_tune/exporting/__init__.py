@@ -12,6 +12,7 @@ from vlm_tune.exporting.peft_adapter import adapter_reasons, export_adapter
 from vlm_tune.exporting.source import ExportReport
 from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.build import planned_config
+from vlm_tune.model.checkpoint import find_single
 from vlm_tune.paths import check_path
 from vlm_tune.precision import dtype_name
 from vlm_tune.quoting import quoted
@@ -29,6 +30,7 @@ def export(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     verify: bool = True,
+    task: str | None = None,
     base: BaseArgument = None,
     accept_other_base: bool = False,
 ) -> ExportReport:
@@ -54,6 +56,7 @@ def export(
         max_shard_size: the largest weight file of transformers' format, as its
             `save_pretrained` takes it.
         verify: whether the export is compared with the model.
+        task: the task whose model is exported, as in `merge`.
         base: as in `merge`, like `accept_other_base`.
 
     Raises:
@@ -62,7 +65,7 @@ def export(
     """
     check_path("model", model)
     check_path("output", output)
-    path = Path(model)
+    path = Path(model) if task is None else find_single(Path(model), task)
     output = Path(output)
     choice = base_choice(base, accept_other_base)
     if format not in FORMATS:

@@ -31,7 +31,7 @@ from vlm_tune.exporting.source import (
 )
 from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.model.base_places import BaseChoice
-from vlm_tune.model.checkpoint import find_model
+from vlm_tune.model.checkpoint import find_single
 from vlm_tune.model.pretrained.tokenizer import pin_tokenizer
 from vlm_tune.model.restoring import read_config
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
@@ -73,7 +73,7 @@ def export_transformers(
     path: Path, output: Path, dtype: str | None, max_shard_size: str, verify: bool, base: BaseChoice
 ) -> ExportReport:
     """Writes a model of transformers with processor, card and report; see `export`."""
-    source = find_model(path)
+    source = find_single(path)
     config = read_config(source, base)
     check_prompt(source)
     text = text_config(source, config) if config.llm.kind == "causal" else None

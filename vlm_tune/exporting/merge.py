@@ -18,7 +18,7 @@ from vlm_tune.evaluation.evaluate import score, score_options
 from vlm_tune.exporting.card import described_parts, model_card
 from vlm_tune.exporting.verify import TOLERANCE, largest_difference, observe, probe_rows
 from vlm_tune.model.base_places import AS_SAVED, BaseArgument, BaseChoice, base_choice
-from vlm_tune.model.checkpoint import find_model, load_model, save_model
+from vlm_tune.model.checkpoint import find_single, load_model, save_model
 from vlm_tune.model.lora import merge_adapter
 from vlm_tune.model.restoring import read_config
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -71,6 +71,7 @@ def merge(
     *,
     dtype: str | None = None,
     tolerance: float | None = None,
+    task: str | None = None,
     base: BaseArgument = None,
     accept_other_base: bool = False,
 ) -> MergeReport:
@@ -89,6 +90,7 @@ def merge(
             or else fp32; the report says why.
         tolerance: how far logits may move. By default 2e-2, and then the greedy text must be the
             same too.
+        task: the task whose adapter is merged, of a run whose tasks have adapters of their own.
         base: where the LLM's base is now, or `{"llm": ..., "tower": ...}`; its place of training
             where not given.
         accept_other_base: merge into a base though its weights are not those of training.
@@ -100,7 +102,7 @@ def merge(
     """
     check_path("model", model)
     check_path("output", output)
-    path = Path(model)
+    path = Path(model) if task is None else find_single(Path(model), task)
     output = Path(output)
     choice = base_choice(base, accept_other_base)
     dtype = dtype_name(dtype)
@@ -123,7 +125,7 @@ def check_output(output: Path, path: Path) -> None:
 
     It must be empty or missing, writable, and not inside the model folder that `path` is read from.
     """
-    source = find_model(path)
+    source = find_single(path)
     if output.resolve() == source.resolve() or source.resolve() in output.resolve().parents:
         raise ModelError(
             f"{output}: the output lies in the model folder that is read, {source}; choose "
@@ -142,7 +144,7 @@ def merged_model(
     base: BaseChoice = AS_SAVED,
 ) -> tuple[VisionLanguageNetwork, MergeReport]:
     """The model that `merge` writes, verified, and its report. Raises `ModelError` as `merge`."""
-    source = find_model(path)
+    source = find_single(path)
     config = read_config(source, base)
     quantized = config.llm.quantize
     as_trained = _as_trained(path, source, base) if quantized else None

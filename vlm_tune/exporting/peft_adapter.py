@@ -17,7 +17,7 @@ from vlm_tune.exporting.merge import check_output
 from vlm_tune.exporting.source import EXACT, ExportReport, commit_export
 from vlm_tune.exporting.verify import probe_rows
 from vlm_tune.model.base_places import BaseChoice
-from vlm_tune.model.checkpoint import find_model, load_model
+from vlm_tune.model.checkpoint import find_single, load_model
 from vlm_tune.model.committed_folders import verify_folder
 from vlm_tune.model.families.registry import find_vlm
 from vlm_tune.model.hub import read_json
@@ -68,7 +68,7 @@ def export_adapter(
 
     Raises `ModelError` for a model without an adapter, or whose base has no name.
     """
-    source = find_model(path)
+    source = find_single(path)
     config = read_config(source, base)
     verify_folder(source)
     if not (source / ADAPTERS["llm"]).is_dir():

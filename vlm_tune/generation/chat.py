@@ -26,7 +26,7 @@ from vlm_tune.generation.embedding import (
 from vlm_tune.generation.requests import request_conversation
 from vlm_tune.generation.streaming import streamed
 from vlm_tune.model.base_places import BaseArgument, base_choice
-from vlm_tune.model.checkpoint import save_model
+from vlm_tune.model.checkpoint import find_single, save_model
 from vlm_tune.model.language.decoding import Decoding, Settings, check_count
 from vlm_tune.model.shared_base import load_shared
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -249,6 +249,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         cls,
         path: str | Path,
         *,
+        task: str | None = None,
         dtype: str | torch.dtype | None = None,
         base: BaseArgument = None,
         accept_other_base: bool = False,
@@ -258,6 +259,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
 
         Args:
             path: the folder.
+            task: the task whose model it is, of a run whose tasks have adapters of their own.
             dtype: of the weights, such as torch.bfloat16, "bfloat16" or "bf16"; by default the
                 precision in the folder's config.
             base: the LLM's new location, or `{"llm": ..., "tower": ...}`; by default the recorded
@@ -273,7 +275,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         """
         check_path("path", path)
         model, shared = load_shared(
-            Path(path),
+            find_single(Path(path), task),
             dtype=dtype_of(dtype),
             base=base_choice(base, accept_other_base),
             device=device_of(device),

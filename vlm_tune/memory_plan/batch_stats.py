@@ -11,6 +11,7 @@ import torch
 
 from vlm_tune.config.objectives import Grpo
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.loader import Place, Position, PreparedFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes
@@ -130,7 +131,9 @@ def _read(
 
 
 def _feed(stage: Recipe, prepared: Prepared, processor: Processor, processes: int) -> PreparedFeed:
-    plan = Plan(prepared, stage.data, Sizes.of(stage.train, processes), stage.seed)
+    sizes = Sizes.of(stage.train, processes)
+    by_task = task_rule(stage.tune) is not None
+    plan = Plan(prepared, stage.data, sizes, stage.seed, by_task=by_task)
     if isinstance(stage.objective, Grpo):
         return SampledFeed(prepared, plan, processor.spec, stage)
     return PreparedFeed(prepared, plan, processor.spec, None)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.images.split import split_of
+from vlm_tune.data.prepare.job import distinct_tasks
 from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
 from vlm_tune.model.acceleration.install import install
@@ -378,6 +379,7 @@ def tune_bare_model(model: VisionLanguageNetwork, recipe: Recipe, number: int) -
             learning_rate=stage.train.learning_rate,
             precision=DTYPES[stage.train.precision],
             exact=trained_later(recipe, number),
+            tasks=distinct_tasks(stage.data.train),
         )
 
 

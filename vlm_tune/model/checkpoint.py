@@ -10,6 +10,8 @@ llm.safetensors        the LLM's individually trained weights, if the rest is un
 adapter/               the LLM's LoRA adapter in PEFT's layout
 tower_adapter/         the tower's LoRA adapter in PEFT's layout
 prompt/                the LLM's soft prompt or prefix in PEFT's layout
+tasks/                 instead of adapter/, where tasks have adapters of their own: sharing.json,
+                       and of each task a model folder as this one, by its name
 similarity.safetensors the learned scale of a contrastive loss
 tokenizer.json, ...    the tokenizer, chat_template.jinja
 connector_tokenizer/   the connector's own tokenizer, if it has one
@@ -18,8 +20,12 @@ manifest.json          sizes and sha256 of all the other files
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +42,7 @@ from vlm_tune.model.base_places import (
     places_of,
 )
 from vlm_tune.model.build import CONNECTOR, TOWER, WORDS
-from vlm_tune.model.committed_folders import commit_folder, is_whole
+from vlm_tune.model.committed_folders import commit_folder, is_whole, write_manifest
 from vlm_tune.model.language.virtual_tokens import write_prompt
 from vlm_tune.model.lora import (
     PISSA,
@@ -53,11 +59,16 @@ from vlm_tune.model.restoring import (
     BESIDE,
     PROMPT,
     SCALE,
+    SHARING,
+    TASKS,
     assemble_saved,
     load_base,
     located,
     read_saved,
+    read_sharing,
 )
+from vlm_tune.model.task_adapters import task_state
+from vlm_tune.model.task_sharing import TaskSharing
 from vlm_tune.model.vlm import Network, VisionLanguageNetwork
 from vlm_tune.model.weights import (
     CPU,
@@ -67,6 +78,7 @@ from vlm_tune.model.weights import (
 )
 from vlm_tune.paths import is_file, is_folder, shown_path
 from vlm_tune.precision import DTYPES
+from vlm_tune.quoting import quoted
 
 # --- saving ---------------------------------------------------------------------------------------
 
@@ -90,6 +102,8 @@ def write_model(model: VisionLanguageNetwork, folder: Path) -> None:
 
 
 Tensors = Mapping[str, torch.Tensor]
+Adapter = tuple[Any, Tensors]
+"""PEFT's config of an adapter and its tensors."""
 
 
 def capture_model(
@@ -111,21 +125,22 @@ def capture_model(
     connector = copied(whole_state(model.connector))
     tower = copied(_base_state(model.tower)) if "tower" in model.changed else None
     llm = copied(_base_state(language)) if "llm" in model.changed else None
-    adapters = {
-        part: (deepcopy(model.adapters[part].peft_config["default"]), copied(_adapter(model, part)))
-        for part in model.adapters
-    }
+    adapters, of_tasks = _adapters(model, copied)
     prompt = model.llm.prompt
     virtual = copied(whole_state(prompt)).get("values") if prompt is not None else None
     beside = copied(_base_state(language, model.beside)) if model.beside and llm is None else None
     similarity = model.similarity
     scale = None if similarity is None else copied(whole_state(similarity))
     bases = {part: base for part, base in model.bases.items() if part not in model.changed}
+    sharing = model.sharing
+
+    def write_notes(folder: Path) -> None:
+        notes = BaseNotes(parts=bases, places=places_of(model.config.model, bases, folder))
+        (folder / NOTES).write_text(notes.model_dump_json(indent=1))
 
     def write(folder: Path) -> None:
         (folder / "config.json").write_text(model.config.model_dump_json(indent=2))
-        notes = BaseNotes(parts=bases, places=places_of(model.config.model, bases, folder))
-        (folder / NOTES).write_text(notes.model_dump_json(indent=1))
+        write_notes(folder)
         write_safetensors(connector, folder / CONNECTOR)
         if tower is not None:
             write_safetensors(tower, folder / TOWER)
@@ -150,8 +165,42 @@ def capture_model(
             pin_tokenizer(folder / WORDS)
         if model.processor.template.jinja:
             (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
+        if sharing is not None:
+            _write_tasks(folder, sharing, of_tasks, write_notes)
 
     return write
+
+
+def _write_tasks(
+    folder: Path,
+    sharing: TaskSharing,
+    adapters: Mapping[str, Adapter],
+    write_notes: Callable[[Path], None],
+) -> None:
+    """Writes a model folder of each task into one that has all other files of them."""
+    for task, (config, tensors) in adapters.items():
+        of_task = _shared_files(folder, folder / TASKS / task)
+        write_notes(of_task)
+        write_adapter(config, tensors, of_task / ADAPTERS["llm"])
+        write_manifest(of_task)
+    (folder / TASKS / SHARING).write_text(json.dumps(asdict(sharing), indent=1))
+
+
+def _shared_files(folder: Path, target: Path) -> Path:
+    """Gives a new folder all files of a model folder but those of tasks and of its notes.
+
+    They are hard links where the file system has them. Returns the new folder.
+    """
+
+    def link(source: str, copy: str) -> None:
+        try:
+            os.link(source, copy)
+        except OSError:
+            shutil.copyfile(source, copy)
+
+    left_out = shutil.ignore_patterns(TASKS, NOTES)
+    shutil.copytree(folder, target, ignore=left_out, copy_function=link)
+    return target
 
 
 def _base_state(module: nn.Module, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
@@ -164,8 +213,23 @@ def _base_state(module: nn.Module, names: Collection[str] | None = None) -> dict
     return {clean(name): value.contiguous() for name, value in whole_state(module, wanted).items()}
 
 
-def _adapter(model: VisionLanguageNetwork, part: str) -> dict[str, torch.Tensor]:
-    return adapter_state(parts(model)[part])
+def _adapters(
+    model: VisionLanguageNetwork, copied: Callable[[Tensors], Tensors]
+) -> tuple[dict[str, Adapter], dict[str, Adapter]]:
+    """The adapters of parts, and those of tasks, which the LLM has in place of its one."""
+    configs = {
+        part: deepcopy(tuner.peft_config["default"]) for part, tuner in model.adapters.items()
+    }
+    if model.sharing is None:
+        of_tasks: dict[str, Adapter] = {}
+    else:
+        config = configs.pop("llm")
+        of_tasks = {task: (config, copied(task_state(model, task))) for task in model.sharing.tasks}
+    of_parts = {
+        part: (config, copied(adapter_state(parts(model)[part])))
+        for part, config in configs.items()
+    }
+    return of_parts, of_tasks
 
 
 def write_adapter(config: Any, tensors: Tensors, folder: Path) -> None:
@@ -207,6 +271,43 @@ def find_model(path: Path) -> Path:
         f"{shown_path(path)} holds no model: "
         "neither config.json, nor model/, nor a whole checkpoint"
     )
+
+
+def find_single(path: Path, task: str | None = None) -> Path:
+    """The folder of one model that a path stands for, by `find_model`.
+
+    Args:
+        path: a model folder, a run, or a checkpoint.
+        task: the task whose model it is, where tasks have adapters of their own.
+
+    Raises:
+        ModelError: there is no model; tasks have adapters of their own and none is named, or none
+            of that name.
+    """
+    folder = find_model(path)
+    folders = task_folders(folder)
+    if not folders and task is None:
+        return folder
+    if not folders:
+        raise ModelError(f"{folder} has one adapter for all tasks: leave out the task")
+    if task is None:
+        raise ModelError(
+            f"{folder} has an adapter for each task ({', '.join(folders)}): name one, as "
+            f"{next(iter(folders.values()))} or by --task where a command has it"
+        )
+    if task not in folders:
+        raise ModelError(f"{folder} has no task {quoted(task)}; it has {', '.join(folders)}")
+    return folders[task]
+
+
+def task_folders(path: Path) -> dict[str, Path]:
+    """The model folder of each task, by name; empty where all tasks have one adapter.
+
+    Raises `ModelError` as `find_model`.
+    """
+    folder = find_model(path)
+    sharing = read_sharing(folder)
+    return {task: folder / TASKS / task for task in (sharing.tasks if sharing else ())}
 
 
 def load_model(

@@ -52,12 +52,7 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir()
         write(temporary)
-        files = {
-            str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": _digest(path)}
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
-        }
-        (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+        write_manifest(temporary)
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         if target.exists():
@@ -72,6 +67,16 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
         if old.exists() and not target.exists():
             old.rename(target)
         raise
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes a folder's manifest: the size and the sha256 of each of its files."""
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
 
 
 def _keep_strangers(old: Path, target: Path) -> None:

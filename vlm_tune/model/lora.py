@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -44,6 +44,12 @@ def is_adapter(name: str) -> bool:
 def is_trained_adapter(name: str) -> bool:
     """Whether a parameter's name is that of a trained adapter, which PiSSA's `initial` is not."""
     return is_adapter(name) and f".{INITIAL}." not in name
+
+
+def adapter_name(name: str) -> str:
+    """The name of the adapter that a parameter of an adapter belongs to."""
+    segments = iter(name.split("."))
+    return next(next(segments) for segment in segments if segment.startswith("lora_"))
 
 
 def clean(name: str) -> str:
@@ -227,15 +233,18 @@ def plain_config(config: Any) -> Any:
     return plain
 
 
-def adapter_tensors(module: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """The adapter's tensors by the keys that PEFT writes.
+def adapter_tensors(
+    module: nn.Module, adapters: Collection[str] = (TRAINED,)
+) -> dict[str, list[torch.Tensor]]:
+    """The tensors of an adapter by the keys that PEFT writes.
 
-    A key has one tensor, or for PiSSA two that are concatenated along the rank.
+    A key has one tensor, or for PiSSA two that are concatenated along the rank. `adapters` are the
+    names of the adapters whose tensors are one adapter on disk; a layer has one of them.
     """
     state = whole_state(module, is_adapter)
     tensors = {}
     for name, value in state.items():
-        if is_trained_adapter(name):
+        if adapter_name(name) in adapters:
             initial = name.replace(f".{TRAINED}.", f".{INITIAL}.")
             # An embedding's names end with TRAINED. They have no initial tensor: PiSSA is for
             # linear layers only.
@@ -247,7 +256,9 @@ def adapter_tensors(module: nn.Module) -> dict[str, list[torch.Tensor]]:
 
 def _key(name: str) -> str:
     """The key under which PEFT writes an adapter's parameter."""
-    name = name.replace(f".{TRAINED}", "")
+    segments = name.split(".")
+    place = next(place for place, part in enumerate(segments) if part.startswith("lora_"))
+    name = ".".join([*segments[: place + 1], *segments[place + 2 :]])
     return PREFIX + (name.removesuffix(".weight") if "lora_magnitude_vector" in name else name)
 
 
@@ -256,20 +267,27 @@ def rank_axis(key: str) -> int:
     return 0 if "lora_A" in key else 1
 
 
-def adapter_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's state dict under the keys that PEFT writes."""
+def adapter_state(
+    module: nn.Module, adapters: Collection[str] = (TRAINED,)
+) -> dict[str, torch.Tensor]:
+    """An adapter's state dict under the keys that PEFT writes; `adapters` as `adapter_tensors`."""
     return {
         key: torch.cat(pieces, rank_axis(key)) if len(pieces) > 1 else pieces[0]
-        for key, pieces in adapter_tensors(module).items()
+        for key, pieces in adapter_tensors(module, adapters).items()
     }
 
 
-def load_adapter_state(module: nn.Module, tensors: dict[str, torch.Tensor], fault: str) -> None:
-    """Loads tensors into a part's adapter.
+def load_adapter_state(
+    module: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    fault: str,
+    adapters: Collection[str] = (TRAINED,),
+) -> None:
+    """Loads tensors into a part's adapter; `adapters` as `adapter_tensors`.
 
     Raises `ModelError`, which begins with `fault`, for missing, unexpected and misshapen tensors.
     """
-    wanted = adapter_tensors(module)
+    wanted = adapter_tensors(module, adapters)
     shapes = {key: list(targets[0].shape) for key, targets in wanted.items()}
     for key, targets in wanted.items():
         if len(targets) > 1:

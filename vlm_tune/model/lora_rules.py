@@ -22,6 +22,8 @@ from vlm_tune.model.lora import (
     same_adapter,
     start_from_singular_vectors,
 )
+from vlm_tune.model.task_adapters import attach_task_adapters
+from vlm_tune.model.task_sharing import TaskSharing
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.quoting import quoted
 
@@ -34,11 +36,14 @@ def apply_lora_rules(
     rules: Sequence[TuneRule],
     owner: dict[str, int],
     device: torch.device | None = None,
+    tasks: Sequence[str] = (),
 ) -> None:
     """Attaches, keeps or merges each part's LoRA layers as the rules require.
 
     `owner` has the index of each parameter's rule by name. PiSSA's singular vectors are computed on
-    `device`, if None on that of the weights.
+    `device`, if None on that of the weights. `tasks` are those of the rows, for a rule by which
+    each has an adapter of its own. Raises `ModelError` if adapters of tasks would have to be
+    merged.
     """
     for part, module in parts(model).items():
         places = lora_places(part, rules, owner)
@@ -52,18 +57,33 @@ def apply_lora_rules(
             else None
         )
         present = model.adapters.get(part)
+        sharing = _sharing(rules[places[0]], tasks) if places else None
+        present_sharing = model.sharing if part == "llm" else None
         if (
             present is not None
             and config is not None
+            and sharing == present_sharing
             and same_adapter(present.peft_config["default"], config)
         ):
             continue
+        if present_sharing is not None:
+            raise ModelError(
+                f"tune: the llm has adapters of the tasks {', '.join(present_sharing.tasks)}, "
+                "and can't have all merged into it; give a later stage the same LoRA rule and tasks"
+            )
         if present is not None:
             merge_adapter(model, part)
-        if config is not None:
+        if config is not None and sharing is not None:
+            attach_task_adapters(model, config, sharing)
+        elif config is not None:
             attach_adapter(model, part, config)
             if is_pissa(config):
                 start_from_singular_vectors(module, config, device)
+
+
+def _sharing(rule: TuneRule, tasks: Sequence[str]) -> TaskSharing | None:
+    """How the rule has tasks share its adapter; None where all have the same."""
+    return TaskSharing(tuple(tasks), rule.shared_layers or 0) if rule.by_task else None
 
 
 def lora_places(part: str, rules: Sequence[TuneRule], owner: dict[str, int]) -> list[int]:

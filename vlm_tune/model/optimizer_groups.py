@@ -172,6 +172,10 @@ def _detail(rule: TuneRule, rate: float, factors: Sequence[float]) -> str:
         phrases += [
             name for name in (rule.variant, rule.init) if name not in (None, "lora", "default")
         ]
+        if rule.sharing == "soft":
+            phrases.append(f"one for each task, tie={rule.tie:g}")
+        if rule.sharing == "layered":
+            phrases.append(f"one for each task above {rule.shared_layers} layers")
         if rule.lora_plus_ratio is not None:
             phrases.append(f"B at {rate * rule.lora_plus_ratio:.2g}")
     return ", ".join(phrases)

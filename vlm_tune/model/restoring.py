@@ -33,6 +33,8 @@ from vlm_tune.model.pretrained.connector_weights import load_words
 from vlm_tune.model.pretrained.language_model import bare_llm, load_llm
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
 from vlm_tune.model.similarity import SIMILARITY, read_similarity
+from vlm_tune.model.task_adapters import attach_task_adapters, load_task_state
+from vlm_tune.model.task_sharing import TaskSharing
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import CPU, load_into, read_safetensors
@@ -40,6 +42,9 @@ from vlm_tune.precision import DTYPES
 from vlm_tune.quoting import reason_of
 
 ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
+TASKS = "tasks"
+SHARING = "sharing.json"
+"""The folder of a model's tasks, and the file in it that says how they share the adapter."""
 PROMPT = "prompt"
 BESIDE = "llm.safetensors"
 SCALE = f"{SIMILARITY}.safetensors"
@@ -218,6 +223,9 @@ def _read_tuned(model: VisionLanguageNetwork, folder: Path, *, bare: bool) -> No
     for part, name in ADAPTERS.items():
         if (folder / name).is_dir():
             read_adapter(model, part, folder / name)
+    sharing = read_sharing(folder)
+    if sharing is not None:
+        _read_tasks(model, folder / TASKS, sharing)
     if (folder / PROMPT).is_dir():
         model.llm.prompt = read_prompt(folder / PROMPT)
 
@@ -239,19 +247,42 @@ def _read_beside(model: VisionLanguageNetwork, path: Path) -> None:
     model.beside = set(tensors)
 
 
+def read_sharing(folder: Path) -> TaskSharing | None:
+    """How the tasks of a model folder share the LLM's adapter; None where all have the same."""
+    path = folder / TASKS / SHARING
+    if not path.is_file():
+        return None
+    written = read_json(path)
+    return TaskSharing(tuple(written["tasks"]), written["shared_layers"])
+
+
+def _read_tasks(model: VisionLanguageNetwork, folder: Path, sharing: TaskSharing) -> None:
+    """Loads the adapters of all tasks, which are in the model folders of a folder."""
+    places = {task: folder / task / ADAPTERS["llm"] for task in sharing.tasks}
+    attach_task_adapters(model, _adapter_config(places[sharing.tasks[0]]), sharing)
+    for task, place in places.items():
+        tensors = read_safetensors(place / "adapter_model.safetensors")
+        load_task_state(model, task, tensors, f"{place}: the adapter does not fit the llm")
+
+
+def _adapter_config(folder: Path) -> Any:
+    """PEFT's LoRA config in a folder. Raises `ModelError` if it has none."""
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig.from_pretrained(
+            str(folder / PISSA if (folder / PISSA).is_dir() else folder)
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{folder}: no LoRA adapter ({reason_of(error)})") from None
+
+
 def read_adapter(model: VisionLanguageNetwork, part: str, folder: Path) -> None:
     """Loads a PEFT folder's adapter into a part.
 
     Raises `ModelError` if one of its tensors matches no LoRA layer, or a LoRA layer gets no tensor.
     """
-    from peft import LoraConfig
-
-    try:
-        config = LoraConfig.from_pretrained(
-            str(folder / PISSA if (folder / PISSA).is_dir() else folder)
-        )
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{folder}: no LoRA adapter ({reason_of(error)})") from None
+    config = _adapter_config(folder)
     tensors = read_safetensors(folder / "adapter_model.safetensors")
     try:
         attach_adapter(model, part, config)

@@ -22,7 +22,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.base_places import AS_SAVED, BaseChoice
 from vlm_tune.model.base_weights import differences, file_digest, folder_base
 from vlm_tune.model.build import TOWER
-from vlm_tune.model.checkpoint import default_device, find_model, ready
+from vlm_tune.model.checkpoint import default_device, find_single, ready
 from vlm_tune.model.restoring import (
     BaseWeights,
     SavedModel,
@@ -75,7 +75,7 @@ def load_shared(
     """Loads a saved model as `checkpoint.load_model`, and returns its base beside it."""
     place = device or default_device()
     with without_harmless_warnings():
-        saved = located(read_saved(find_model(path)), base)
+        saved = located(read_saved(find_single(path)), base)
         precision = dtype or DTYPES[saved.config.precision]
         weights = load_base(saved, dtype=precision, base=base, device=place)
         # In their last dtype and place: a later change would give the model memory of its own.
@@ -106,7 +106,7 @@ def load_over(shared: SharedBase, path: Path, model_class: type[Network]) -> Net
             `checkpoint.load_model`.
     """
     with without_harmless_warnings():
-        saved = read_saved(find_model(path))
+        saved = read_saved(find_single(path))
         _check_llm(shared, saved)
         reason = _tower_reason(shared, saved)
         if reason is None:

@@ -47,6 +47,7 @@ def apply_rules(
     precision: torch.dtype,
     exact: Collection[str] = (),
     device: torch.device | None = None,
+    tasks: Sequence[str] = (),
 ) -> Tuned:
     """Freezes, unfreezes and adds LoRA as the rules say, and builds the optimizer groups.
 
@@ -60,6 +61,7 @@ def apply_rules(
         precision: the dtype of frozen weights; trained ones are fp32.
         exact: parts that stay in fp32 even if frozen, because a later stage trains them in full.
         device: where PiSSA's singular vectors are computed; if None, where the weights are.
+        tasks: the tasks of the rows, for a LoRA rule by which each has an adapter of its own.
 
     Raises:
         ModelError: no rule covers a parameter; a rule matches no parameter, or none that it can
@@ -78,7 +80,7 @@ def apply_rules(
                 f"tune: the rule {quoted(rule.match)} matches nothing; "
                 f"parameters are named as {', '.join(list(owner)[:3])}, ..."
             )
-    apply_lora_rules(model, rules, owner, device)
+    apply_lora_rules(model, rules, owner, device, tasks)
     _prompt(model, rules, precision)
     _freeze_and_cast(model, owner, _trained(model, rules, owner), precision, exact)
     return collect_groups(model, rules, owner, learning_rate)

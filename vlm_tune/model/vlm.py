@@ -35,6 +35,7 @@ from vlm_tune.model.language.base import (
     TokenLoss,
 )
 from vlm_tune.model.similarity import Similarity
+from vlm_tune.model.task_sharing import TaskSharing
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.weights import is_sharded
 from vlm_tune.precision import autocast_dtype
@@ -94,6 +95,7 @@ class VisionLanguageNetwork(nn.Module):
         beside: names of the LLM's weights that were trained individually while the rest is
             unchanged.
         adapters: the LoRA tuner of each part that has one.
+        sharing: how tasks share the LLM's adapter, if they have adapters of their own.
         bases: fingerprints of the weights that parts started from.
         similarity: the learned scale of similarities between images and captions, or None.
     """
@@ -118,6 +120,7 @@ class VisionLanguageNetwork(nn.Module):
         self.changed: set[str] = set()
         self.beside: set[str] = set()
         self.adapters: dict[str, Any] = {}
+        self.sharing: TaskSharing | None = None
         self.bases: dict[str, Base] = {}
         self.similarity: Similarity | None = None
 

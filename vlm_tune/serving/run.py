@@ -22,6 +22,7 @@ from vlm_tune.errors import ArgumentError, Problem, RecipeError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.generation.requests import check_text
 from vlm_tune.model.base_places import BaseArgument
+from vlm_tune.model.checkpoint import task_folders
 from vlm_tune.paths import check_path, reason
 from vlm_tune.quoting import quoted
 from vlm_tune.serving.app import Server
@@ -77,7 +78,8 @@ def serve(
     until it is interrupted, and the first interrupt is such a signal.
 
     Args:
-        model: a run, a checkpoint or a merged folder.
+        model: a run, a checkpoint or a merged folder. Where tasks have adapters of their own, each
+            task's model is served by the task's name.
         host: the address to listen at; 0.0.0.0 is every one of the machine's.
         port: the port; 0 takes a free one.
         name: the name under which requests ask for the model; its folder's where not given.
@@ -153,8 +155,12 @@ def _check_arguments(model: Any, host: Any, name: Any, adapters: Any, limits: An
 def _named_folders(
     model: str | Path, name: str | None, adapters: Mapping[str, str | Path]
 ) -> dict[str, Path]:
-    """The folders of what is served, by name; the first is the model's."""
-    folders = {Path(model).resolve().name if name is None else name: Path(model)}
+    """The folders of what is served, by name; the first is the model's, or its first task's."""
+    folders = task_folders(Path(model))
+    if folders and name is not None:
+        message = f"tasks are served by their own names: {', '.join(folders)}; leave it out"
+        raise RecipeError([Problem("--name", message)])
+    folders = folders or {Path(model).resolve().name if name is None else name: Path(model)}
     for each, folder in adapters.items():
         check_text("an adapter's name", each)
         check_path(f"adapter {quoted(each)}", folder)

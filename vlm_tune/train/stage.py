@@ -21,6 +21,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.loader import PreparedFeed
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.prepare.job import distinct_tasks
 from vlm_tune.errors import Interrupted
 from vlm_tune.events import (
     Features,
@@ -305,6 +306,7 @@ def _tuning(context: Context, recipe: Recipe, stage: int) -> dict[str, Any]:
         "exact": exact,
         # An engine's shards are on the CPU still.
         "device": context.accelerator.device,
+        "tasks": distinct_tasks(recipe.data.train),
     }
 
 

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from vlm_tune.config.objectives import Grpo
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.bounds import stream_bounds, unkept_bounds
 from vlm_tune.data.batching.loader import Feed, PreparedFeed
 from vlm_tune.data.batching.prompts import PromptFeed
@@ -251,9 +252,11 @@ def stage_feed(
             ranks=ranks,
             planned=planned,
             accumulation=settings.gradient_accumulation,
+            by_task=task_rule(recipe.tune) is not None,
             report=lambda error: report(Note(f"left out: {error}")),
         )
-    plan = Plan(train, data, Sizes.of(settings, planned, image_cost), recipe.seed)
+    sizes = Sizes.of(settings, planned, image_cost)
+    plan = Plan(train, data, sizes, recipe.seed, by_task=task_rule(recipe.tune) is not None)
     options: dict[str, Any] = {
         "cached": features is not None,
         "rank": rank,

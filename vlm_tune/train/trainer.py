@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from peft.helpers import disable_input_dtype_casting
 
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.loader import Feed, PreparedFeed
 from vlm_tune.data.batching.references import StoredReferences
 from vlm_tune.data.types import Batch, Conversation
@@ -26,6 +27,7 @@ from vlm_tune.events import Note, StageReport, TrainSteps
 from vlm_tune.model.acceleration.compiling import blocks, compiled, why_not
 from vlm_tune.model.feature_cache import FeatureStore
 from vlm_tune.model.optimizer_groups import Tuned
+from vlm_tune.model.task_adapters import activate
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.allocator import trim_heap
 from vlm_tune.train.checkpoint import (
@@ -54,6 +56,7 @@ from vlm_tune.train.schedule import schedule_factor
 from vlm_tune.train.stage_position import StagePosition
 from vlm_tune.train.step_figures import MetricSums, read_figures, summed
 from vlm_tune.train.step_trace import Step, cut_trace, digest, json_number, write_step
+from vlm_tune.train.task_tie import TaskTie
 from vlm_tune.train.watchdog import Watch
 
 log = logging.getLogger(__name__)
@@ -154,6 +157,8 @@ class StageLoop:
             self.model.llm.model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
+        rule = task_rule(self.recipe.tune)
+        self.tie = None if rule is None else TaskTie(self.model, rule.tie or 0.0)
         self.engine.prepare(self.model, self.tuned, self.recipe.train)
         if resume_from is not None:
             self.engine.load_optimizer_state(read_optimizer(resume_from, self.tuned.names))
@@ -381,7 +386,7 @@ class StageLoop:
         """One optimizer step, with `factor` times the full learning rates.
 
         The gradient is that of the mean over all supervised items of all micro-batches and ranks,
-        each item's loss multiplied by the weight of its source.
+        each item's loss multiplied by the weight of its source, and of the tie of tasks.
 
         Returns:
             The summed loss, and the gradient's norm where the engine has it.
@@ -392,10 +397,15 @@ class StageLoop:
             self.objective.before(self.engine.model, batches, meeting.counts)
         for place, batch in enumerate(batches):
             last = place == len(batches) - 1
+            if batch.task is not None:
+                activate(self.model, batch.task)
             with self.engine.micro_batch(last=last):
                 loss = self.objective(self.engine.model, batch, meeting.counts)
                 weighted = loss.sum * batch.loss_weight
-                self.engine.backward(weighted / meeting.counts.items)
+                share = weighted / meeting.counts.items
+                if last and self.tie is not None:
+                    share = share + self.tie.penalty() / self.accelerator.num_processes
+                self.engine.backward(share)
             total += weighted.detach()
             metrics.add(loss)
         norms = self.engine.clip(factor)

@@ -83,6 +83,11 @@ def task_names(sources: Sequence[Source]) -> list[str]:
     return [source.task_name or name for source, name in zip(sources, names, strict=True)]
 
 
+def distinct_tasks(sources: Sequence[Source]) -> list[str]:
+    """The tasks of sources, each once, in order of first use."""
+    return list(dict.fromkeys(task_names(sources)))
+
+
 def _source_names(sources: Sequence[Source]) -> list[str]:
     """The name of each source.
 

@@ -54,7 +54,7 @@ from vlm_tune.exporting.source import (
 from vlm_tune.exporting.verify import largest_difference, observe
 from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.model.base_places import BaseChoice
-from vlm_tune.model.checkpoint import find_model
+from vlm_tune.model.checkpoint import find_single
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
 from vlm_tune.model.restoring import read_config
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
@@ -73,7 +73,7 @@ def export_gguf(
 ) -> ExportReport:
     """Writes `model-TYPE.gguf` and `mmproj-TYPE.gguf`, a card and a report; see `export`."""
     check_gguf()
-    source = find_model(path)
+    source = find_single(path)
     config = read_config(source, base)
     text = check_target(source, config)
     check_output(output, path)
