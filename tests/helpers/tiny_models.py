@@ -53,7 +53,8 @@ from vlm_tune.precision import DTYPES
 from vlm_tune.train.accelerator import MIXED
 from vlm_tune.train.checkpoint import Progress
 from vlm_tune.train.engines.base import Engine
-from vlm_tune.train.trainer import StageData, StageLoop
+from vlm_tune.train.stage_data import StageData
+from vlm_tune.train.trainer import StageLoop
 
 # The first backward pass of a process decides whether autograd starts threads for devices. After
 # a fake CUDA tensor, as a plan makes them, it does, and then no fork of the process can run a

@@ -53,6 +53,7 @@ from vlm_tune.train.precomputed import references, validation_units
 from vlm_tune.train.references import check_adapters_off
 from vlm_tune.train.resuming import read_json, write_data
 from vlm_tune.train.stage_data import (
+    StageData,
     StageRows,
     decide_features,
     image_cost,
@@ -60,7 +61,7 @@ from vlm_tune.train.stage_data import (
     stage_features,
     stage_feed,
 )
-from vlm_tune.train.trainer import StageData, StageLoop
+from vlm_tune.train.trainer import StageLoop
 from vlm_tune.train.watchdog import Watch
 
 

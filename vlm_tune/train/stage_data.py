@@ -23,6 +23,7 @@ from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.bounds import stream_bounds, unkept_bounds
 from vlm_tune.data.batching.loader import Feed, PreparedFeed
 from vlm_tune.data.batching.prompts import PromptFeed
+from vlm_tune.data.batching.references import StoredReferences
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.batching.streaming import StreamFeed, usable_rows
 from vlm_tune.data.chat.processor import Processor
@@ -33,7 +34,7 @@ from vlm_tune.data.prepare.forms import check_forms
 from vlm_tune.data.prepare.job import PartName
 from vlm_tune.data.prepare.run import part_conversations, prepared_parts
 from vlm_tune.data.prepare.worker import BAD
-from vlm_tune.data.types import Conversation, distinct_media
+from vlm_tune.data.types import Batch, Conversation, distinct_media
 from vlm_tune.events import Features, Note, Preparing, StageReport
 from vlm_tune.model.feature_cache import FeatureStore, tower_features
 from vlm_tune.model.feature_choice import cache_choice, stage_usage, trains_tower
@@ -56,6 +57,24 @@ SHARED_MEMORY = 1 << 30
 
 NOTES = 20
 """Number of left-out rows whose reason is noted; counts cover the rest."""
+
+
+@dataclass
+class StageData:
+    """The data that one stage trains on and is scored on."""
+
+    feed: Feed
+    validation: list[Conversation]
+    validation_features: FeatureStore | None
+    image_cost: float = 0.0
+    """Cost of an image, in tokens."""
+    validation_references: StoredReferences | None = None
+    """The reference model's log-probabilities of the validation rows' answers, if stored."""
+
+    def cost(self, batch: Batch) -> float:
+        """The cost of a batch's forward and backward pass, in tokens."""
+        images = batch.pixels if batch.features is None else batch.features
+        return batch.input_ids.numel() + self.image_cost * (0 if images is None else len(images))
 
 
 @dataclass

@@ -7,7 +7,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,13 +18,11 @@ from peft.helpers import disable_input_dtype_casting
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
-from vlm_tune.data.batching.loader import Feed, PreparedFeed
-from vlm_tune.data.batching.references import StoredReferences
-from vlm_tune.data.types import Batch, Conversation
+from vlm_tune.data.batching.loader import PreparedFeed
+from vlm_tune.data.types import Batch
 from vlm_tune.errors import Interrupted
 from vlm_tune.events import Note, StageReport, TrainSteps
 from vlm_tune.model.acceleration.compiling import blocks, compiled, why_not
-from vlm_tune.model.feature_cache import FeatureStore
 from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.task_adapters import activate
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -53,6 +50,7 @@ from vlm_tune.train.rates import Rates
 from vlm_tune.train.references import dropout_off, reference_model
 from vlm_tune.train.sampling import build_sampler
 from vlm_tune.train.schedule import schedule_factor
+from vlm_tune.train.stage_data import StageData
 from vlm_tune.train.stage_position import StagePosition
 from vlm_tune.train.step_figures import MetricSums, read_figures, summed
 from vlm_tune.train.step_trace import Step, cut_trace, digest, json_number, write_step
@@ -60,19 +58,6 @@ from vlm_tune.train.task_tie import TaskTie
 from vlm_tune.train.watchdog import Watch
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class StageData:
-    """The data that one stage trains on and is scored on."""
-
-    feed: Feed
-    validation: list[Conversation]
-    validation_features: FeatureStore | None
-    image_cost: float = 0.0
-    """Cost of an image, in tokens."""
-    validation_references: StoredReferences | None = None
-    """The reference model's log-probabilities of the validation rows' answers, if stored."""
 
 
 class StageLoop:
@@ -433,17 +418,10 @@ class StageLoop:
             if count.items
             for identity in batch.ids
         )
-        cost = round(sum(map(self._cost, batches)))
+        cost = round(sum(map(self.data.cost, batches)))
         meeting = self.meetings.before_step(sum(counts, Counts(0)), digest(counted), cost)
         rates.work(meeting.costs)
         return meeting
-
-    def _cost(self, batch: Batch) -> float:
-        """The cost of a batch's forward and backward pass, in tokens."""
-        images = batch.pixels if batch.features is None else batch.features
-        return batch.input_ids.numel() + self.data.image_cost * (
-            0 if images is None else len(images)
-        )
 
     def _evaluate(self, step: int) -> None:
         """Scores the model, unless the run is asked to stop meanwhile."""
