@@ -158,17 +158,22 @@ def capture_model(
             write_prompt(prompt.config, virtual, folder / PROMPT)
         if scale is not None:
             write_safetensors(scale, folder / SCALE)
-        model.processor.tokenizer.save_pretrained(folder)
-        pin_tokenizer(folder)
-        if model.connector.reader is not None:
-            model.connector.reader.tokenizer.save_pretrained(folder / WORDS)
-            pin_tokenizer(folder / WORDS)
-        if model.processor.template.jinja:
-            (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
+        _write_texts(model, folder)
         if sharing is not None:
             _write_tasks(folder, sharing, of_tasks, write_notes)
 
     return write
+
+
+def _write_texts(model: VisionLanguageNetwork, folder: Path) -> None:
+    """Writes the tokenizer, the chat template, and the connector's own tokenizer."""
+    model.processor.tokenizer.save_pretrained(folder)
+    pin_tokenizer(folder)
+    if model.connector.reader is not None:
+        model.connector.reader.tokenizer.save_pretrained(folder / WORDS)
+        pin_tokenizer(folder / WORDS)
+    if model.processor.template.jinja:
+        (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
 
 
 def _write_tasks(
