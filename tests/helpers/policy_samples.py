@@ -48,7 +48,8 @@ def sampler_of(model: VisionLanguageModel, recipe: Recipe) -> Sampler:
     engine: Any = SimpleNamespace(
         inference=nullcontext, accelerator=SimpleNamespace(autocast=nullcontext)
     )
-    return Sampler(model, recipe, engine)
+    watch: Any = SimpleNamespace(at=lambda place, reached: None)
+    return Sampler(model, recipe, engine, watch)
 
 
 def prompts_of(model: VisionLanguageModel, recipe: Recipe, number: int) -> list[Example]:

@@ -96,9 +96,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert traces[0] == traces[1] and traces[0].count("\n") == 4
 
 
-def test_truncated_completions_train_nothing_where_masked(tiny_recipe: Callable[..., str]) -> None:
-    objective = {"mask_truncated_completions": True, "loss_type": "grpo"}
-    recipe = policy_recipe(tiny_recipe, "causal", objective=objective, data__group="image")
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_truncated_completions_train_nothing_where_masked(
+    kind: str, tiny_recipe: Callable[..., str]
+) -> None:
+    objective = {
+        "mask_truncated_completions": True,
+        "loss_type": "grpo",
+        "max_completion_length": 4 if kind == "causal" else 40,
+    }
+    recipe = policy_recipe(tiny_recipe, kind, objective=objective, data__group="image")
     model = awake(recipe)
     batches = prompt_batches(model, recipe)
     (batch,) = sampler_of(model, recipe)(batches, 1, compiled=False)

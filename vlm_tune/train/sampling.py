@@ -24,6 +24,7 @@ from vlm_tune.model.acceleration.compiling import eager
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.engines.base import Engine
+from vlm_tune.train.watchdog import Watch
 
 
 class Sampler:
@@ -33,11 +34,17 @@ class Sampler:
     an image, when they are sampled and when they are trained on.
     """
 
-    def __init__(self, model: VisionLanguageNetwork, recipe: Recipe, engine: Engine) -> None:
-        """Takes the model with the engine that trains it, and a recipe whose objective samples."""
+    def __init__(
+        self, model: VisionLanguageNetwork, recipe: Recipe, engine: Engine, watch: Watch
+    ) -> None:
+        """Takes the model with the engine that trains it, and a recipe whose objective samples.
+
+        `watch` is notified of each batch of answers.
+        """
         assert isinstance(recipe.objective, Grpo)
         self.model = model
         self.engine = engine
+        self.watch = watch
         self.recipe = recipe
         self.config = recipe.objective
         self.layout = model.processor.spec.layout
@@ -80,6 +87,10 @@ class Sampler:
         """The sampled answers to each prompt."""
         if not prompts:
             return []
+
+        def progress(done: int, of: int) -> None:
+            self.watch.at(f"the completions of step {step}, {done} of {of} prompts", (step, 0))
+
         images: dict[Media, torch.Tensor] = {}
         for batch in batches:
             shown = batch.features if batch.pixels is None else batch.pixels
@@ -93,6 +104,7 @@ class Sampler:
             fetch=images.__getitem__,
             cached=batches[0].cached,
             batch_size=self.recipe.evaluate.batch_size,
+            progress=progress,
             seeds=[draw_seed(self.recipe.seed, step, prompt.row.id) for prompt in prompts],
         )
         return [[answer, *answer.alternatives] for answer in answers]
@@ -165,9 +177,11 @@ class Sampler:
         )
 
 
-def build_sampler(model: VisionLanguageNetwork, recipe: Recipe, engine: Engine) -> Sampler | None:
+def build_sampler(
+    model: VisionLanguageNetwork, recipe: Recipe, engine: Engine, watch: Watch
+) -> Sampler | None:
     """The sampler of a recipe whose objective samples; None for others."""
-    return Sampler(model, recipe, engine) if isinstance(recipe.objective, Grpo) else None
+    return Sampler(model, recipe, engine, watch) if isinstance(recipe.objective, Grpo) else None
 
 
 def completion_ids(answer: Answer) -> list[int]:

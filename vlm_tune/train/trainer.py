@@ -93,12 +93,12 @@ class StageLoop:
         self.recipe_text = recipe_text
         train = recipe.train
         self.objective = self._objective(resumed=resume_from is not None)
-        self.sampler = build_sampler(model, recipe, engine)
         self._prepare_engine(resume_from)
         progress.processes = self.accelerator.num_processes
         self.position = StagePosition(data.feed, progress, train, resume_from)
         self.total = self.position.total
         self.watch = watch or Watch(self.accelerator, train.timeout)
+        self.sampler = build_sampler(model, recipe, engine, self.watch)
         self.writer = CheckpointWriter(
             folder, train.checkpoints.keep, background=train.checkpoints.background
         )
