@@ -45,13 +45,18 @@ def test_gathered_vectors_have_the_gradients_of_all_ranks(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
-def test_two_ranks_train_as_one(loss: str, tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("loss", "engine"),
+    [("clip", "ddp"), ("siglip", "ddp"), ("siglip", "fsdp"), ("siglip", "deepspeed")],
+)
+def test_two_ranks_train_as_one(
+    loss: str, engine: str, tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
     """Seven rows in steps of four: the ranks of the last one have two rows and one."""
     rows = write_captions(tmp_path, "seven", seed=0)
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:7]))
 
-    def recipe(output: str, size: int) -> Any:
+    def recipe(output: str, size: int, **changes: Any) -> Any:
         return contrastive_recipe(
             tiny_recipe,
             tmp_path,
@@ -62,6 +67,7 @@ def test_two_ranks_train_as_one(loss: str, tiny_recipe: Callable[..., str], tmp_
             train__batch_size=size,
             evaluate__every=4,
             data__train=[{"kind": "file", "path": str(rows)}],
+            **changes,
         )
 
     def logged(output: str) -> list[dict[str, Any]]:
@@ -70,7 +76,9 @@ def test_two_ranks_train_as_one(loss: str, tiny_recipe: Callable[..., str], tmp_
         return [event for event in events if event["event"] in ("train", "evaluate")]
 
     sft(recipe("one", 4))
-    pids = start(partial(sft, recipe("two", 2)), tmp_path / "ranks.txt", ranks=2)
+    pids = start(
+        partial(sft, recipe("two", 2, engine={"kind": engine})), tmp_path / "ranks.txt", ranks=2
+    )
     assert ended(pids) == [0, 0], (tmp_path / "ranks.txt.0").read_text()
     assert len(logged("one")) == len(logged("two")) == 5
     for alone, together in zip(logged("one"), logged("two"), strict=True):

@@ -37,7 +37,9 @@ class Similarity(nn.Module):
         The scale's gradient is that without the bounds, so that it can come back from them.
         """
         excess = (self.logit_scale - self.logit_scale.clamp(0, MOST)).detach()
-        return (self.logit_scale - excess).exp(), self.logit_bias
+        # A copy: an engine that shards weights takes this parameter's memory back after the call.
+        bias = None if self.logit_bias is None else self.logit_bias.clone()
+        return (self.logit_scale - excess).exp(), bias
 
 
 def read_similarity(path: Path) -> Similarity:
