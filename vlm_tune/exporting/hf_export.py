@@ -125,14 +125,26 @@ def verify_transformers(
     Raises:
         ModelError: token ids, pixels, logits or greedy text differ.
     """
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     opened: Any = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     theirs, info = opened
     check_loading(info, "nothing was written: the exported weights do not fit")
-    theirs = theirs.to(model.device).eval()
+    return compared(theirs.eval(), folder, model, expected, tolerance), True
+
+
+def compared(
+    theirs: Any, folder: Path, model: VisionLanguageNetwork, expected: Expected, tolerance: float
+) -> float:
+    """The largest difference of logits of transformers' model `theirs` from the model's.
+
+    `folder` has its processor. Raises `ModelError` as `verify_transformers`.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    theirs = theirs.to(model.device)
     processor: Any = AutoProcessor.from_pretrained(folder)
     # Pillow resizes as our own preprocessing does. torchvision, which transformers prefers, is off
     # by a level or two.
@@ -143,7 +155,7 @@ def verify_transformers(
         logits.append(_their_logits(theirs, processor, model, row))
         texts.append(_their_answer(theirs, processor, model, row))
     exported = torch.cat(logits)[:, : expected.logits.shape[1]]
-    return check_answers(expected, exported, texts, tolerance), True
+    return check_answers(expected, exported, texts, tolerance)
 
 
 def _messages(row: Conversation, *, prompt: bool = False) -> list[dict[str, Any]]:

@@ -14,6 +14,11 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.card import model_card
 from vlm_tune.exporting.merge import check_output
+from vlm_tune.exporting.native_adapter import (
+    TOWER_TRAINED,
+    WORDS_ADDED,
+    write_native_adapter,
+)
 from vlm_tune.exporting.source import EXACT, ExportReport, commit_export
 from vlm_tune.exporting.verify import probe_rows
 from vlm_tune.model.base_places import BaseChoice
@@ -41,11 +46,20 @@ BESIDE = (
 """Files and folders that are copied with an adapter, if the model's folder has them."""
 
 
+CONNECTOR_NOTE = (
+    "a server of adapters, such as vLLM, loads the LLM's LoRA alone, and not the connector in "
+    "modules_to_save: serve a merged model instead, as `vlm-tune export --format transformers` "
+    "writes it"
+)
+
+
 def adapter_reasons(recipe: Recipe, config: VisionLanguageConfig) -> list[str]:
     """The reasons why a recipe's result can't be exported as an adapter over a named model."""
     rules = [rule for _, stage in recipe.resolved_stages() for rule in stage.tune]
     of_llm = [rule for rule in rules if rule.match.split(".")[0] in ("llm", "*")]
     name = config.llm.name
+    tower = [rule for rule in rules if rule.match.split(".")[0] == "tower"]
+    whole = name is not None and find_vlm(name) is not None and not _is_part(name)
     trained = config.llm.quantize is None and any(rule.trains_base for rule in of_llm)
     return applying(
         (all(rule.how != "lora" for rule in of_llm), "no rule puts LoRA on the llm"),
@@ -55,9 +69,11 @@ def adapter_reasons(recipe: Recipe, config: VisionLanguageConfig) -> list[str]:
         ),
         (name is not None and trained, "its language model's own weights are trained too"),
         (
-            name is not None and not trained and find_vlm(name) is not None,
+            name is not None and not trained and _is_part(name),
             f"its language model is a part of {name}, which PEFT can't load alone",
         ),
+        (whole and any(rule.how != "frozen" for rule in tower), TOWER_TRAINED),
+        (whole and config.llm.words, WORDS_ADDED),
     )
 
 
@@ -78,7 +94,8 @@ def export_adapter(
             f"the adapter's base is no model with a name, it is in {source}: use merge, or "
             "--format transformers"
         )
-    if find_vlm(config.llm.name) is not None:
+    vlm = find_vlm(config.llm.name)
+    if _is_part(config.llm.name):
         raise ModelError(
             f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use "
             "merge, or --format transformers"
@@ -86,6 +103,12 @@ def export_adapter(
     if dtype is not None:
         raise ModelError("an adapter is exported as it was trained; leave out --dtype")
     check_output(output, path)
+
+    def write_native(folder: Path) -> tuple[ExportReport, str]:
+        assert vlm is not None
+        report = write_native_adapter(folder, path, source, vlm, base, verify=verify)
+        report = replace(report, output=str(output), notes=[CONNECTOR_NOTE])
+        return report, _adapter_card(path, config, report)
 
     def write(folder: Path) -> tuple[ExportReport, str]:
         shutil.copytree(source / ADAPTERS["llm"], folder, dirs_exist_ok=True)
@@ -107,7 +130,13 @@ def export_adapter(
         report = replace(report, notes=[*report.notes, *unserved])
         return report, _adapter_card(path, config, report)
 
-    return commit_export(output, write)
+    return commit_export(output, write if vlm is None else write_native)
+
+
+def _is_part(name: str) -> bool:
+    """Whether a name is that of a whole model over which no adapter is written."""
+    vlm = find_vlm(name)
+    return vlm is not None and not vlm.family.modules
 
 
 def _server_notes(folder: Path) -> list[str]:

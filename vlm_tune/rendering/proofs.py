@@ -48,7 +48,7 @@ def replay_lines(report: ReplayReport) -> list[str]:
 
 READERS = {
     "transformers": "opened by transformers' own classes",
-    "adapter": "opened by plain PEFT over its base, text alone",
+    "adapter": "opened by plain PEFT over its base",
     "gguf": "read back from the files, computed as llama.cpp is meant to",
 }
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.helpers.tiny_models import (
     LORA_TUNE,
@@ -34,6 +35,7 @@ from tests.invariants.test_resume import assert_same_runs, run_of
 from vlm_tune.api import sft
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX
+from vlm_tune.errors import ModelError
 from vlm_tune.exporting import export, possible_exports
 from vlm_tune.exporting.merge import merge
 from vlm_tune.generation.answering import answer_prompts
@@ -198,6 +200,41 @@ def test_what_was_trained_is_written_as_what_it_was(
     again = built(parsed(text.replace(str(tmp_path / "vlm"), str(tmp_path / "exported"))))
     rows = rows_of(parsed(text))
     assert largest(logits_of(again, rows), logits_of(model, rows)) <= 1e-3
+
+
+@pytest.mark.parametrize("kind", ["smolvlm", "idefics3"])
+def test_the_adapter_has_the_whole_models_names(
+    kind: Literal["idefics3", "smolvlm"], tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    """Plain PEFT over the checkpoint answers as the model; the tower's layers are left alone."""
+    save_idefics3(tmp_path / "vlm", kind)
+    trained(kind, tiny_recipe("causal"), tmp_path)
+    text = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert possible_exports(parsed(text))["adapter"] is None
+    report = export(tmp_path / "run", tmp_path / "adapter", format="adapter")
+    assert report.difference is not None and report.allowed is not None and report.same_text
+    assert report.difference <= report.allowed and report.rows == 4
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "vlm")
+    assert config["modules_to_save"] == ["model.connector.modality_projection.proj"]
+    assert len(config["target_modules"]) == 2 * 7
+    assert all(name.startswith("model.text_model.layers.") for name in config["target_modules"])
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    key = next(key for key in tensors if key.endswith("layers.1.self_attn.v_proj.lora_B.weight"))
+    assert key.startswith("base_model.model.model.text_model.")
+
+
+def test_an_adapter_without_the_trained_tower_is_refused(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    save_idefics3(tmp_path / "vlm", "idefics3")
+    trained("idefics3", tiny_recipe("causal"), tmp_path)
+    (tmp_path / "run" / "model" / "tower_adapter").mkdir()
+    with pytest.raises(ModelError, match="the tower is trained too"):
+        export(tmp_path / "run", tmp_path / "adapter", format="adapter", verify=False)
+    text = (tmp_path / "run" / "recipe.yaml").read_text()
+    lora = "how: lora, r: 4, target_modules: all-linear"
+    recipe = parsed(text.replace('"tower.*", how: frozen', f'"tower.*", {lora}'))
+    assert "the tower is trained too" in str(possible_exports(recipe)["adapter"])
 
 
 @pytest.mark.slow

@@ -53,6 +53,9 @@ class Family:
         parts: describes a model's parts as sections of a recipe; raises `ModelError` for a model
             with a part that can't be expressed.
         language: gives transformers' config of a model's LLM.
+        modules: the whole model's names of modules in memory, by the beginnings of ours: of the
+            LLM's in its own class, and of the connector's after `connector.`. An adapter can be
+            exported over models of a family that has them.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Family:
     layout: Layout
     parts: Callable[[Vlm], VlmParts]
     language: Callable[[Vlm], Any]
+    modules: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,11 @@ LAYOUT = Layout(
     {r"^model\.text_model\.": "{base}."},
     {"modality_projection.proj.": "layers.0."},
 )
+MODULES = {
+    "model.": "model.text_model.",
+    "lm_head.": "lm_head.",
+    "connector.layers.0.": "model.connector.modality_projection.proj.",
+}
 # The first SmolVLMs are stored as Idefics3.
-IDEFICS3 = Family("Idefics3", ("smolvlm", "idefics3"), LAYOUT, _parts, decoder_config)
-SMOLVLM = Family("SmolVLM", ("smolvlm",), LAYOUT, _parts, decoder_config)
+IDEFICS3 = Family("Idefics3", ("smolvlm", "idefics3"), LAYOUT, _parts, decoder_config, MODULES)
+SMOLVLM = Family("SmolVLM", ("smolvlm",), LAYOUT, _parts, decoder_config, MODULES)
