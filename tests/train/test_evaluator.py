@@ -45,6 +45,7 @@ def test_a_process_without_rows_adds_nothing_to_the_scores(
             watch=watch,
             stop=lambda: False,
             any_stops=lambda: False,
+            seed=0,
         ).evaluation(1, compiled=False)
 
     monkeypatch.setattr(evaluator, "gather_object", lambda mine: mine)

@@ -29,6 +29,8 @@ CONTINUED = (
 def objective_contradictions(raw: Any) -> list[Fault]:
     """Returns faults of an objective of several answers; `raw` holds unchecked values."""
     objective = value_at(raw, "objective")
+    if value_at(raw, "objective", "kind") == "span_corruption":
+        return _corruption_contradictions(raw)
     if not isinstance(objective, dict) or objective.get("kind") not in [*JUDGED_FORMS, "grpo"]:
         return []
     faults = [*_layout_contradictions(raw), *_reference_contradictions(raw, objective)]
@@ -163,6 +165,35 @@ def _sampling_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]
             ("engine",),
             "the engine shards the weights, and grpo samples completions with whole ones; use "
             "ddp, or deepspeed with stage 2",
+        ),
+    )
+
+
+def _corruption_contradictions(raw: Any) -> list[Fault]:
+    """Returns faults of rows whose answers can't be masked."""
+    return broken(
+        (
+            value_at(raw, "model", "llm", "kind") == "causal",
+            ("objective", "kind"),
+            "span_corruption is of encoder-decoders (T5): a decoder reads no text after a gap",
+        ),
+        *(
+            (
+                value_at(raw, "data", key) == setting,
+                ("data", key),
+                f"span_corruption masks spans of rows one by one; {instead}",
+            )
+            for key, setting, instead in (
+                ("group", "image", "group: none"),
+                ("packing", True, "packing: false"),
+                ("streaming", True, "prepare them (streaming: false)"),
+            )
+        ),
+        (
+            value_at(raw, "evaluate", "best") is not None,
+            ("evaluate", "best"),
+            "span_corruption is scored by its loss on the validation part, which selects the best "
+            "checkpoint",
         ),
     )
 

@@ -77,6 +77,27 @@ class Matching(Config):
     )
 
 
+class SpanCorruption(Config):
+    """T5's pretraining task (masked language modelling): spans of an answer are predicted.
+
+    The encoder reads the prompt with its images, and the answer with a sentinel token for each
+    masked span; the decoder gives the spans. Validation is scored by its loss.
+    """
+
+    kind: Literal["span_corruption"]
+    rate: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.15, description="share of an answer's tokens that is masked, at least one token"
+    )
+    mean_span: Annotated[float, Field(ge=1, le=1000)] = Field(
+        default=3.0, description="mean number of tokens of a masked span"
+    )
+
+    @property
+    def scored_by(self) -> str:
+        """The figure of the validation part that selects the best checkpoint."""
+        return "loss"
+
+
 Reference = Annotated[
     Literal["adapter_off", "copy", "precomputed"],
     Field(
@@ -302,7 +323,7 @@ class Grpo(Config):
 
 
 PreferenceConfig = Dpo | Kto | SimPo | Orpo
-AnyObjective = LanguageModeling | Contrastive | Matching | PreferenceConfig | Grpo
+AnyObjective = LanguageModeling | Contrastive | Matching | SpanCorruption | PreferenceConfig | Grpo
 
 
 def reference_of(objective: AnyObjective) -> str | None:
@@ -316,6 +337,7 @@ COMMANDS = {
     "language_modeling": "sft",
     "contrastive": "sft",
     "matching": "sft",
+    "span_corruption": "sft",
     "dpo": "dpo",
     "simpo": "dpo",
     "orpo": "dpo",

@@ -13,6 +13,7 @@ from vlm_tune.config.objectives import Grpo
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.batching.corruption import corruption_of
 from vlm_tune.data.batching.loader import Place, Position, PreparedFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.chat.processor import Processor
@@ -136,7 +137,8 @@ def _feed(stage: Recipe, prepared: Prepared, processor: Processor, processes: in
     plan = Plan(prepared, stage.data, sizes, stage.seed, by_task=by_task)
     if isinstance(stage.objective, Grpo):
         return SampledFeed(prepared, plan, processor.spec, stage)
-    return PreparedFeed(prepared, plan, processor.spec, None)  # type: ignore[arg-type]
+    corruption = corruption_of(stage.objective, processor, stage.seed)
+    return PreparedFeed(prepared, plan, processor.spec, None, corruption=corruption)  # type: ignore[arg-type]
 
 
 class SampledFeed(PreparedFeed):

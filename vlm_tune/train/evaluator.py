@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 
 from vlm_tune.config.train import EvaluateSection
 from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.batching.corruption import corruption_of
 from vlm_tune.data.batching.references import StoredReferences
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.prepare.dataset import Group
@@ -43,7 +44,8 @@ class Evaluator:
     `rows` are the validation part, of which the first `settings.limit` are scored, and `features`
     the cached features of their images; `references` are the reference model's
     log-probabilities of their answers, if stored before training. `stop` says whether this
-    process is asked to stop, `any_stops` whether any is: every process must call it.
+    process is asked to stop, `any_stops` whether any is: every process must call it. `seed`
+    is the recipe's, by which spans are masked.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Evaluator:
         watch: Watch,
         stop: Callable[[], bool],
         any_stops: Callable[[], bool],
+        seed: int,
     ) -> None:
         self.model = model
         self.engine = engine
@@ -74,6 +77,7 @@ class Evaluator:
         self.watch = watch
         self.stop = stop
         self.any_stops = any_stops
+        self.seed = seed
 
     def evaluation(self, step: int, *, compiled: bool) -> Evaluation | None:
         """The scores after a step; None if the run is asked to stop meanwhile.
@@ -174,6 +178,9 @@ class Evaluator:
     def _units(self) -> list[Group]:
         """The examples of each row, with the reference model's log-probabilities, if stored."""
         units = validation_units(self.model, self.rows, mismatches=self.objective.mismatches)
+        corruption = corruption_of(self.objective.config, self.model.processor, self.seed)
+        if corruption is not None:
+            units = [corruption.of_unit(unit, 0) for unit in units]
         if self.references is None:
             return units
         return [self.references.attached(place, unit) for place, unit in enumerate(units)]

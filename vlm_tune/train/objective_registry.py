@@ -11,10 +11,16 @@ from vlm_tune.config.objectives import (
     Kto,
     LanguageModeling,
     Matching,
+    SpanCorruption,
 )
 from vlm_tune.train.contrastive import ByRank, PairedObjective, single_rank
 from vlm_tune.train.matching import MatchingObjective
-from vlm_tune.train.objectives import ContrastiveObjective, LanguageModelingObjective, Objective
+from vlm_tune.train.objectives import (
+    ContrastiveObjective,
+    LanguageModelingObjective,
+    Objective,
+    SpanCorruptionObjective,
+)
 from vlm_tune.train.policy import GrpoObjective
 from vlm_tune.train.preferences import KtoObjective, PairObjective, Summed
 from vlm_tune.train.references import ReferenceModel
@@ -38,6 +44,8 @@ def build_objective(
     """
     if isinstance(config, LanguageModeling):
         return LanguageModelingObjective(config)
+    if isinstance(config, SpanCorruption):
+        return SpanCorruptionObjective(config)
     if isinstance(config, Contrastive):
         if config.learns_scale:
             return PairedObjective(config, by_rank)

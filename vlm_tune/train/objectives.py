@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.nn.functional import cross_entropy
 
-from vlm_tune.config.objectives import Contrastive, LanguageModeling
+from vlm_tune.config.objectives import Contrastive, LanguageModeling, SpanCorruption
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.transfer import to_device
 
@@ -87,7 +87,7 @@ class LanguageModelingObjective:
     metrics: Sequence[str] = ()
     mismatches = False
 
-    def __init__(self, config: LanguageModeling) -> None:
+    def __init__(self, config: LanguageModeling | SpanCorruption) -> None:
         self.config = config
 
     def counts(self, batch: Batch) -> Counts:
@@ -100,6 +100,12 @@ class LanguageModelingObjective:
     def __call__(self, model: Any, batch: Batch, totals: Counts | None = None) -> Loss:
         output = model(batch, image_noise=self.config.image_noise)
         return Loss(output.sum, output.count)
+
+
+class SpanCorruptionObjective(LanguageModelingObjective):
+    """Cross-entropy of masked spans, which the feed has put into the labels."""
+
+    scored_by: str = "loss"
 
 
 class ContrastiveObjective:

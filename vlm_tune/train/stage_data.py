@@ -21,6 +21,7 @@ from vlm_tune.config.objectives import Grpo
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.bounds import stream_bounds, unkept_bounds
+from vlm_tune.data.batching.corruption import corruption_of
 from vlm_tune.data.batching.loader import Feed, PreparedFeed
 from vlm_tune.data.batching.prompts import PromptFeed
 from vlm_tune.data.batching.references import StoredReferences
@@ -296,6 +297,7 @@ def stage_feed(
         fetch,
         augment=data.augment,
         mismatches=getattr(recipe.objective, "mismatches", False),
+        corruption=corruption_of(recipe.objective, processor, recipe.seed),
         **options,
     )
 

@@ -121,6 +121,7 @@ class StageLoop:
             watch=self.watch,
             stop=stop,
             any_stops=self.meetings.stopping,
+            seed=recipe.seed,
         )
 
     def _objective(self, *, resumed: bool) -> Objective:

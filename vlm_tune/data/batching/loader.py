@@ -23,6 +23,7 @@ import numpy as np
 from vlm_tune.compat import worker_processes
 from vlm_tune.config.data import Augment
 from vlm_tune.data.batching.collate import Fetch, collate
+from vlm_tune.data.batching.corruption import Corruption
 from vlm_tune.data.batching.references import StoredReferences
 from vlm_tune.data.batching.sampler import Epoch, Plan, Rows
 from vlm_tune.data.images.decode import augment_pixels
@@ -122,7 +123,7 @@ class PreparedFeed:
     `augment` configures random changes of the pixels. `workers` processes, if any, make batches
     ahead, started by the method `start` of multiprocessing; a thread puts them into pinned memory
     if `pinned`. With `mismatches` each prompt of preferences also has an answer of the unit before
-    its own.
+    its own; `corruption` masks spans of answers.
 
     Attributes:
         references: The reference model's log-probabilities of the units' answers, if stored.
@@ -143,8 +144,10 @@ class PreparedFeed:
         start: Literal["fork", "forkserver"] = "fork",
         pinned: bool = False,
         mismatches: bool = False,
+        corruption: Corruption | None = None,
     ) -> None:
         self.mismatches = mismatches
+        self.corruption = corruption
         self.references: StoredReferences | None = None
         self.ranks = ranks or plan.sizes.ranks
         self.prepared = prepared
@@ -247,6 +250,8 @@ class PreparedFeed:
         return self._epoch(position).rows(*place, self.rank, self.ranks)
 
     def _collate(self, rows: list[list[Group]], epoch: int) -> Batch:
+        if self.corruption is not None:
+            rows = [[self.corruption.of_unit(unit, epoch) for unit in row] for row in rows]
         joined_rows = [joined(row, self.spec.layout) for row in rows]
         examples = [example for row in joined_rows for example in row]
         if self.augment is None:

@@ -22,6 +22,11 @@ def check_forms(objective: AnyObjective, readers: Iterable[SourceReader], part: 
 
 def form_fault(objective: AnyObjective, form: str, part: PartName) -> str | None:
     """The reason why the objective can't train on rows of a form, or be scored; else None."""
+    if part == "test" and objective.kind == "span_corruption":
+        return (
+            "span_corruption has a loss and no answers to score; leave test out, or add a stage "
+            "that answers"
+        )
     scored_by = getattr(objective, "scored_by", "answers")
     if part == "test" or (part == "validation" and scored_by == "answers"):
         if form != "unpaired_preference":
