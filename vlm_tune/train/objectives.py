@@ -89,6 +89,7 @@ class LanguageModelingObjective:
 
     def __init__(self, config: LanguageModeling | SpanCorruption) -> None:
         self.config = config
+        self._noise = config.image_noise if isinstance(config, LanguageModeling) else 0.0
 
     def counts(self, batch: Batch) -> Counts:
         """Number of supervised tokens."""
@@ -98,7 +99,7 @@ class LanguageModelingObjective:
         """Computes nothing: the loss adds over tokens."""
 
     def __call__(self, model: Any, batch: Batch, totals: Counts | None = None) -> Loss:
-        output = model(batch, image_noise=self.config.image_noise)
+        output = model(batch, image_noise=self._noise)
         return Loss(output.sum, output.count)
 
 

@@ -277,13 +277,12 @@ def stage_feed(
         )
     sizes = Sizes.of(settings, planned, image_cost)
     plan = Plan(train, data, sizes, recipe.seed, by_task=task_rule(recipe.tune) is not None)
+    cached = features is not None
     options: dict[str, Any] = {
-        "cached": features is not None,
+        "cached": cached,
         "rank": rank,
         "ranks": ranks,
-        "workers": loader_workers(
-            settings.loader_workers, accelerator.device, cached=features is not None
-        ),
+        "workers": loader_workers(settings.loader_workers, accelerator.device, cached=cached),
         "start": settings.loader_start,
         "pinned": accelerator.device.type == "cuda",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -99,11 +99,9 @@ class _Columns:
         return torch.from_numpy(array)
 
 
-def _joined(
-    examples: Sequence[Example], inputs: _Columns, outputs: _Columns
-) -> dict[str, torch.Tensor]:
+def _joined(examples: Sequence[Example], inputs: _Columns, outputs: _Columns) -> dict[str, Any]:
     """The fields of `Batch` that only rows joined from several examples need."""
-    joined: dict[str, torch.Tensor] = {}
+    joined: dict[str, Any] = {}
     if any(example.visible_until is not None for example in examples):
         sizes = [len(example.input_ids) for example in examples]
         starts = [place.start for place in inputs.places]
@@ -128,7 +126,7 @@ def _joined(
     return joined
 
 
-def _preferences(examples: Sequence[Example], outputs: _Columns) -> dict[str, torch.Tensor]:
+def _preferences(examples: Sequence[Example], outputs: _Columns) -> dict[str, Any]:
     """The fields of `Batch` that only rows of preferences need."""
     import torch
 
