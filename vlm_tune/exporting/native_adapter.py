@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ def write_native_adapter(
         base: where the checkpoint lies, if not in its recorded place.
         verify: whether the folder is compared with the model.
 
+    Returns:
+        The report, without the output folder's name.
+
     Raises:
         ModelError: a part that was trained has no place in the folder, or what PEFT computes
             differs.
@@ -76,16 +80,8 @@ def write_native_adapter(
     expected = expected_of(path, model)
     allowed = expected.tolerance("fp32")
     difference = compared(_over_checkpoint(folder, vlm), folder, model, expected, allowed)
-    return ExportReport(
-        "",
-        "adapter",
-        "fp32",
-        [],
-        report.parameters,
-        difference,
-        True,
-        rows=len(expected.rows),
-        allowed=allowed,
+    return replace(
+        report, difference=difference, same_text=True, rows=len(expected.rows), allowed=allowed
     )
 
 
