@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from packaging.version import Version
 
 from tests.helpers.connector_kinds import KINDS, with_connector
+from tests.helpers.contrastive_samples import write_captions
 from tests.helpers.counted_device import CUDA, CountedDevice, counted_device, to_counted_device
 from tests.helpers.preference_samples import LORA, preference_text
 from tests.helpers.tiny_models import LORA_TUNE, built, parsed, stage_loop, with_tune
@@ -103,10 +104,25 @@ def test_no_connector_waits(
     assert_one_wait_a_step(run_counted(text, tmp_path / "gpu", monkeypatch))
 
 
+@pytest.mark.parametrize("loss", ["captions", "clip"])
 def test_the_contrastive_objective_waits_once_a_step(
-    tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loss: str, tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys: dict[str, Any] = {"objective__kind": "contrastive", **BRANCHES}
+    keys: dict[str, Any] = {"objective": {"kind": "contrastive", "loss": loss}, **BRANCHES}
+    assert_one_wait_a_step(
+        run_counted(tiny_recipe("causal"), tmp_path / "gpu", monkeypatch, **keys)
+    )
+
+
+@pytest.mark.parametrize("negatives", ["hard", "random"])
+def test_matching_waits_once_a_step(
+    negatives: str, tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"kind": "file", "path": str(write_captions(tmp_path, "rows", 0)), "form": "match"}
+    keys: dict[str, Any] = {
+        "objective": {"kind": "matching", "negatives": negatives},
+        "data__train": [rows],
+    }
     assert_one_wait_a_step(
         run_counted(tiny_recipe("causal"), tmp_path / "gpu", monkeypatch, **keys)
     )

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.contrastive_samples import write_captions
 from tests.helpers.tiny_models import assert_same_bits, interrupted, parsed
-from vlm_tune import plan
+from vlm_tune import check, plan
 from vlm_tune.api import sft
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import DataError, RecipeError
@@ -99,6 +99,8 @@ def test_a_tokenizer_without_sentinels_is_an_error(
     recipe = corruption_recipe(tiny_recipe, tmp_path, model__llm__added_special_tokens=[])
     with pytest.raises(DataError, match="sentinel tokens"):
         sft(recipe)
+    (error,) = check(recipe).errors
+    assert "sentinel tokens" in error.message
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from vlm_tune.config.data import Source
 from vlm_tune.config.load import as_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
+from vlm_tune.data.batching.corruption import corruption_of
 from vlm_tune.data.batching.mixture import epoch_counts
 from vlm_tune.data.batching.sampler import Plan, Sizes, planned_steps
 from vlm_tune.data.chat.processor import Processor
@@ -152,6 +153,10 @@ def _parts(
     data = stage.data
     variant = processor.variant(data.template, data.system)
     names: list[PartName] = ["train", "validation", *(("test",) if last else ())]
+    try:
+        corruption_of(stage.objective, variant, stage.seed)
+    except DataError as error:
+        report.add_whole(name, "train", "form", error.message, "objective")
     for part in names:
         sources: Sequence[Source] = getattr(data, part)
         if not sources:

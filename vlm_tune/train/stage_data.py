@@ -119,6 +119,7 @@ def read_stage(
         Interrupted: If `stop` returns True.
     """
     data = recipe.data
+    corruption_of(recipe.objective, processor, recipe.seed)  # an error before weights are loaded
     names: list[PartName] = [
         *(() if data.streaming else ("train",)),
         "validation",
