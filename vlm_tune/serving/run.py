@@ -18,7 +18,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from vlm_tune.errors import ArgumentError, Problem, RecipeError
+from vlm_tune.errors import ArgumentError, ModelError, Problem, RecipeError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.generation.requests import check_text
 from vlm_tune.model.base_places import BaseArgument
@@ -156,7 +156,9 @@ def _named_folders(
     model: str | Path, name: str | None, adapters: Mapping[str, str | Path]
 ) -> dict[str, Path]:
     """The folders of what is served, by name; the first is the model's, or its first task's."""
-    folders = task_folders(Path(model))
+    folders: dict[str, Path] = {}
+    with suppress(ModelError):  # that there is no model is an error when it is loaded
+        folders = task_folders(Path(model))
     if folders and name is not None:
         message = f"tasks are served by their own names: {', '.join(folders)}; leave it out"
         raise RecipeError([Problem("--name", message)])
