@@ -49,6 +49,7 @@ def calls(folder: Path, taken: int) -> dict[str, tuple[Callable[..., Any], dict[
         # The recipe is not theirs, which comes after what is wrong with an argument.
         "dpo": (vlm_tune.dpo, {"recipe": recipe, "overrides": ["train.steps=1"]}),
         "kto": (vlm_tune.kto, {"recipe": recipe, "overrides": ["train.steps=1"]}),
+        "grpo": (vlm_tune.grpo, {"recipe": recipe, "overrides": ["train.steps=1"]}),
         "sweep": (
             vlm_tune.sweep,
             # This folder is not empty, which comes after what is wrong with an argument.

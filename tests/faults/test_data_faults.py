@@ -389,7 +389,9 @@ def test_fault_15_a_conversation_begins_with_one_start_token(name: str) -> None:
     chat = processor(name)
     turns = tuple(Message("assistant" if n % 2 else "user", (f"text {n}",)) for n in range(6))
     ids = chat._lay_out(Conversation("r", turns), prompt_only=False)[-1].input_ids.tolist()
-    starts = [place for place, token in enumerate(ids) if token == chat.tokenizer.bos_token_id]
+    controls = [piece.control for piece in chat.template.start if piece.control is not None]
+    start = chat.encoder.control(controls[0]) if controls else chat.tokenizer.bos_token_id
+    starts = [place for place, token in enumerate(ids) if token == start]
     assert starts == ([0] if chat.template.start else [])
 
 

@@ -274,11 +274,12 @@ class VisionLanguageModel(VisionLanguageNetwork):
             RecipeError: an argument is not a path.
         """
         check_path("path", path)
+        place = device_of(device)
         model, shared = load_shared(
             find_single(Path(path), task),
             dtype=dtype_of(dtype),
             base=base_choice(base, accept_other_base),
-            device=device_of(device),
+            device=place,
             model_class=cls,
         )
         model.over_base = Adapters(shared)

@@ -151,7 +151,8 @@ class Server:
                 **ERRORS,
                 200: {
                     "description": "The answers; with `stream` as events.",
-                    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                    # The schema of an event is that of a chunk; a stream as a whole has none.
+                    "content": {"text/event-stream": {}},
                 },
             },
         )(self.complete)
