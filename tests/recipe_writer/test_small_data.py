@@ -1,4 +1,6 @@
-"""Few images whose names are asked: the tower is aligned with the answers first."""
+"""Few images whose names are asked: the tower is aligned with the answers first, and nothing that
+training needs is held out.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pytest
 
 from tests.helpers.own_data import color_images
 from tests.helpers.row_samples import write_rows
-from vlm_tune.recipe_writer.choose import batches, set_data, set_evaluation, set_training
+from vlm_tune.recipe_writer.choose import batches, held_out, set_data, set_evaluation, set_training
 from vlm_tune.recipe_writer.draft import Draft
 from vlm_tune.recipe_writer.look import Facts, look
 from vlm_tune.recipe_writer.machine import Machine
@@ -49,6 +51,19 @@ def names(number: int) -> Iterator[tuple[str, str]]:
     """The name of one image only, and a group of several."""
     yield "What is it?", f"{WORDS[number % 8]} {WORDS[number // 8]}"
     yield "Which kind?", ("tree", "bush")[number % 2]
+
+
+def test_names_of_one_image_each_are_no_part_to_hold_out(look_at: LookAt) -> None:
+    facts = look_at(names)
+    assert facts.unrepeated == 0.5 and facts.single_images
+    split, reason = held_out(facts, NO_PARTS)
+    assert split == {"test": 0.1}
+    assert "no validation part is held out: 50% of the questions" in reason
+    files = {**NO_PARTS, "test": [{"kind": "file", "path": "test.jsonl"}]}
+    split, reason = held_out(facts, files)
+    assert split is None and reason.startswith("no validation part")
+    assert held_out(replace(facts, unrepeated=0.1), files)[0] == {"validation": 0.1}
+    assert held_out(replace(facts, rows=30 * facts.rows), files)[0] == {"validation": 0.1}
 
 
 def test_what_is_asked_decides_what_may_change_in_an_image(look_at: LookAt) -> None:
