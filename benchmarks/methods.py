@@ -82,7 +82,7 @@ def line(name: str, connector: dict[str, Any], output: Path, epochs: float) -> s
     from vlm_tune import sft
 
     run = sft(method_recipe(connector, output, epochs))
-    score = run.result["test"]["metrics"]["exact_match"]
+    score = run.result["metrics"]["exact_match"]
     tokens = run.model.processor.spec.tokens_per_image if run.model.connector.fills_slots else 0
     weights = sum(each.numel() for each in run.model.connector.parameters())
     return (
