@@ -12,6 +12,8 @@ import io
 import logging
 import multiprocessing
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from functools import wraps
@@ -636,3 +638,11 @@ def test_onednn_multiplies_as_torch_does() -> None:
     for given in ((rows, weight), (rows, weight, bias)):
         expected = torch.nn.functional.linear(*given)
         torch.testing.assert_close(onednn_linear(*given), expected)
+
+
+@pytest.mark.slow
+def test_python_prints_no_warning_of_a_package_that_nobody_needs() -> None:
+    code = "import vlm_tune, bitsandbytes; from transformers import T5Config; print('end')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "end\n"
+    assert "gemm_4bit_forward" not in done.stderr

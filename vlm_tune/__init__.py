@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vlm_tune.version import __version__
+
+# bitsandbytes warns of an optional package on every import without it; 4 bit works all the same.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in str(record.msg)
+)
 
 if TYPE_CHECKING:
     from vlm_tune.api import compare, dpo, evaluate, grpo, kto, predict, report, sft, sweep
