@@ -75,6 +75,35 @@ def write_smolvlm(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def write_internvl(folder: Path) -> None:
+    """Writes the configs of InternVL3.5-1B."""
+    from transformers import GotOcr2ImageProcessorPil, InternVLConfig
+
+    vision = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "attention_bias": True,
+        "image_size": 448,
+        "patch_size": 14,
+    }
+    text = {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    }
+    InternVLConfig(
+        vision_config=vision, text_config=text, image_token_id=151671, tie_word_embeddings=False
+    ).save_pretrained(folder)
+    GotOcr2ImageProcessorPil(size={"height": 448, "width": 448}).save_pretrained(folder)
+
+
 def write_instructblip(folder: Path) -> None:
     """Writes the configs of InstructBLIP with Flan-T5-XL."""
     from transformers import BlipImageProcessor, InstructBlipConfig, T5Config

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.plan_time import write_instructblip, write_llava, write_smolvlm
+from benchmarks.plan_time import write_instructblip, write_internvl, write_llava, write_smolvlm
 from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.template import load_template
@@ -175,6 +175,22 @@ def test_smolvlm_256m_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None
     }
     total = sum(parameter.numel() for parameter in model.parameters())
     assert 255e6 < total - 30 * 16 * layer < 260e6
+
+
+def test_internvl_3_5_1b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
+    """InternViT-300M at 448 pixels and Qwen3-0.6B with a head of its own."""
+    write_internvl(tmp_path)
+    recipe = load_recipe(RECIPES / "internvl3.5-1b-lora.yaml", {"model.pretrained": str(tmp_path)})
+    model, measured = bare_model(recipe)
+    assert (measured, model.processor.spec.tokens_per_image) == ((1024, 1024), 256)
+    layer = 2 * (1024 + 2048) + 2 * (1024 + 1024) + 3 * (1024 + 3072)
+    assert trained(tuned(model, recipe)) == {
+        "tower.*": 0,
+        "connector.*": 2 * 4096 + (4096 + 1) * 1024 + (1024 + 1) * 1024,
+        "llm.*": 28 * 16 * layer,
+    }
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert 1.0e9 < total - 28 * 16 * layer < 1.1e9
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.tiled_samples import save_internvl
 from tests.helpers.tiny_models import built, parsed, rows_of
 from tests.helpers.vlm_samples import (
     save_blip,
@@ -22,6 +23,7 @@ from tests.helpers.vlm_samples import (
     with_pretrained,
 )
 from vlm_tune.errors import ModelError, RecipeError
+from vlm_tune.model.build import build_processor
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section
 
 Tiny = Callable[..., str]
@@ -157,6 +159,32 @@ def test_idefics3_with_other_images_is_refused(
     text = with_pretrained(tiny_recipe("causal"), tmp_path / "vlm", "idefics3")
     with pytest.raises(ModelError, match=message):
         model_section(parsed(text))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("images", {"min_patches": 2}, r"at least 2 tiles .* expected 1"),
+        ("images", {"size": {"height": 32, "width": 16}}, "expected one square size"),
+        ("images", {"resample": 2}, "or not bicubically.* expected resample: 3"),
+        ("config", {"vision_feature_layer": -2}, r"vision_feature_layer: -2.* expected -1"),
+        ("config", {"projector_hidden_act": "silu"}, "expected gelu"),
+        ("tower", {"image_size": [32, 64]}, r"image_size \[32, 64\]; expected equal sides"),
+    ],
+)
+def test_internvl_of_another_kind_is_refused(
+    file: str, changes: dict[str, Any], message: str, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    save_internvl(tmp_path / "vlm")
+    name = "processor_config.json" if file == "images" else "config.json"
+    written = json.loads((tmp_path / "vlm" / name).read_text())
+    parts = {"images": "image_processor", "tower": "vision_config"}
+    part = written[parts[file]] if file in parts else written
+    part |= changes
+    (tmp_path / "vlm" / name).write_text(json.dumps(written))
+    recipe = parsed(with_pretrained(tiny_recipe("causal"), tmp_path / "vlm", "internvl"))
+    with pytest.raises(ModelError, match=message):
+        build_processor(recipe, [])
 
 
 @pytest.mark.parametrize(

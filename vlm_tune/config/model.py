@@ -19,6 +19,18 @@ class Idefics3Split(Config):
     )
 
 
+class InternVLSplit(Config):
+    """Tiles of the grid whose shape is nearest to the image's, then the whole image (InternVL)."""
+
+    kind: Literal["internvl"]
+    max_tiles: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=12, description="largest number of tiles of an image; 1 is the whole image alone"
+    )
+
+
+AnySplit = Annotated[Idefics3Split | InternVLSplit, Field(discriminator="kind")]
+
+
 class Tower(Config):
     """Options shared by all vision towers."""
 
@@ -38,7 +50,7 @@ class Tower(Config):
         description="anyres: candidate grids [columns, rows] of tiles; the whole image plus "
         "the tiles of the best grid",
     )
-    split: Idefics3Split | None = Field(
+    split: AnySplit | None = Field(
         default=None,
         description="the way in which a model that was made with tiles and markers cuts images, in "
         "place of `resize` and `tiles`",

@@ -12,8 +12,9 @@ from vlm_tune.data.images.decode import decode_image, encoded_bytes
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.card import described_parts, model_card
-from vlm_tune.exporting.hf_layout import IMAGE_TOKEN, Target, written_model
+from vlm_tune.exporting.hf_layout import Target, written_model
 from vlm_tune.exporting.idefics3_layout import IDEFICS3, SMOLVLM
+from vlm_tune.exporting.internvl_layout import INTERNVL
 from vlm_tune.exporting.llava_layout import LLAVA
 from vlm_tune.exporting.merge import check_output
 from vlm_tune.exporting.source import (
@@ -43,7 +44,7 @@ PIXEL = 1e-3
 """Allowed difference of normalised pixels; one level of 255 is more than ten times that."""
 
 
-TARGETS = {"idefics3_vision": IDEFICS3, "smolvlm_vision": SMOLVLM}
+TARGETS = {"idefics3_vision": IDEFICS3, "smolvlm_vision": SMOLVLM, "internvl_vision": INTERNVL}
 """The layouts of models that have one of their own, by transformers' type of their tower."""
 
 
@@ -90,7 +91,7 @@ def export_transformers(
 
     def write(folder: Path) -> tuple[ExportReport, str]:
         processor = target.processor(model)
-        image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        image_token = processor.tokenizer.convert_tokens_to_ids(target.image_token)
         written_model(target, model, image_token, DTYPES[dtype]).save_pretrained(
             folder, max_shard_size=max_shard_size
         )

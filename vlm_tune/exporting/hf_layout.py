@@ -33,12 +33,14 @@ class Target:
         processor: makes a processor that gives the ids and pixels of the model's own.
         empty: makes the model with its weights on the meta device, for the id of the image's token
             and a dtype, and gives it with the weights of its parts.
+        image_token: the token that stands for an image's slots.
     """
 
     name: str
     reasons: Callable[[VisionLanguageConfig, Any], list[str]]
     processor: Callable[[VisionLanguageNetwork], Any]
     empty: Callable[[VisionLanguageNetwork, int, torch.dtype], tuple[Any, Weights]]
+    image_token: str = IMAGE_TOKEN
 
 
 def written_model(
@@ -72,14 +74,14 @@ def written_model(
     return written
 
 
-def written_tokenizer(model: VisionLanguageNetwork) -> Any:
+def written_tokenizer(model: VisionLanguageNetwork, image_token: str = IMAGE_TOKEN) -> Any:
     """A tokenizer for a processor of transformers, with the chat template and the image's token."""
     from tokenizers import AddedToken
 
     processor = model.processor
     tokenizer: Any = copy.deepcopy(processor.tokenizer)
     tokenizer.add_tokens(
-        [AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True
+        [AddedToken(image_token, special=True, normalized=False)], special_tokens=True
     )
     # `save_pretrained` writes the value in `init_kwargs`.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
@@ -87,7 +89,7 @@ def written_tokenizer(model: VisionLanguageNetwork) -> Any:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(processor.spec.pad_id)
     if not any(piece.control == "bos" for piece in processor.template.start):
         _add_nothing(tokenizer)
-    tokenizer.chat_template = processor_jinja(processor.template, processor.system, IMAGE_TOKEN)
+    tokenizer.chat_template = processor_jinja(processor.template, processor.system, image_token)
     return tokenizer
 
 

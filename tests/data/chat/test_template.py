@@ -25,7 +25,7 @@ from tests.helpers.chat_samples import (
     turns,
 )
 from vlm_tune.data.chat.template import load_template, processor_jinja, read_template
-from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Message
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media, Message
 from vlm_tune.errors import DataError
 
 CAUSAL = [name for name, layout in LAYOUTS if layout == "causal"]
@@ -148,7 +148,8 @@ def test_image_slots_stand_where_the_message_has_the_image(name: str, layout: st
     assert len(slots) == 3 and slots[-1] - slots[0] == 2
     decode = tokenizer(name, "bytes").decode
     assert decode(example.input_ids[: slots[0]].tolist()).endswith("before ")
-    assert decode(example.input_ids[slots[-1] + 1 :].tolist()).startswith(" after")
+    after = f"{load_template(name).after_image} after"
+    assert decode(example.input_ids[slots[-1] + 1 :].tolist()).startswith(after)
 
 
 def test_the_recipes_system_text_stands_in_for_the_formats_and_yields_to_the_datas() -> None:
@@ -251,6 +252,35 @@ def test_the_processors_chat_template_gives_the_same_ids(name: str, kind: Kind) 
                     return_dict=False,
                 )
                 assert ids == expected_ids(name, kind, messages, prompt=prompt), label
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ((IMAGE, "What is it?"), "@\nWhat is it?"),
+        ((IMAGE, "\nWhat is it?"), "@\nWhat is it?"),
+        (("Look: ", IMAGE, IMAGE, " same?"), "Look: @\n@\n same?"),
+        (("Look: ", IMAGE), "Look: @\n"),
+    ],
+)
+def test_what_ends_an_image_stands_once_behind_it(
+    parts: tuple[str | Media, ...], text: str
+) -> None:
+    """In segments, and in the processor's chat template."""
+    template = load_template("internvl")
+    segments = template.segments(Conversation("row", (Message("user", parts),)))
+    written = "".join("@" if s.kind == "media" else str(s.payload) for s in segments)
+    assert written == f"<|im_start|>user\n{text}<|im_end|>\n"
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for part in parts
+    ]
+    rendered = tokenizer("internvl", "bpe").apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=processor_jinja(template, None, "@"),
+        tokenize=False,
+    )
+    assert rendered == written
 
 
 def test_the_processors_chat_template_writes_images_and_the_runs_system_text() -> None:

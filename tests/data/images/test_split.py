@@ -17,7 +17,7 @@ from vlm_tune.config.load import parse_recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.images.decode import ImageProcessor
-from vlm_tune.data.images.split import Idefics3Frames
+from vlm_tune.data.images.split import Idefics3Frames, InternVLFrames
 from vlm_tune.data.types import Conversation, InputSpec, Media, Message
 from vlm_tune.errors import DataError, RecipeError
 
@@ -62,6 +62,30 @@ def test_the_frames_are_those_of_transformers(width: int, height: int, longest_e
     assert expanded[-1].tile is None and len(expanded) <= images.most_frames
     grid = (frames["cols"][0][0], frames["rows"][0][0])
     assert all(tile.tile and (tile.tile.columns, tile.tile.rows) == grid for tile in expanded[:-1])
+
+
+@given(st.integers(1, 120), st.integers(1, 120), st.sampled_from([1, 2, 5, 6, 12]))
+@settings(max_examples=60, deadline=None)
+def test_internvls_frames_are_those_of_transformers(width: int, height: int, most: int) -> None:
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    image = photo(width, height)
+    images = ImageProcessor(SIDE, split=InternVLFrames(most))
+    expanded = images.expand(media(image))
+    pixels = torch.stack([images(frame) for frame in expanded]).float() / 255
+    processor: Any = GotOcr2ImageProcessorPil(
+        size={"height": SIDE, "width": SIDE},
+        max_patches=most,
+        crop_to_patches=True,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    theirs = processor([image], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == theirs.shape
+    assert float(((pixels - 0.5) / 0.5 - theirs).abs().max()) <= 1e-6
+    assert expanded[-1].tile is None and len(expanded) <= images.most_frames
+    tiles = [frame.tile for frame in expanded[:-1]]
+    assert all(tile and tile.columns * tile.rows == len(tiles) for tile in tiles)
 
 
 def test_an_images_frames_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

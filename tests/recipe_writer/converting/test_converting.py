@@ -211,7 +211,7 @@ def test_ms_swift() -> None:
     missing = reasons(written)
     assert set(missing) == {"MAX_PIXELS", "deepspeed", "model", "neftune_noise_alpha"}
     assert "packed weights can't be sharded" in missing["deepspeed"]
-    assert "Idefics3 and SmolVLM are loaded whole" in missing["model"]
+    assert "InternVL are loaded whole" in missing["model"]
     assert "ms-swift's default of weight_decay" in written.path.read_text()
 
 

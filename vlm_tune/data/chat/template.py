@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,7 +38,7 @@ class ChatTemplate(BaseModel):
 
     Each role is a list of pieces. `start` opens every conversation. A conversation without system
     text gets `default_system` if there is one. The control names `bos` and `eos` stand for the
-    tokenizer's own tokens.
+    tokenizer's own tokens. `after_image` follows each image, unless the text after it begins so.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -50,6 +51,7 @@ class ChatTemplate(BaseModel):
     assistant: list[Piece]
     default_system: str | None = None
     strip: bool = False
+    after_image: str = ""
     jinja: str = ""
 
     @property
@@ -123,7 +125,7 @@ class ChatTemplate(BaseModel):
             return [Segment("text", piece.text, piece.trained and learned)]
         assert message is not None
         trained = piece.content == "trained" and learned
-        parts = list(message.parts)
+        parts = self._images_ended(message.parts)
         if self.strip:
             parts = _stripped(parts)
         return [
@@ -133,6 +135,16 @@ class ChatTemplate(BaseModel):
             for part in parts
             if part != ""
         ]
+
+    def _images_ended(self, parts: Sequence[str | Media]) -> list[str | Media]:
+        """A turn's parts with `after_image` behind each image whose next text lacks it."""
+        ended: list[str | Media] = []
+        for part, following in zip(parts, [*parts[1:], ""], strict=True):
+            ended.append(part)
+            begins = isinstance(following, str) and following.startswith(self.after_image)
+            if isinstance(part, Media) and not begins:
+                ended.append(self.after_image)
+        return ended
 
 
 def _stripped(parts: list[str | Media]) -> list[str | Media]:
@@ -180,6 +192,7 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
         f"{{{{- message['content']{' | trim' if template.strip else ''} -}}}}",
         "{%- else -%}{%- for part in message['content'] -%}",
         f"{{%- if part['type'] == 'image' -%}}{{{{- {_quoted(image)} -}}}}"
+        f"{_written_after_image(template.after_image)}"
         f"{{%- else -%}}{{{{- {text} -}}}}{{%- endif -%}}",
         "{%- endfor -%}{%- endif -%}",
         "{%- endmacro -%}",
@@ -211,6 +224,17 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
     lines += ["{%- endif -%}", "{%- endfor -%}"]
     lines += ["{%- if add_generation_prompt -%}", _written(opened, ""), "{%- endif -%}"]
     return "\n".join(line for line in lines if line)
+
+
+def _written_after_image(text: str) -> str:
+    """Jinja that writes `after_image` unless the next part of a turn is a text that begins so."""
+    if not text:
+        return ""
+    ending = _quoted(text)
+    return (
+        "{%- if not (loop.nextitem is defined and loop.nextitem['type'] == 'text' "
+        f"and loop.nextitem['text'].startswith({ending})) -%}}{{{{- {ending} -}}}}{{%- endif -%}}"
+    )
 
 
 def _written(pieces: list[Piece], content: str) -> str:

@@ -6,12 +6,13 @@ is text and control tokens. So a row's length is known from the size of its imag
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from vlm_tune.config.model import Idefics3Split
+from vlm_tune.config.model import AnySplit, Idefics3Split
 from vlm_tune.data.types import Media, Segment, Tile
 
 if TYPE_CHECKING:
@@ -107,21 +108,91 @@ class Idefics3Frames:
         canvas = image.resize(self._resized(image.size), Resampling.LANCZOS).resize(
             (columns * side, rows * side), Resampling.LANCZOS
         )
-        frames: dict[Tile | None, Image] = {None: canvas.resize((side, side), Resampling.LANCZOS)}
-        for row in range(rows):
-            for column in range(columns):
-                left = column * side
-                top = row * side
-                frames[Tile(column, row, columns, rows)] = canvas.crop(
-                    (left, top, left + side, top + side)
-                )
+        whole = canvas.resize((side, side), Resampling.LANCZOS)
+        return {None: whole, **cut(canvas, columns, rows, side)}
+
+
+@functools.lru_cache(maxsize=8)
+def _grids(most: int) -> list[tuple[int, int]]:
+    """The grids (columns, rows) of at most so many tiles, those of fewer tiles first."""
+    sides = range(1, most + 1)
+    grids = [(columns, rows) for columns in sides for rows in sides if columns * rows <= most]
+    return sorted(grids, key=math.prod)
+
+
+@dataclass(frozen=True)
+class InternVLFrames:
+    """Tiles in reading order, then the whole image, between a start and an end token.
+
+    As transformers' InternVL has it (`image_processing_pil_got_ocr2.py`,
+    `processing_internvl.py`): an image is resized to the grid whose aspect ratio is nearest to its
+    own. One whose grid is a single tile is the whole image alone.
+    """
+
+    max_tiles: int
+    start = "<img>"
+    end = "</img>"
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        return (self.start, self.end)
+
+    def most(self, side: int) -> int:
+        return self.max_tiles + (self.max_tiles > 1)
+
+    def _grid(self, size: tuple[int, int], side: int) -> tuple[int, int]:
+        """The number of columns and rows of tiles of an image of `size`.
+
+        Of grids of one shape the larger is taken if the image has half of its pixels.
+        """
+        width, height = size
+        best = (1, 1)
+        nearest = math.inf
+        for columns, rows in _grids(self.max_tiles):
+            difference = abs(width / height - columns / rows)
+            tie = difference == nearest and width * height > 0.5 * side * side * columns * rows
+            if difference < nearest or tie:
+                best = (columns, rows)
+                nearest = difference
+        return best
+
+    def segments(self, media: Media, size: tuple[int, int], side: int) -> list[Segment]:
+        columns, rows = self._grid(size, side)
+        tiles = [
+            Segment("media", replace(media, tile=Tile(column, row, columns, rows)))
+            for row in range(rows)
+            for column in range(columns)
+            if columns * rows > 1
+        ]
+        start = Segment("control", self.start)
+        return [start, *tiles, Segment("media", media), Segment("control", self.end)]
+
+    def frames(self, image: Image, side: int) -> Mapping[Tile | None, Image]:
+        from PIL.Image import Resampling
+
+        columns, rows = self._grid(image.size, side)
+        frames: dict[Tile | None, Image] = {None: image.resize((side, side), Resampling.BICUBIC)}
+        if columns * rows > 1:
+            canvas = image.resize((columns * side, rows * side), Resampling.BICUBIC)
+            frames |= cut(canvas, columns, rows, side)
         return frames
 
 
-def split_of(config: Idefics3Split | None) -> Split | None:
+def cut(canvas: Image, columns: int, rows: int, side: int) -> dict[Tile, Image]:
+    """The tiles of a canvas of columns x rows tiles."""
+    places = [(column, row) for row in range(rows) for column in range(columns)]
+    return {
+        Tile(column, row, columns, rows): canvas.crop(
+            (column * side, row * side, (column + 1) * side, (row + 1) * side)
+        )
+        for column, row in places
+    }
+
+
+def split_of(config: AnySplit | None) -> Split | None:
     """The way of cutting images in a recipe's `model.tower.split`; None if it has none."""
-    return None if config is None else SPLITS[config.kind](config.longest_edge)
-
-
-SPLITS = {"idefics3": Idefics3Frames}
-"""The ways of cutting images by their kind in a recipe."""
+    if config is None:
+        return None
+    if isinstance(config, Idefics3Split):
+        return Idefics3Frames(config.longest_edge)
+    return InternVLFrames(config.max_tiles)

@@ -7,6 +7,7 @@ from typing import Any
 from vlm_tune.model.families.base import Family, Vlm
 from vlm_tune.model.families.blip import BLIP2, INSTRUCTBLIP
 from vlm_tune.model.families.idefics3 import IDEFICS3, SMOLVLM
+from vlm_tune.model.families.internvl import INTERNVL
 from vlm_tune.model.families.llava import LLAVA, LLAVA_ORIGINAL, ORIGINAL_TYPES
 from vlm_tune.model.hub import config_source
 
@@ -16,6 +17,7 @@ FAMILIES: dict[str, Family] = {
     "instructblip": INSTRUCTBLIP,
     "idefics3": IDEFICS3,
     "smolvlm": SMOLVLM,
+    "internvl": INTERNVL,
 }
 """The families by transformers' model type."""
 

@@ -127,6 +127,14 @@ FAMILIES = {
         class_token=False,
         states=_states_of_whole_images,
     ),
+    "internvl_vision": Family(
+        "InternVLVisionConfig",
+        "InternVLVisionModel",
+        "layer",
+        "layernorm",
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+    ),
     "smolvlm_vision": Family(
         "SmolVLMVisionConfig",
         "SmolVLMVisionTransformer",
@@ -231,6 +239,7 @@ def transformers_config(name: str) -> dict[str, Any]:
         ) from None
     vision = getattr(whole, "vision_config", whole)
     described = vision.to_dict()  # an instance may bear the type that its file has
+    described |= _sides(name, described)
     family = FAMILIES.get(described["model_type"])
     if family is None:
         raise ModelError(
@@ -246,6 +255,18 @@ def transformers_config(name: str) -> dict[str, Any]:
         "std": pixels.get("image_std") or family.std,
     }
     return {"vision_config": described, **{key: list(value) for key, value in scale.items()}}
+
+
+def _sides(name: str, vision: dict[str, Any]) -> dict[str, int]:
+    """The sides of a tower's image and patches that its config has as heights and widths."""
+    pairs = {key: vision[key] for key in ("image_size", "patch_size") if key in vision}
+    pairs = {key: pair for key, pair in pairs.items() if isinstance(pair, list | tuple)}
+    for key, pair in pairs.items():
+        if len(set(pair)) != 1:
+            raise ModelError(
+                f"the tower {quoted(name)} has {key} {list(pair)}; expected equal sides"
+            )
+    return {key: pair[0] for key, pair in pairs.items()}
 
 
 def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[str, Any]) -> Any:

@@ -1,0 +1,141 @@
+"""Tiny whole models that see images as tiles, as transformers writes them: InternVL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests.helpers.chat_samples import TEXTS, turns
+from tests.helpers.tiny_models import LLAMA
+from tests.helpers.vlm_samples import VISION, stir
+from vlm_tune.data.chat.template import load_template
+from vlm_tune.data.types import Conversation
+from vlm_tune.model.pretrained.tokenizer import SPECIALS, train_tokenizer
+
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'video' %}{{ '<video>\n' }}"
+    "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{'<|im_end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The chat template of InternVL, as transformers' conversion script writes it (Apache 2.0)."""
+INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+SIDE = 32
+"""Pixels of a frame's side."""
+MOST_TILES = 4
+
+
+@cache
+def internvl_tokenizer() -> Any:
+    """A tokenizer with InternVL's special tokens and their names."""
+    rows = [Conversation("", turns(text, text)) for text in TEXTS]
+    tokenizer = train_tokenizer(rows, 420, load_template("internvl"))
+    tokenizer.add_tokens(list(INTERNVL_TOKENS.values()), special_tokens=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens=INTERNVL_TOKENS,
+        **SPECIALS,
+    )
+
+
+def save_internvl(
+    folder: Path,
+    text: Literal["qwen2", "qwen3"] = "qwen3",
+    *,
+    tied: bool = False,
+    max_tiles: int = MOST_TILES,
+    **vision: Any,
+) -> Any:
+    """A tiny InternVL with its processor; a frame has 4 x 4 patches and takes 4 slots."""
+    import transformers
+
+    tokenizer = internvl_tokenizer()
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(3)
+    language = {"model_type": text, **LLAMA, **ids, "vocab_size": len(tokenizer) + 3}
+    config = transformers.InternVLConfig(
+        vision_config={**VISION, "image_size": SIDE, "patch_size": 8, "attention_bias": True}
+        | vision,
+        text_config=language | ({"head_dim": 16} if text == "qwen3" else {}),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=tied,
+    )
+    theirs = stir(transformers.InternVLForConditionalGeneration(config))
+    theirs.save_pretrained(folder)
+    square = {"height": SIDE, "width": SIDE}
+    images = transformers.GotOcr2ImageProcessor(size=square, max_patches=max_tiles)
+    processor = transformers.InternVLProcessor(
+        images,
+        tokenizer,
+        transformers.InternVLVideoProcessor(size=square),
+        image_seq_length=4,
+        chat_template=INTERNVL_TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+    return theirs
+
+
+INTERNVL = {
+    "model.vision_tower.": "tower.model.",
+    "model.multi_modal_projector.layer_norm.": "connector.norm.",
+    "model.multi_modal_projector.linear_1.": "connector.layers.0.",
+    "model.multi_modal_projector.linear_2.": "connector.layers.2.",
+    "model.language_model.": "llm.model.model.",
+    "lm_head.": "llm.model.lm_head.",
+}
+
+PROJECTOR = [
+    f"model.multi_modal_projector.{name}" for name in ("layer_norm", "linear_1", "linear_2")
+]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A tiny checkpoint: how it is saved, its chat format, and our names of its tensors.
+
+    `frames` are the numbers of frames of the rows of `write_rows` in
+    `tests/parity/test_parity_idefics3.py`, `saved` the modules of the connector in its class.
+    """
+
+    save: Callable[[Path], Any]
+    template: str
+    names: dict[str, str]
+    frames: list[int]
+    saved: list[str]
+
+    def our_name(self, name: str) -> str:
+        return next(
+            ours + name.removeprefix(theirs)
+            for theirs, ours in self.names.items()
+            if name.startswith(theirs)
+        )
+
+
+SAMPLES = {
+    # An image of 3 x 1 tiles and itself; one of 1 x 4 and one too small to be cut.
+    "internvl": Sample(save_internvl, "internvl", INTERNVL, [4, 6, 1, 0], PROJECTOR),
+    # InternVL3, and InternViT-6B's norms.
+    "internvl-qwen2": Sample(
+        lambda folder: save_internvl(folder, "qwen2", use_qk_norm=True, norm_type="rms_norm"),
+        "internvl",
+        INTERNVL,
+        [4, 6, 1, 0],
+        PROJECTOR,
+    ),
+}
