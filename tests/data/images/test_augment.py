@@ -18,12 +18,12 @@ from torchvision.transforms.v2 import functional
 from vlm_tune.config.data import Augment, RandAugment
 from vlm_tune.data.images.augment import (
     OPERATIONS,
-    crop_box,
-    rand_augment,
-    warp,
-    zoomed_out,
+    draw_augmentation,
+    draw_crop,
+    draw_operations,
+    draw_zoom_out,
 )
-from vlm_tune.data.images.decode import augment_pixels
+from vlm_tune.data.images.moves import Warp
 
 EVERY: dict[str, Any] = {
     "crop": 0.5,
@@ -38,6 +38,10 @@ EVERY: dict[str, Any] = {
     "noise": 0.1,
     "rand_augment": RandAugment(ops=2, magnitude=15),
 }
+
+
+def augment_pixels(pixels: torch.Tensor, augment: Augment, key: tuple[int, ...]) -> torch.Tensor:
+    return draw_augmentation(augment, key, *pixels.shape[-2:]).pixels(pixels)
 
 
 def scene(height: int = 48, width: int = 48) -> torch.Tensor:
@@ -108,7 +112,8 @@ def test_flip_and_transpose() -> None:
 def test_a_crop_lies_inside_keeps_its_share_and_its_aspect(
     height: int, width: int, smallest: float, seed: int
 ) -> None:
-    top, left, high, wide = crop_box(np.random.default_rng(seed), height, width, smallest)
+    crop = draw_crop(np.random.default_rng(seed), height, width, smallest)
+    top, left, high, wide = crop.top, crop.left, crop.height, crop.width
     assert (
         top >= 0
         and left >= 0
@@ -124,11 +129,11 @@ def test_a_crop_lies_inside_keeps_its_share_and_its_aspect(
 
 
 def test_crops_reach_the_smallest_share_and_every_corner() -> None:
-    boxes = [crop_box(np.random.default_rng(seed), 100, 100, 0.25) for seed in range(400)]
-    shares = [high * wide / 1e4 for _, _, high, wide in boxes]
+    boxes = [draw_crop(np.random.default_rng(seed), 100, 100, 0.25) for seed in range(400)]
+    shares = [crop.height * crop.width / 1e4 for crop in boxes]
     assert min(shares) < 0.3 and max(shares) > 0.95
-    assert {top == 0 for top, *_ in boxes} == {True, False} and max(
-        top + high for top, _, high, _ in boxes
+    assert {crop.top == 0 for crop in boxes} == {True, False} and max(
+        crop.top + crop.height for crop in boxes
     ) == 100
 
 
@@ -137,7 +142,7 @@ def test_a_zoom_out_shows_the_whole_image_on_the_colour_of_its_border() -> None:
     pixels[:, 10:50, 15:75] = torch.tensor([200, 20, 90], dtype=torch.uint8)[:, None, None]
     sides = []
     for seed in range(100):
-        zoomed = zoomed_out(pixels, 0.5, np.random.default_rng(seed))
+        zoomed = draw_zoom_out(np.random.default_rng(seed), 60, 90, 0.5).pixels(pixels)
         inside = (zoomed[1] < 125).nonzero()
         height, width = (
             (inside.amax(0) - inside.amin(0) + 1).float() / torch.tensor([40, 60])
@@ -173,18 +178,18 @@ def test_a_turn_is_torchvisions_inside_and_the_edge_outside() -> None:
         # Next to what is outside, theirs mixes in black.
         inside = torch.nn.functional.max_pool2d(outside.float(), 3, 1)[0] == 0
         assert inside.sum() > 1000
-        ours = warp(pixels, turn=degrees).int()
+        ours = Warp(turn=degrees).pixels(pixels).int()
         assert (ours - theirs)[:, inside].abs().max() <= 1, degrees
     plain = torch.full((3, 20, 20), 77, dtype=torch.uint8)
-    assert torch.equal(warp(plain, turn=45, shift=(0.4, -0.4), shear=(0.3, 0.1)), plain)
+    assert torch.equal(Warp(45, (0.4, -0.4), (0.3, 0.1)).pixels(plain), plain)
 
 
 def test_a_shift_moves_right_and_down_and_a_shear_slants() -> None:
     pixels = scene(40, 80)
-    moved = warp(pixels, shift=(0.25, 0.5))
+    moved = Warp(shift=(0.25, 0.5)).pixels(pixels)
     assert torch.equal(moved[:, 20:, 20:], pixels[:, :20, :60])
     assert torch.equal(moved[:, 0, 20:], pixels[:, 0, :60]), "the edge goes on"
-    slanted = warp(pixels, shear=(0.5, 0.0))
+    slanted = Warp(shear=(0.5, 0.0)).pixels(pixels)
     assert (
         abs(int(slanted[1, 30, 20]) - int(pixels[1, 30, 25])) <= 2
         and abs(int(slanted[1, 10, 30]) - int(pixels[1, 10, 25])) <= 2
@@ -232,9 +237,11 @@ def test_every_operation_of_rand_augment_acts_and_grows_with_its_magnitude(opera
     pixels = scene()
 
     def apart(magnitude: int, negative: bool = False) -> float:
-        changed = rand_augment(
-            pixels, RandAugment(ops=1, magnitude=magnitude), Scripted(operation, negative=negative)
+        drawn = draw_operations(
+            RandAugment(ops=1, magnitude=magnitude), Scripted(operation, negative=negative)
         )  # type: ignore[arg-type]
+        assert [each.name for each in drawn] == [operation]
+        changed = drawn[0].pixels(pixels)
         assert changed.shape == pixels.shape and changed.dtype == torch.uint8
         return float((changed.float() - pixels.float()).abs().mean())
 
@@ -252,7 +259,8 @@ def test_rand_augment_draws_every_operation_with_either_sign() -> None:
     pixels, settings = scene(), RandAugment(ops=1, magnitude=9)
 
     def changed(random: Any) -> bytes:
-        return rand_augment(pixels, settings, random).numpy().tobytes()
+        (operation,) = draw_operations(settings, random)
+        return operation.pixels(pixels).numpy().tobytes()
 
     every = {
         changed(Scripted(operation, negative=negative))

@@ -26,7 +26,7 @@ from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.batching.corruption import Corruption
 from vlm_tune.data.batching.references import StoredReferences
 from vlm_tune.data.batching.sampler import Epoch, Plan, Rows
-from vlm_tune.data.images.decode import augment_pixels
+from vlm_tune.data.images.augment import draw_augmentation
 from vlm_tune.data.packing import pack_layout, with_mismatched
 from vlm_tune.data.prepare.dataset import Group, Prepared
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
@@ -334,9 +334,9 @@ class Augmented:
 
     def __call__(self, media: Media, sample: str) -> torch.Tensor:
         """uint8[3, H, W]."""
-        return augment_pixels(
-            self.fetch(media), self.augment, (self.seed, self.epoch, zlib.crc32(sample.encode()))
-        )
+        pixels = self.fetch(media)
+        key = (self.seed, self.epoch, zlib.crc32(sample.encode()))
+        return draw_augmentation(self.augment, key, *pixels.shape[-2:]).pixels(pixels)
 
 
 @dataclass(frozen=True)

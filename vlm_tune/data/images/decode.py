@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vlm_tune.config.data import Augment
-from vlm_tune.data.images.augment import crop_box, noisy, rand_augment, warp, zoomed_out
+from vlm_tune.data.images.moves import Affine
 from vlm_tune.data.images.split import Split
 from vlm_tune.data.types import Media, Segment, Tile
 from vlm_tune.errors import DataError
@@ -280,6 +279,22 @@ class ImageProcessor:
         top = media.tile.row * self.size
         return _tensor(last.canvases[grid].crop((left, top, left + self.size, top + self.size)))
 
+    def places(self, width: int, height: int) -> Affine:
+        """Where the places of an image of this size go in its frame: the whole, without tiles."""
+        frame = self.size
+        if self.split is not None or self.resize == "squash" or width == height:
+            return Affine.scale(frame / width, frame / height)
+        if self.resize == "pad":
+            side = max(width, height)
+            padded = Affine.shift((side - width) // 2, (side - height) // 2)
+            return padded.then(Affine.scale(frame / side, frame / side))
+        # As `pixels` crops.
+        short = min(width, height)
+        wide = frame * width // short
+        high = frame * height // short
+        resized = Affine.scale(wide / width, high / height)
+        return resized.then(Affine.shift(-((wide - frame) // 2), -((high - frame) // 2)))
+
     def pixels(self, image: Image) -> torch.Tensor:
         """Resizes a whole decoded image to uint8[3, size, size]."""
         from PIL.Image import Resampling
@@ -329,47 +344,6 @@ def _tensor(image: Image) -> torch.Tensor:
 
     # By numpy: torch would start threads of its own in each thread that decodes.
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
-
-
-def augment_pixels(pixels: torch.Tensor, augment: Augment, key: tuple[int, ...]) -> torch.Tensor:
-    """Augments uint8[3, H, W] at random.
-
-    The same `key` (seed, epoch, sample; none negative) gives the same result. No global random
-    generator is used.
-    """
-    from torchvision.transforms.v2 import functional
-
-    random = np.random.default_rng(key)
-    height, width = pixels.shape[-2:]
-    if augment.crop < 1:
-        pixels = functional.resized_crop(
-            pixels, *crop_box(random, height, width, augment.crop), [height, width], antialias=True
-        )
-    if augment.zoom_out < 1:
-        pixels = zoomed_out(pixels, augment.zoom_out, random)
-    if random.random() < augment.flip:
-        pixels = functional.horizontal_flip(pixels)
-    if random.random() < augment.transpose and height == width:
-        pixels = pixels.transpose(-1, -2)
-    if augment.shift:
-        most = round(augment.shift * min(height, width))
-        down, right = (int(value) for value in random.integers(-most, most + 1, 2))
-        padded = functional.pad(pixels, [most, most, most, most], padding_mode="edge")
-        pixels = padded[:, most - down : most - down + height, most - right : most - right + width]
-    if augment.rotation:
-        pixels = warp(pixels, turn=random.uniform(-augment.rotation, augment.rotation))
-    if augment.colour:
-        brightness, contrast, saturation = random.uniform(1 - augment.colour, 1 + augment.colour, 3)
-        pixels = functional.adjust_brightness(pixels, brightness)
-        pixels = functional.adjust_contrast(pixels, contrast)
-        pixels = functional.adjust_saturation(pixels, saturation)
-    if augment.hue:
-        pixels = functional.adjust_hue(pixels, random.uniform(-augment.hue, augment.hue))
-    if augment.grey and random.random() < augment.grey:
-        pixels = functional.rgb_to_grayscale(pixels, num_output_channels=3)
-    if augment.rand_augment:
-        pixels = rand_augment(pixels, augment.rand_augment, random)
-    return noisy(pixels, augment.noise, random) if augment.noise else pixels
 
 
 class PixelCache:
