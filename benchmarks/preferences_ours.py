@@ -1,6 +1,6 @@
 """Our side of `benchmarks.preferences`: a training by `vlm_tune.dpo`, one step at a time.
 
-Takes a request as a JSON argument, which `benchmarks.preferences.Preferences.running` writes. After
+Takes a request as a JSON argument, which `benchmarks.turns.Comparison.running` writes. After
 a line of standard input it takes a step, and prints {"seconds", "loss", "logps/chosen",
 "logps/rejected"}.
 """
@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ import torch
 import vlm_tune
 from vlm_tune.config.load import parse_recipe
 from vlm_tune.events import Event, StageStart, TrainSteps
+
+Command = Callable[..., Any]
+"""One of `vlm_tune.dpo` and `vlm_tune.grpo`."""
 
 
 def recipe_of(request: dict[str, Any], output: Path) -> str:
@@ -48,10 +52,14 @@ evaluate: {{samples: 0}}
 
 
 class Turns:
-    """Waits for a line before every step; its seconds include reading the step's rows."""
+    """Waits for a line before every step; its seconds include reading the step's rows.
 
-    def __init__(self, lines: Any) -> None:
+    Prints each step's seconds, its loss and the figures of these `names`.
+    """
+
+    def __init__(self, lines: Any, names: Sequence[str]) -> None:
         self.lines = lines
+        self.names = names
         self.began = 0.0
 
     def __call__(self, event: Event) -> None:
@@ -59,7 +67,7 @@ class Turns:
         if isinstance(event, TrainSteps):
             seconds = time.perf_counter() - self.began
             metrics = event.metrics or {}
-            figures = {name: metrics[name] for name in ("logps/chosen", "logps/rejected")}
+            figures = {name: metrics[name] for name in self.names}
             line = json.dumps({"seconds": seconds, "loss": event.loss, **figures})
             print(line, file=self.lines, flush=True)
         # After the last step too, since the memory of a process that has ended can't be read.
@@ -69,15 +77,23 @@ class Turns:
             self.began = time.perf_counter()
 
 
-def main() -> None:
-    """Trains for the requested steps."""
+def take_steps(
+    recipe_of: Callable[[dict[str, Any], Path], str], command: Command, names: Sequence[str]
+) -> None:
+    """Trains for the steps of the request on the command line, one for each line that is read.
+
+    Args:
+        recipe_of: The recipe of a request and an output folder.
+        command: The function that trains.
+        names: The figures to print of each step, besides its loss.
+    """
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
     lines = sys.stdout
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         recipe = parse_recipe(recipe_of(request, Path(folder) / "run"))
-        vlm_tune.dpo(recipe, test=False, show=Turns(lines))
+        command(recipe, test=False, show=Turns(lines, names))
 
 
 if __name__ == "__main__":
-    main()
+    take_steps(recipe_of, vlm_tune.dpo, ("logps/chosen", "logps/rejected"))

@@ -1,6 +1,6 @@
 """TRL's DPOTrainer on the LLaVA-shaped model, one step at a time.
 
-Takes a request as a JSON argument, which `benchmarks.preferences.Preferences.running` writes. After
+Takes a request as a JSON argument, which `benchmarks.turns.Comparison.running` writes. After
 a line of standard input it takes a step, and prints {"seconds", "loss", "logps/chosen",
 "logps/rejected"}.
 """
@@ -23,9 +23,13 @@ from trl import DPOConfig, DPOTrainer
 
 
 class Turns(TrainerCallback):
-    """Waits for a line before every step; its seconds include reading the step's rows."""
+    """Waits for a line before every step; its seconds include reading the step's rows.
 
-    def __init__(self) -> None:
+    Prints each step's seconds and the logged figures of these `names`.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
         self.began = 0.0
         self.seconds = 0.0
 
@@ -41,7 +45,7 @@ class Turns(TrainerCallback):
         """Prints the step that ended, and waits for the next one."""
         if "loss" not in logs:  # the summary at the end
             return
-        figures = {name: logs[name] for name in ("loss", "logps/chosen", "logps/rejected")}
+        figures = {name: logs[name] for name in self.names}
         print(json.dumps({"seconds": self.seconds, **figures}), flush=True)
         self.wait()
 
@@ -90,7 +94,7 @@ def main() -> None:
             train_dataset=data,
             processing_class=AutoProcessor.from_pretrained(folder),
             peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS),
-            callbacks=[Turns()],
+            callbacks=[Turns(("loss", "logps/chosen", "logps/rejected"))],
         ).train()
 
 

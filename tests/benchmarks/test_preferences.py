@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import material
-from benchmarks.preferences import Contender
+from benchmarks.turns import Contender
 from vlm_tune.data.sources.easy_vqa import KINDS, answer_type
 
 

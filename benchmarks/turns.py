@@ -1,0 +1,265 @@
+"""Steps of a training by us beside those of one by TRL, in turns and on the same rows.
+
+`benchmarks.preferences` and `benchmarks.rewards` use it. The model has a ViT-B/16 tower (196 tokens
+an image) and a real decoder; tower and connector have random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks import material
+from vlm_tune.resources import cache_folder, peak_resident_memory
+
+WARM = 1
+"""Steps of each run that don't count."""
+
+Tried = Mapping[str, Mapping[str, tuple[Any, ...]]]
+"""The values of each setting that each side tries, by the names ours and trl."""
+
+
+@dataclass
+class Contender:
+    """A process that takes training steps one at a time.
+
+    Attributes:
+        name: "ours" or "trl".
+        settings: By the keys of what it tries.
+        process: It takes a step for each line that it reads.
+        log: The file of its errors.
+        seconds: Of its steps so far.
+        figures: Of its steps so far, by name.
+        memory_mb: Its largest resident set after its last step.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    process: subprocess.Popen[str] = field(repr=False)
+    log: Path
+    seconds: list[float] = field(default_factory=list)
+    figures: list[dict[str, float]] = field(default_factory=list)
+    memory_mb: int = 0
+
+    def step(self) -> None:
+        """Has it take a step.
+
+        Raises:
+            SystemExit: the process ended before the step did.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            line = next(line for line in self.process.stdout if line.startswith('{"seconds"'))
+        except (BrokenPipeError, StopIteration):
+            code = self.process.wait()
+            errors = "\n".join(self.log.read_text(encoding="utf-8").splitlines()[-5:])
+            message = f"{self.name} with {self.settings} ended with exit code {code}:\n{errors}"
+            raise SystemExit(message) from None
+        figures = json.loads(line)
+        self.seconds.append(figures.pop("seconds"))
+        self.figures.append(figures)
+        self.memory_mb = peak_resident_memory(self.process.pid) // 1_000_000
+
+    def median(self) -> float:
+        """Seconds of a step, of those after the warm ones."""
+        return statistics.median(self.seconds[WARM:])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of a comparison, and how many of them are a step.
+
+    Attributes:
+        rows: The folder with the rows.
+        each: Rows an image.
+        number: Rows a step.
+    """
+
+    rows: Path
+    each: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What two trainings are run by.
+
+    Attributes:
+        commands: The command of each side, which takes a request as its last argument.
+        tried: The values of their settings.
+        rows: The file of their rows, without its ending.
+        unit: What a row is called in figures, in the plural.
+    """
+
+    commands: Mapping[str, Sequence[str]]
+    tried: Tried
+    rows: str
+    unit: str
+
+
+class Comparison:
+    """The model, the rows and the options of both sides."""
+
+    def __init__(self, sides: Sides, options: argparse.Namespace, folder: Path) -> None:
+        self.sides = sides
+        self.options = options
+        self.folder = folder
+        self.model = material.write_llava(options.cache.absolute(), options.decoder, 196)
+
+    def layout(self, each: int, number: int, *, steps: int) -> Layout:
+        """Writes the rows of a comparison: at least as many as its steps take."""
+        rows = self.folder / f"{each}-{self.sides.unit}-{number}-{steps}"
+        material.write_preferences(rows, number * steps // each, each)
+        return Layout(rows, each, number)
+
+    @contextmanager
+    def running(
+        self, name: str, layout: Layout, settings: Mapping[str, Any], *, steps: int
+    ) -> Iterator[Contender]:
+        """A contender that waits for its first step, and is ended afterwards."""
+        request = {
+            "model": str(self.model),
+            "material": str(layout.rows),
+            "rows": self.sides.rows,
+            "steps": steps,
+            # Ours counts images, TRL rows.
+            "batch": layout.number // layout.each if name == "ours" else layout.number,
+            "learning_rate": 5e-5,
+            "threads": self.options.threads,
+            **settings,
+        }
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self.options.threads),
+            "VLM_TUNE_CACHE": str(self.folder / "cache"),
+            "HF_DATASETS_CACHE": str(self.folder / "datasets"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        log = self.folder / f"{name}.log"
+        with log.open("w", encoding="utf-8") as errors:
+            process = subprocess.Popen(
+                [*self.sides.commands[name], json.dumps(request)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+                text=True,
+            )
+        try:
+            yield Contender(name, settings, process, log)
+        finally:
+            process.kill()
+            process.wait()
+
+    def first_figures(self, layout: Layout) -> dict[str, dict[str, float]]:
+        """The figures of one step of both sides, each with the first of its settings."""
+        figures = {}
+        for name, tried in self.sides.tried.items():
+            settings = {key: values[0] for key, values in tried.items()}
+            with self.running(name, layout, settings, steps=1) as contender:
+                contender.step()
+                figures[name] = contender.figures[0]
+        return figures
+
+    def best_settings(self, name: str, layout: Layout) -> dict[str, Any]:
+        """The fastest of a side's settings in short runs."""
+        tried = self.sides.tried[name]
+        seconds: dict[tuple[Any, ...], float] = {}
+        steps = WARM + self.options.trial_steps
+        for values in product(*tried.values()):
+            settings = dict(zip(tried, values, strict=True))
+            with self.running(name, layout, settings, steps=steps) as contender:
+                for _ in range(steps):
+                    contender.step()
+            seconds[values] = contender.median()
+            print(f"  {name} {settings}: {seconds[values]:.2f} s a step", flush=True)
+        return dict(zip(tried, min(seconds, key=seconds.__getitem__), strict=True))
+
+    def compare(self, each: int) -> dict[str, Any]:
+        """The figures of both sides' best settings, whose steps are taken in turns."""
+        steps = WARM + self.options.steps
+        layout = self.layout(each, self.options.number, steps=steps)
+        best = {name: self.best_settings(name, layout) for name in self.sides.tried}
+        with (
+            self.running("ours", layout, best["ours"], steps=steps) as ours,
+            self.running("trl", layout, best["trl"], steps=steps) as trl,
+        ):
+            for _ in range(steps):
+                ours.step()
+                trl.step()
+        ratios = [b / a for a, b in zip(ours.seconds[WARM:], trl.seconds[WARM:], strict=True)]
+        figures = {
+            f"{self.sides.unit}_an_image": each,
+            f"{self.sides.unit}_a_step": layout.number,
+            "settings": best,
+            "seconds_a_step": {"ours": ours.median(), "trl": trl.median()},
+            "times_as_fast": statistics.median(ratios),
+            "times_as_fast_each": ratios,
+            "figures": {"ours": ours.figures[WARM:], "trl": trl.figures[WARM:]},
+            "memory_mb": {"ours": ours.memory_mb, "trl": trl.memory_mb},
+            "memory": ours.memory_mb / trl.memory_mb,
+        }
+        print(
+            f"{each} {self.sides.unit} an image: {figures['times_as_fast']:.2f} times as fast, "
+            f"{figures['memory']:.2f} of the memory",
+            flush=True,
+        )
+        return figures
+
+
+def options_of(described: str | None, layouts: Sequence[int], number: int) -> argparse.Namespace:
+    """The options of the command line.
+
+    Args:
+        described: What the command is described by.
+        layouts: The numbers of rows an image, the largest first.
+        number: The rows of a step.
+    """
+    parser = argparse.ArgumentParser(
+        description=described, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--each", type=int, nargs="+", default=layouts, choices=layouts, help="rows an image")
+    add(
+        "--number",
+        type=int,
+        default=number,
+        help=f"rows of a step of both sides, a multiple of {max(layouts)}",
+    )
+    add("--steps", type=int, default=5, help="steps of each side that count")
+    add("--trial-steps", type=int, default=2, help="steps of each trial of settings that count")
+    add("--decoder", type=Path, default=Path("models/smollm2-135m-instruct"))
+    add("--threads", type=int, default=os.cpu_count())
+    add("--cache", type=Path, default=cache_folder("preferences"))
+    add("--json", type=Path)
+    options = parser.parse_args()
+    if options.number < 1 or options.number % max(layouts):
+        parser.error(f"--number has to be a multiple of {max(layouts)}")
+    options.decoder = options.decoder.absolute()
+    return options
+
+
+def compare_layouts(
+    options: argparse.Namespace, sides: Sides, start: Callable[[Comparison], Any]
+) -> None:
+    """Prints what both sides `start` with, and their ratios; with --json also saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        comparison = Comparison(sides, options, Path(folder))
+        begun = start(comparison)
+        print(f"in fp32 both start with {begun}", flush=True)
+        layouts = [comparison.compare(each) for each in options.each]
+    figures = {"start": begun, "layouts": layouts}
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
+    print(json.dumps(figures, indent=1))
