@@ -144,7 +144,7 @@ def test_a_fault_ends_its_job_alone(
         submitted(engine, "hello " * 1000)
     with pytest.raises(DataError, match="not an image of PNG"):
         submitted(engine, "what?", b"no image")
-    monkeypatch.setattr(alone, "choose", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(alone, "choice_steps", lambda *_, **__: 1 / 0)
     failed = submitted(engine, "what?", choices=("red", "no")).wait()
     assert isinstance(failed.error, ZeroDivisionError)
     assert submitted(engine, "hello", max_new_tokens=4).wait().answers[0].ids

@@ -216,7 +216,7 @@ def test_the_docs_examples_run(
 ) -> None:
     page = Path("docs/serving.md").read_text(encoding="utf-8")
     (curl,) = re.findall(r"^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    (python,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    pythons = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("bird.png").write_bytes(RED)
     engine = BatchingEngine({"mine": model}, queue=4, batch=2)
@@ -225,6 +225,8 @@ def test_the_docs_examples_run(
         assert command[0] == "curl" and command[1] == f"{url}/v1/chat/completions"
         reply = httpx2.post(command[1], json=json.loads(command[-1]), timeout=60).json()
         names: dict[str, Any] = {}
-        exec(python.replace("http://127.0.0.1:8000", url), names)
+        for python in pythons:
+            exec(python.replace("http://127.0.0.1:8000", url), names)
     assert reply["choices"][0]["message"]["role"] == "assistant"
     assert names["reply"].choices[0].message.content in ("heron", "stork")
+    assert len(names["text"]) == len(names["picture"]) == model.llm.width

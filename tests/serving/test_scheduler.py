@@ -13,8 +13,10 @@ from tests.helpers.answered_jobs import Listening, job_of
 from tests.helpers.connector_kinds import with_connector
 from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import png
+from vlm_tune.generation import choices as choices_module
 from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.serving import alone
 from vlm_tune.serving import batch as batch_module
 from vlm_tune.serving.batch import batching_reason
 from vlm_tune.serving.jobs import Job
@@ -129,6 +131,39 @@ def test_answers_do_not_depend_on_what_else_is_there(
     assert len(answered) > 20
     for listening in answered:
         assert_same(listening, offline(model, listening.job))
+
+
+@both_llms
+@pytest.mark.parametrize("how", ["choices", "beams"])
+def test_an_answer_is_written_on_between_the_steps_of_another_job(
+    llm: str, how: str, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step of choices reads some of them, of a beam search adds a token, and all write."""
+    for module in (alone, choices_module):
+        monkeypatch.setattr(module, "ROW", 60)
+    model = talkative(tiny_recipe(llm))
+    driver = Driver(model, batch=2)
+    job = job_of("what is it?", IMAGES[0], temperature=5.0, seed=2, max_new_tokens=100)
+    stream, request = driver.submit(job)
+    texts = tuple(f"{one} {other}" for one in WORDS for other in WORDS)
+    other = (
+        job_of("what color?", IMAGES[1], choices=texts)
+        if how == "choices"
+        else job_of("what color?", IMAGES[1], num_beams=2, max_new_tokens=14)
+    )
+    driver.scheduler.step()
+    listening, _ = driver.submit(other)
+    writing = driver.batch._writings[0]
+    steps = 0
+    while not listening.ended:
+        written = len(writing.ids)
+        driver.scheduler.step()
+        assert len(writing.ids) == written + 1 or request.ended
+        steps += 1
+    assert steps >= 8
+    assert_same(listening, offline(model, other))
+    driver.finish()
+    assert_same(stream, offline(model, job))
 
 
 @both_llms

@@ -15,9 +15,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.helpers.served import question, served
+from tests.helpers.served import CHAT, question, served
 from tests.helpers.talkative import talkative
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
+from vlm_tune.serving.app import EMBEDDINGS
 from vlm_tune.serving.engine import BatchingEngine
 
 CHECKS: list[Any] = [
@@ -26,8 +27,8 @@ CHECKS: list[Any] = [
     response_schema_conformance,
     status_code_conformance,
 ]
-RIGHT = question(max_tokens=8)
-"""A request that is answered."""
+RIGHT = {CHAT: question(max_tokens=8), EMBEDDINGS: {"model": "tiny", "input": ["red", "blue"]}}
+"""A request that is answered, of each operation with a body."""
 EXAMPLES = 15
 """Requests of each operation; CONTRIBUTING.md shows the command for more."""
 
@@ -75,7 +76,8 @@ def statuses_of(operation: Any, mode: GenerationMode) -> set[int]:
 
     if operation.method == "post":
         # Draws differ with the modules that are loaded, and may all be wrong.
-        ask = example(case=operation.Case(body=RIGHT, media_type="application/json"))(ask)
+        right = RIGHT[operation.path]
+        ask = example(case=operation.Case(body=right, media_type="application/json"))(ask)
     ask()
     return statuses
 
@@ -85,10 +87,11 @@ def test_requests_of_the_schema_are_answered_as_it_says(schema: Any) -> None:
         each.ok().label: statuses_of(each.ok(), GenerationMode.POSITIVE)
         for each in schema.get_all_operations()
     }
-    assert len(statuses) == 5
-    assert statuses["POST /v1/chat/completions"] >= {200, 400}
+    assert len(statuses) == 6
+    assert all(statuses[f"POST {path}"] >= {200, 400} for path in RIGHT)
 
 
 def test_requests_against_the_schema_are_errors_of_the_client(schema: Any) -> None:
-    (chat,) = [each.ok() for each in schema.get_all_operations() if "chat" in each.ok().label]
-    assert statuses_of(chat, GenerationMode.NEGATIVE) <= {200, 400, 404, 405}
+    posted = [each.ok() for each in schema.get_all_operations() if each.ok().method == "post"]
+    for operation in posted:
+        assert statuses_of(operation, GenerationMode.NEGATIVE) <= {200, 400, 404, 405}

@@ -9,7 +9,7 @@ Shapes: S supervised positions, E width.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,7 +74,6 @@ def check_not_generated(settings: Iterable[str]) -> None:
         raise ArgumentError(f"{name} has no effect on choices: they are not generated")
 
 
-@torch.inference_mode()
 def choose(
     model: VisionLanguageNetwork,
     questions: Sequence[Conversation],
@@ -107,7 +106,28 @@ def choose(
     return [_likeliest(model, *each) for each in zip(choices, examples, logprobs, strict=True)]
 
 
-@torch.inference_mode()
+def choice_steps(
+    model: VisionLanguageNetwork,
+    texts: Sequence[str],
+    examples: Sequence[Example],
+    *,
+    fetch: Fetch,
+    tokens: int,
+) -> Generator[None, None, Answer]:
+    """As `choose` for one question, a step at a time: yields between them, returns the answer.
+
+    Args:
+        model: the model, in eval mode.
+        texts: the choices.
+        examples: the question with each of them, from `answered`.
+        fetch: returns the tower's features of a media item.
+        tokens: the most tokens of a step; a row of more is one by itself.
+    """
+    collated = {"fetch": fetch, "cached": True}
+    logprobs = yield from _logprob_steps(model, examples, [len(texts)], 1, tokens, collated)
+    return _likeliest(model, texts, examples, logprobs)
+
+
 def choice_logprobs(
     model: VisionLanguageNetwork,
     questions: Sequence[Conversation],
@@ -137,7 +157,9 @@ def _logprobs_by_question(
     """The log-probabilities of the supervised tokens of each question's examples."""
     together = [example for of_question in examples for example in of_question]
     counts = [len(of_question) for of_question in examples]
-    logprobs = _logprobs(model, together, counts, batch_size, {"fetch": fetch, "cached": cached})
+    collated = {"fetch": fetch, "cached": cached}
+    steps = _logprob_steps(model, together, counts, batch_size, BATCH, collated)
+    logprobs = _last(steps)
     ends = list(itertools.accumulate(counts))
     return [logprobs[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
@@ -176,30 +198,48 @@ def _likeliest(
     )
 
 
-def _logprobs(
+def _last(steps: Generator[None, None, list[list[float]]]) -> list[list[float]]:
+    """The return value of a generator, after all of its steps."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def _logprob_steps(
     model: VisionLanguageNetwork,
     examples: Sequence[Example],
     counts: Sequence[int],
     batch_size: int,
+    tokens: int,
     collated: dict[str, Any],
-) -> list[list[float]]:
-    """The log-probabilities of each example's supervised tokens.
+) -> Generator[None, None, list[list[float]]]:
+    """Returns the log-probabilities of each example's supervised tokens; yields after each batch.
 
-    `counts` are the numbers of consecutive examples that are choices of one question, `collated`
-    further arguments of `collate`.
+    Args:
+        model: the model.
+        examples: questions with one choice each.
+        counts: the numbers of consecutive examples that are choices of one question.
+        batch_size: the most questions in a batch.
+        tokens: the most tokens in a batch; a row of more is one by itself.
+        collated: further arguments of `collate`.
     """
     logprobs: list[list[float]] = [[] for _ in examples]
-    for batch in _batches(choice_rows(model, examples, counts), counts, batch_size):
+    for batch in _batches(choice_rows(model, examples, counts), counts, batch_size, tokens):
         of_batch = _batch_logprobs(model, [each.row for each in batch], collated)
         for member in (member for each in batch for member in each.members):
             count = examples[member].supervised
             logprobs[member] = of_batch[:count]
             of_batch = of_batch[count:]
+        yield
     return logprobs
 
 
-def _batches(rows: Sequence[Tree], counts: Sequence[int], most: int) -> Iterator[list[Tree]]:
-    """Yields batches of consecutive rows, of up to `most` questions and `BATCH` tokens.
+def _batches(
+    rows: Sequence[Tree], counts: Sequence[int], most: int, most_tokens: int
+) -> Iterator[list[Tree]]:
+    """Yields batches of consecutive rows, of up to `most` questions and `most_tokens` tokens.
 
     A row may have more by itself.
     """
@@ -211,7 +251,7 @@ def _batches(rows: Sequence[Tree], counts: Sequence[int], most: int) -> Iterator
         of_row = {question_of[member] for member in tree.members}
         length = max(longest, len(tree.row.input_ids) + len(tree.row.labels))
         tokens = length * (len(batch) + 1)
-        if batch and (len(questions | of_row) > most or tokens > BATCH):
+        if batch and (len(questions | of_row) > most or tokens > most_tokens):
             yield batch
             batch = []
             questions = set()
@@ -273,6 +313,7 @@ def _answers_to_one(examples: Sequence[Example]) -> list[Tree]:
     ]
 
 
+@torch.inference_mode()
 def _batch_logprobs(
     model: VisionLanguageNetwork, rows: Sequence[Example], collated: dict[str, Any]
 ) -> list[float]:

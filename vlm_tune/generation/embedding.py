@@ -61,7 +61,6 @@ def _listed(name: str, given: Any) -> list[Any]:
     return listed
 
 
-@torch.inference_mode()
 def image_embeddings(
     model: VisionLanguageNetwork, images: Sequence[Media], batch_size: int
 ) -> np.ndarray:
@@ -75,20 +74,31 @@ def image_embeddings(
         ModelError: The connector reads the question.
     """
     check_count("batch_size", batch_size)
+    check_image_vectors(model)
+    vectors: list[np.ndarray] = []
+    for start in range(0, len(images), batch_size):
+        pixels = [model.processor.images(media) for media in images[start : start + batch_size]]
+        with torch.inference_mode():
+            features = model.tower(torch.stack(pixels).to(model.device))
+        vectors.append(feature_vectors(model, features))
+    return np.concatenate(vectors)
+
+
+def check_image_vectors(model: VisionLanguageNetwork) -> None:
+    """Raises `ModelError` if the model's connector reads an image with a question alone."""
     if model.connector.needs_text:
         raise ModelError(
             "an image alone has no vector here: the model's connector reads the question with it"
         )
-    vectors: list[np.ndarray] = []
-    for start in range(0, len(images), batch_size):
-        pixels = [model.processor.images(media) for media in images[start : start + batch_size]]
-        features = model.tower(torch.stack(pixels).to(model.device))
-        connected = model.connector(matched(features, model.connector))
-        vectors.append(model.image_vectors(connected).cpu().numpy())
-    return np.concatenate(vectors)
 
 
 @torch.inference_mode()
+def feature_vectors(model: VisionLanguageNetwork, features: torch.Tensor) -> np.ndarray:
+    """Unit vectors fp32[I, E] of images, by the tower's features [I, N, D]."""
+    connected = model.connector(matched(features, model.connector))
+    return model.image_vectors(connected).cpu().numpy()
+
+
 def text_embeddings(
     model: VisionLanguageNetwork, texts: Sequence[str], batch_size: int
 ) -> np.ndarray:
@@ -99,21 +109,35 @@ def text_embeddings(
         DataError: A text has no token, or more than the model's rows.
     """
     check_count("batch_size", batch_size)
-    captions = [_caption(model, number, text) for number, text in enumerate(texts, 1)]
-    model.processor.check_lengths(captions)
-    vectors: list[np.ndarray] = []
-    for start in range(0, len(captions), batch_size):
-        batch = collate(captions[start : start + batch_size], model.processor.spec)
-        vectors.append(model.caption_vectors(batch.labels.to(model.device)).cpu().numpy())
+    captions = [caption(model, f"text {number}", text) for number, text in enumerate(texts, 1)]
+    vectors = [
+        caption_vectors(model, captions[start : start + batch_size])
+        for start in range(0, len(captions), batch_size)
+    ]
     return np.concatenate(vectors)
 
 
-def _caption(model: VisionLanguageNetwork, number: int, text: str) -> Example:
-    """The example of a text as an answer, whose labels are its tokens."""
-    name = f"text {number}"
+def caption(model: VisionLanguageNetwork, name: str, text: str) -> Example:
+    """The example of a text as an answer, whose labels are its tokens.
+
+    Raises `DataError`, with the text's name, if it has no token or more than the model's rows.
+    """
     row = Conversation(name, (Message("user", ("",)), Message("assistant", (text,))))
     (example,) = model.processor.examples(row)
-    ends = model.processor.stop_ids
-    if all(token < 0 or token in ends for token in example.labels.tolist()):
+    if not caption_tokens(model, example):
         raise DataError(f"{name}: {quoted(text)} has no token, and so no vector", kind="text")
+    model.processor.check_lengths([example])
     return example
+
+
+def caption_tokens(model: VisionLanguageNetwork, example: Example) -> int:
+    """The number of a caption's tokens, without those that end an answer."""
+    ends = model.processor.stop_ids
+    return sum(token >= 0 and token not in ends for token in example.labels.tolist())
+
+
+@torch.inference_mode()
+def caption_vectors(model: VisionLanguageNetwork, captions: Sequence[Example]) -> np.ndarray:
+    """Unit vectors fp32[T, E] of captions, which are batched together."""
+    batch = collate(captions, model.processor.spec)
+    return model.caption_vectors(batch.labels.to(model.device)).cpu().numpy()

@@ -24,7 +24,6 @@ def generated(
     decoding: Decoding,
     picker: Picker,
     reader: AnswerReader,
-    streamer: Any = None,
     criterion: Any = None,
 ) -> tuple[list[list[int]], TokenLogprobs | None]:
     """Generates the new ids of rows, and if they are wanted the ids' log-probabilities [B, N].
@@ -35,7 +34,6 @@ def generated(
         decoding: how answers are generated.
         picker: chooses the rows' tokens.
         reader: reads their texts.
-        streamer: a streamer of transformers, which gets the ids while they are generated.
         criterion: a further stopping criterion of transformers.
 
     Returns:
@@ -58,7 +56,6 @@ def generated(
         model.processor.stop_ids,
         logits_processor=LogitsProcessorList([] if processor is None else [processor]),
         stopping_criteria=StoppingCriteriaList([stop for stop in stops if stop is not None]),
-        streamer=streamer,
     )
     if isinstance(processor, _Picking) and decoding.logprobs:
         return ids.tolist(), TokenLogprobs.stacked(processor.logprobs)

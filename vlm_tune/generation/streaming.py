@@ -5,18 +5,20 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.packing import Tree
-from vlm_tune.data.types import Example
+from vlm_tune.data.types import Batch, Example
 from vlm_tune.generation.answering import continuation_of, continues
 from vlm_tune.generation.answers import Answer, AnswerReader
 from vlm_tune.generation.constraints import json_constraint
 from vlm_tune.generation.continuing import Continuation
 from vlm_tune.generation.generating import generated
+from vlm_tune.generation.logprobs import TokenLogprobs
 from vlm_tune.generation.picking import Picker, draws, penalised_ids
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -50,7 +52,7 @@ def streamed(
         answer = reader.answer(ids[0], None)
         yield answer.text
         return answer
-    return (yield from _in_thread(model, batch, decoding, picker, reader))
+    return (yield from _in_turns(model, batch, decoding, picker, reader))
 
 
 def picker_of(model: VisionLanguageNetwork, prompt: Example, decoding: Decoding) -> Picker:
@@ -107,71 +109,113 @@ def _pieces(written: Iterator[list[int]], reader: AnswerReader) -> Pieces:
     return answer
 
 
-def _in_thread(
+def beam_search_steps(
+    model: VisionLanguageNetwork, prompt: Example, decoding: Decoding, fetch: Fetch
+) -> Generator[None, None, list[Answer]]:
+    """Answers one prompt by a beam search; yields after each token, returns the answers.
+
+    The arguments are those of `streamed`.
+    """
+    reader = AnswerReader(model.processor, decoding.stop_strings)
+    left = model.llm.layout == "causal"
+    batch = collate([prompt], model.processor.spec, fetch=fetch, pad_left=left).to(model.device)
+    picker = picker_of(model, prompt, decoding)
+    with _in_thread(model, batch, decoding, picker, reader) as turns:
+        for _ in turns.steps():
+            yield
+        beams, _ = turns.outcome()
+    return [reader.answer(ids, None) for ids in beams]
+
+
+def _in_turns(
     model: VisionLanguageNetwork,
-    batch: Any,
+    batch: Batch,
     decoding: Decoding,
     picker: Picker,
     reader: AnswerReader,
 ) -> Pieces:
-    """The pieces of an answer that transformers generates, in another thread.
+    """The pieces of an answer that transformers generates."""
+    with _in_thread(model, batch, decoding, picker, reader) as turns:
+        yield from _pieces(_written(turns.steps()), reader)
+        (ids,), logprobs = turns.outcome()
+    return reader.answer(ids, None if logprobs is None else logprobs[0])
 
-    When the iterator is closed the thread stops at its next token.
-    """
-    written: queue.Queue[Any] = queue.Queue()
-    closed = threading.Event()
+
+def _written(steps: Iterator[torch.Tensor]) -> Iterator[list[int]]:
+    """The new ids of one row so far, by all of its ids, int64[1, n]."""
+    begin: int | None = None
+    for ids in steps:
+        # They may begin with what is before the answer, such as a decoder's start token.
+        begin = ids.shape[1] - 1 if begin is None else begin
+        yield ids[0, begin:].tolist()
+
+
+Generated = tuple[list[list[int]], TokenLogprobs | None]
+"""What `generated` returns."""
+
+
+class _Turns:
+    """A stopping criterion of transformers that makes its thread wait for a turn at each token."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[torch.Tensor | Generated | BaseException]
+        self._events = queue.SimpleQueue()
+        self._turn = threading.Semaphore(0)
+        self._closed = False
+        self._outcome: Generated | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Waits for a turn; ends all rows once nobody reads the answer any more."""
+        if not self._closed:
+            self._events.put(input_ids)
+            self._turn.acquire()
+        return torch.full((len(input_ids),), self._closed, device=input_ids.device)
+
+    def end(self, event: Generated | BaseException) -> None:
+        """Notes what the thread ended with."""
+        self._events.put(event)
+
+    def steps(self) -> Iterator[torch.Tensor]:
+        """Gives turns; yields the ids int64[R, n] after each token. Raises the thread's error."""
+        while isinstance(event := self._events.get(), torch.Tensor):
+            yield event
+            self._turn.release()
+        if isinstance(event, BaseException):
+            raise event
+        self._outcome = event
+
+    def outcome(self) -> Generated:
+        """The outcome of `generated`; there after the last step."""
+        assert self._outcome is not None
+        return self._outcome
+
+    def close(self) -> None:
+        """Lets the thread end at its next token."""
+        self._closed = True
+        self._turn.release()
+
+
+@contextmanager
+def _in_thread(
+    model: VisionLanguageNetwork,
+    batch: Batch,
+    decoding: Decoding,
+    picker: Picker,
+    reader: AnswerReader,
+) -> Iterator[_Turns]:
+    """Generates by transformers in another thread, a token a turn, to the end of the block."""
+    turns = _Turns()
 
     def generate() -> None:
         try:
-            ids, logprobs = generated(
-                model, batch, decoding, picker, reader, _Streamer(written), _Closed(closed)
-            )
-            written.put(reader.answer(ids[0], None if logprobs is None else logprobs[0]))
-        except BaseException as error:  # raised where the pieces are read
-            written.put(error)
+            turns.end(generated(model, batch, decoding, picker, reader, turns))
+        except BaseException as error:  # raised where the steps are taken
+            turns.end(error)
 
-    def ids_so_far() -> Iterator[list[int]]:
-        ids: list[int] = []
-        while isinstance(event := written.get(), list):
-            ids = [*ids, *event]
-            yield ids
-        if isinstance(event, BaseException):
-            raise event
-        outcome.append(event)
-
-    outcome: list[Answer] = []
     thread = threading.Thread(target=generate, daemon=True)
     thread.start()
     try:
-        yield from _pieces(ids_so_far(), reader)
+        yield turns
     finally:
-        closed.set()
+        turns.close()
         thread.join()
-    return outcome[0]
-
-
-class _Streamer:
-    """A streamer of transformers that puts new ids into a queue, as lists."""
-
-    def __init__(self, written: queue.Queue[Any]) -> None:
-        self.written = written
-        self.begun = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Takes the next ids. The first ones are those before the answer, if there are any."""
-        if self.begun:
-            self.written.put(value.flatten().tolist())
-        self.begun = True
-
-    def end(self) -> None:
-        """Is called after the last id."""
-
-
-class _Closed:
-    """A stopping criterion of transformers: whether nobody reads the answer any more."""
-
-    def __init__(self, closed: threading.Event) -> None:
-        self.closed = closed
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.closed.is_set(), device=input_ids.device)

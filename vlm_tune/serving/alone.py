@@ -1,29 +1,39 @@
-"""Answers jobs one after the other, without a batch."""
+"""Answers jobs one after the other, a step at a time, without a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Generic, TypeVar
 
 from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.answers import Answer
-from vlm_tune.generation.choices import choose
-from vlm_tune.generation.streaming import streamed
+from vlm_tune.generation.choices import ROW, choice_steps
+from vlm_tune.generation.streaming import beam_search_steps, streamed
+from vlm_tune.serving.features import Features, features_of
 from vlm_tune.serving.jobs import Failed, Finished, JobEvent, Piece
-from vlm_tune.serving.request import Request
+from vlm_tune.serving.request import Request, Submitted
 
-Events = Generator[JobEvent, None, None]
+Taken = TypeVar("Taken", bound=Submitted)
+Events = Generator[JobEvent | None, None, None]
+"""The events of a job, which is answered while they are taken; None ends a step without one."""
 
 
-def events_of(request: Request) -> Events:
-    """Yields the events of a job while it is answered by itself; closing it stops the work."""
+def events_of(request: Request, remembered: Features) -> Events:
+    """Yields the events of a job while it is answered by itself; closing it stops the work.
+
+    `remembered` are features of images that came lately.
+    """
     job = request.job
     model = request.model
-    fetch = request.images.pixels
     with model.evaluating():
         if job.choices:
-            yield from _whole(
-                request, choose(model, [job.conversation], [job.choices], fetch=fetch)
-            )
+            answer = yield from _chosen(request, remembered)
+            yield from _whole(request, [answer])
+            return
+        fetch = request.images.pixels
+        if job.decoding.num_beams > 1:
+            answers = yield from beam_search_steps(model, request.prompt, job.decoding, fetch)
+            yield from _whole(request, answers)
         elif job.answers > 1:
             (first,) = prompt_answers(model, [request.prompt], job.decoding, fetch=fetch)
             yield from _whole(request, [first, *first.alternatives])
@@ -31,6 +41,23 @@ def events_of(request: Request) -> Events:
             answering = streamed(model, request.prompt, job.decoding, fetch)
             answer = yield from _in_pieces(answering)
             yield Finished(0, answer, len(request.prompt.input_ids))
+
+
+def _chosen(request: Request, remembered: Features) -> Generator[None, None, Answer]:
+    """The likeliest choice; other jobs go on after each of its rows."""
+    media = dict.fromkeys(request.prompt.media)
+    features = features_of(request.model, remembered, [(request.images, each) for each in media])
+    if media:
+        yield
+    return (
+        yield from choice_steps(
+            request.model,
+            request.job.choices,
+            request.choices,
+            fetch=features.__getitem__,
+            tokens=ROW,
+        )
+    )
 
 
 def _whole(request: Request, answers: list[Answer]) -> Iterator[JobEvent]:
@@ -51,11 +78,16 @@ def _in_pieces(answering: Generator[str, None, Answer]) -> Generator[Piece, None
         yield Piece(0, text)
 
 
-class Alone:
-    """A lane of jobs that are answered one after the other, an event a step."""
+class Alone(Generic[Taken]):
+    """A lane of jobs that are answered one after the other, a step at a time.
 
-    def __init__(self) -> None:
-        self._request: Request | None = None
+    Args:
+        events: Returns the events of a job.
+    """
+
+    def __init__(self, events: Callable[[Taken], Events]) -> None:
+        self._events_of = events
+        self._request: Taken | None = None
         self._events: Events | None = None
 
     @property
@@ -63,28 +95,31 @@ class Alone:
         """The number of jobs here, at most one."""
         return int(self._request is not None)
 
-    def has_room(self, request: Request) -> bool:
+    def has_room(self, request: Taken) -> bool:
         """Whether a job can be added: none is here."""
         return self._request is None
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Taken) -> None:
         """Takes a job."""
         self._request = request
-        self._events = events_of(request)
+        self._events = self._events_of(request)
 
     def step(self) -> None:
-        """Answers on until the next event."""
+        """Answers on a little."""
         request = self._request
         if request is None or self._events is None:
             return
-        event: JobEvent | None = None
+        over = request.ended
         try:
-            event = None if request.ended else next(self._events, None)
+            event = None if over else next(self._events)
+        except StopIteration:
+            over = True
+            event = None
         except Exception as error:  # whatever it is, it ends this job alone
             event = Failed(error)
         if event is not None:
             request.emit(event)
-        if event is None or request.ended:
+        if over or request.ended:
             self._events.close()
             self._events = None
             self._request = None

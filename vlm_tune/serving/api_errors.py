@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -133,6 +133,11 @@ def internal() -> ApiError:
     )
 
 
+def data_error(error: DataError, param: str) -> ApiError:
+    """The error of a request whose texts or images, in the field `param`, can't be read."""
+    return ApiError(400, error.message, param=param, code=CODES.get(error.kind, error.kind))
+
+
 def api_error(error: Exception) -> ApiError:
     """The error to answer with for one of the package, or of the server framework."""
     match error:
@@ -150,8 +155,7 @@ def api_error(error: Exception) -> ApiError:
             name = message.partition(" ")[0].rstrip(":")
             return ApiError(400, message, param=name if name in ChatRequest.model_fields else None)
         case DataError():
-            code = CODES.get(error.kind, error.kind)
-            return ApiError(400, error.message, param="messages", code=code)
+            return data_error(error, "messages")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return internal()
@@ -170,12 +174,15 @@ def _in_request_names(message: str) -> str:
     return re.sub(rf"\b({pattern})\b", lambda match: REQUEST_NAMES[match[1]], message)
 
 
-def invalid_request(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+def invalid_request(
+    errors: Sequence[Mapping[str, Any]], body: Any, fields: Iterable[str]
+) -> ApiError:
     """The error of a request that does not match the schema.
 
     Args:
         errors: The faults as pydantic lists them.
         body: The body as it was parsed.
+        fields: The names of the fields that there are.
     """
     first = errors[0]
     kind = str(first["type"])
@@ -185,7 +192,7 @@ def invalid_request(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
         message = f"{cut(param) or 'the body'} has more than {MOST_FIELDS} fields"
         return ApiError(400, message, param=param or None)
     if kind == "extra_forbidden":
-        reason = _reason(place[-1]) if len(place) == 1 else ""
+        reason = _reason(place[-1], fields) if len(place) == 1 else ""
         return ApiError(400, f"unknown field {cut(param)}{reason}", param=param)
     if kind == "missing":
         return ApiError(400, f"the field {cut(param)} is missing", param=param)
@@ -204,12 +211,12 @@ def invalid_request(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     return ApiError(400, f"{cut(param)}: {first['msg']}", param=param)
 
 
-def _reason(name: str) -> str:
+def _reason(name: str, fields: Iterable[str]) -> str:
     """The reason for which a field is unknown, or the nearest known name."""
     # The search takes long for a long name, which is near to none.
     if len(name) > QUOTED_NAME:
         return ""
-    near = difflib.get_close_matches(name, ChatRequest.model_fields, 1)
+    near = difflib.get_close_matches(name, list(fields), 1)
     return REFUSED.get(name, f"; did you mean {near[0]}?" if near else "")
 
 

@@ -21,16 +21,24 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from vlm_tune.data.types import Media
-from vlm_tune.errors import VlmTuneError
+from vlm_tune.errors import DataError, VlmTuneError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.quoting import quoted
-from vlm_tune.serving.api_errors import ApiError, invalid_request, logged_api_error, timed_out
+from vlm_tune.serving.api_errors import (
+    ApiError,
+    data_error,
+    invalid_request,
+    logged_api_error,
+    timed_out,
+)
 from vlm_tune.serving.chat_requests import job_of
+from vlm_tune.serving.embedding_requests import INPUT, embedding_job_of, embeddings_of
+from vlm_tune.serving.embedding_wire import Embeddings, EmbeddingsRequest
 from vlm_tune.serving.exchange import Exchange
 from vlm_tune.serving.guard import FOOTPRINT, HEALTH, Guard, Load
-from vlm_tune.serving.jobs import Engine, Finished, Piece
+from vlm_tune.serving.jobs import Embedded, Engine, Finished, Piece
 from vlm_tune.serving.limits import Limits
-from vlm_tune.serving.media import ImageReader
+from vlm_tune.serving.media import ImageReader, ReadImage
 from vlm_tune.serving.metrics import Metrics
 from vlm_tune.serving.remote import RemoteImages
 from vlm_tune.serving.replies import Reply
@@ -47,6 +55,7 @@ from vlm_tune.serving.wire import (
 from vlm_tune.version import __version__
 
 T = TypeVar("T")
+EMBEDDINGS = "/v1/embeddings"
 PAGE = Path(__file__).with_name("page")
 """The folder of the page's files, which are served from `/` on."""
 READERS = 4
@@ -156,6 +165,9 @@ class Server:
                 },
             },
         )(self.complete)
+        app.post(EMBEDDINGS, dependencies=keyed, response_model=Embeddings, responses=ERRORS)(
+            self.embed
+        )
         errors = {status: ERRORS[status] for status in (401, 403, 404, "default")}
         app.get("/v1/models", response_model=ModelList, dependencies=keyed, responses=errors)(
             self.models
@@ -206,9 +218,7 @@ class Server:
         logprobs = bool(body.logprobs)
         reply = Reply(body.model, model.processor, logprobs=logprobs)
         exchange: Exchange | None = None
-
-        def read_image(url: str) -> Awaitable[Media]:
-            return self._images(url, request.scope[FOOTPRINT])
+        read_image = self._image_reader(request)
 
         async def begin() -> tuple[Exchange, AsyncIterator[Piece | Finished], Piece | Finished]:
             nonlocal exchange
@@ -241,6 +251,34 @@ class Server:
             if exchange is not None and not streams:
                 exchange.close()
 
+    async def embed(self, request: Request, body: EmbeddingsRequest) -> Any:
+        """Answers with the vectors of texts and images."""
+        deadline = asyncio.get_running_loop().time() + self._limits.timeout
+        width = self._served(body.model).llm.width
+        exchange: Exchange | None = None
+
+        async def embedded() -> Embedded:
+            nonlocal exchange
+            async with asyncio.timeout_at(deadline):
+                read_image = self._image_reader(request)
+                job = await embedding_job_of(body, width, self._limits, read_image)
+                exchange = Exchange(self._engine, job)
+                await exchange.submit(self._pool)
+                return await exchange.vectors()
+
+        try:
+            vectors = await while_there(request, embedded())
+            self._metrics.prompt_tokens.labels(body.model).inc(vectors.tokens)
+            text = await self._apart(lambda: embeddings_of(body, vectors).model_dump_json())
+            return Response(text, media_type="application/json")
+        except TimeoutError:
+            raise timed_out(self._limits.timeout) from None
+        except DataError as error:
+            raise data_error(error, INPUT) from None
+        finally:
+            if exchange is not None:
+                exchange.close()
+
     # --- of an answer -----------------------------------------------------------------------------
 
     async def _chunks(
@@ -261,6 +299,14 @@ class Server:
         except Exception as error:
             yield _error_event(logged_api_error(error))
         yield ServerSentEvent("[DONE]")
+
+    def _image_reader(self, request: Request) -> ReadImage:
+        """Reads the images of a request, in whose footprint they are counted."""
+
+        def read_image(url: str) -> Awaitable[Media]:
+            return self._images(url, request.scope[FOOTPRINT])
+
+        return read_image
 
     async def _apart(self, work: Callable[[], T]) -> T:
         """What a function returns in a thread.
@@ -326,9 +372,10 @@ async def _answer_error(_: Request, error: Exception) -> Response:
     return logged_api_error(error).response()
 
 
-async def _answer_invalid(_: Request, error: Exception) -> Response:
+async def _answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return invalid_request(error.errors(), error.body).response()
+    body_class = EmbeddingsRequest if request.url.path == EMBEDDINGS else ChatRequest
+    return invalid_request(error.errors(), error.body, body_class.model_fields).response()
 
 
 def _page_files() -> dict[str, Path]:

@@ -18,15 +18,16 @@ from dataclasses import dataclass
 import torch
 
 from vlm_tune.data.batching.collate import collate
-from vlm_tune.data.types import Example, Media
+from vlm_tune.data.types import Example
 from vlm_tune.generation.answering import shares_prefix
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.generation.chat_session import prompt_rest
 from vlm_tune.model.acceleration.onednn_products import OneDnnProducts
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.row_buffers import Prefix
+from vlm_tune.serving.features import Features, features_of
 from vlm_tune.serving.jobs import Failed
-from vlm_tune.serving.prefixes import MOST_PREFIXES, Features, Prefixes, longest_prefix
+from vlm_tune.serving.prefixes import MOST_PREFIXES, Prefixes, longest_prefix
 from vlm_tune.serving.request import Request
 from vlm_tune.serving.writing import NextTokens, Writing
 
@@ -71,7 +72,7 @@ class Batch:
     """
 
     def __init__(
-        self, model: VisionLanguageModel, size: int, prefix_bytes: int, feature_bytes: int
+        self, model: VisionLanguageModel, size: int, prefix_bytes: int, features: Features
     ) -> None:
         """Begins without jobs.
 
@@ -79,9 +80,9 @@ class Batch:
             model: The model; `batching_reason` has none against it.
             size: The most answers that are generated at a time.
             prefix_bytes: The most memory of the prefixes.
-            feature_bytes: The most memory of the features.
+            features: The tower's features of images that came lately.
         """
-        self.features = Features(feature_bytes)
+        self.features = features
         self.prefixes = Prefixes(prefix_bytes, MOST_PREFIXES)
         self._model = model
         self._size = size
@@ -212,7 +213,11 @@ class Batch:
     def _rows_joined(self, group: Sequence[_Joining]) -> torch.Tensor:
         """The hidden states [B, E] of the prompts' last tokens."""
         model = self._model
-        features = self._features_of(group)
+        features = features_of(
+            model,
+            self.features,
+            [(joining.request.images, media) for joining in group for media in joining.rest.media],
+        )
         batch = collate(
             [joining.rest for joining in group],
             model.processor.spec,
@@ -222,34 +227,6 @@ class Batch:
         lengths = [len(joining) for joining in group]
         prefixes = [joining.prefix for joining in group]
         return self._rows.join(model.embed(batch), lengths, prefixes)
-
-    def _features_of(self, group: Sequence[_Joining]) -> dict[Media, torch.Tensor]:
-        """The tower's features of the images that are to be prefilled."""
-        features: dict[Media, torch.Tensor] = {}
-        missing: dict[bytes, tuple[Request, Media]] = {}
-        for joining in group:
-            digests = joining.request.images.digests
-            for media in joining.rest.media:
-                remembered = self.features.get(digests[media])
-                if remembered is None:
-                    missing[digests[media]] = (joining.request, media)
-                else:
-                    features[media] = remembered
-        if not missing:
-            return features
-        pixels = [request.images.pixels(media) for request, media in missing.values()]
-        computed = self._model.tower(torch.stack(pixels).to(self._model.device))
-        by_digest = dict(zip(missing, computed.unbind(), strict=True))
-        for digest, each in by_digest.items():
-            self.features.put(digest, each.clone())
-        for joining in group:
-            digests = joining.request.images.digests
-            features |= {
-                media: by_digest[digests[media]]
-                for media in joining.rest.media
-                if digests[media] in by_digest
-            }
-        return features
 
     def _remember(self, joining: _Joining, row: int) -> None:
         """Remembers a row's tokens up to the end of its last image, if that is new."""

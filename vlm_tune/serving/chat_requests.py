@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from vlm_tune.data.types import Conversation, Media, Message
@@ -14,6 +13,7 @@ from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.serving.api_errors import ApiError
 from vlm_tune.serving.jobs import Job
 from vlm_tune.serving.limits import MOST_SCHEMA, Limits
+from vlm_tune.serving.media import ReadImage, labelled_image
 from vlm_tune.serving.wire import (
     ChatMessage,
     ChatRequest,
@@ -23,8 +23,8 @@ from vlm_tune.serving.wire import (
     TextPart,
 )
 
-ReadImage = Callable[[str], Awaitable[Media]]
-"""Returns the image at a URL."""
+MESSAGES = "messages"
+"""The field of a request that has its texts and images."""
 
 
 async def job_of(request: ChatRequest, name: str, limits: Limits, read_image: ReadImage) -> Job:
@@ -42,25 +42,17 @@ async def job_of(request: ChatRequest, name: str, limits: Limits, read_image: Re
     """
     # Cheap checks first: no image is read for a request that is refused anyway.
     decoding = decoding_of(request, limits)
-    _check_images(request, limits)
-    _check_texts(request, limits)
+    check_image_count(sum(_image_count(each) for each in request.messages), limits, MESSAGES)
+    texts = [text for message in request.messages for text in _texts(message)]
+    check_texts([*texts, *(request.choices or ())], limits, MESSAGES)
     if request.messages[-1].role != "user":
-        raise ApiError(400, "the last message is the user's", param="messages")
+        raise ApiError(400, "the last message is the user's", param=MESSAGES)
     count = 0
 
     async def media(part: ImagePart) -> Media:
         nonlocal count
         count += 1
-        label = f"image {count}"
-        try:
-            image = await read_image(part.image_url.url)
-        except ApiError as error:
-            if error.status_code != 400:
-                raise
-            raise ApiError(
-                error.status_code, f"{label}: {error.message}", param="messages", code=error.code
-            ) from None
-        return replace(image, label=label)
+        return await labelled_image(read_image, part.image_url.url, f"image {count}", MESSAGES)
 
     messages = [await _message(message, media) for message in request.messages]
     conversation = Conversation(name, tuple(messages))
@@ -138,35 +130,39 @@ def _temperature(request: ChatRequest) -> float:
     return 1.0 if draws else 0.0
 
 
-def _check_images(request: ChatRequest, limits: Limits) -> None:
-    count = sum(
-        isinstance(part, ImagePart)
-        for message in request.messages
-        if isinstance(message.content, list)
-        for part in message.content
-    )
+def check_image_count(count: int, limits: Limits, param: str) -> None:
+    """Raises `ApiError` for more images than a request may have; `param` is their field's name."""
     if count > limits.max_images:
         raise ApiError(
             400,
             f"a request has at most {limits.max_images:,} images on this server, got {count:,}",
-            param="messages",
+            param=param,
             code="too_many_images",
         )
 
 
-def _check_texts(request: ChatRequest, limits: Limits) -> None:
-    texts = [text for message in request.messages for text in _texts(message)]
-    texts += request.choices or ()
+def check_texts(texts: Sequence[str], limits: Limits, param: str) -> None:
+    """Checks all texts of a request; `param` is the name of their field.
+
+    Raises:
+        ApiError: They are too long together.
+        ArgumentError: One has characters that no text has.
+    """
     characters = sum(map(len, texts))
     if characters > limits.text_characters:
         raise ApiError(
             400,
             f"the texts have {characters:,} characters, more than {limits.text_characters:,}",
-            param="messages",
+            param=param,
             code="context_length_exceeded",
         )
     for text in texts:
-        check_text("a message", text)
+        check_text("a text", text)
+
+
+def _image_count(message: ChatMessage) -> int:
+    content = message.content
+    return sum(isinstance(part, ImagePart) for part in content) if isinstance(content, list) else 0
 
 
 def _texts(message: ChatMessage) -> list[str]:

@@ -11,9 +11,18 @@ from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.language.decoding import check_count
 from vlm_tune.quoting import quoted
 from vlm_tune.serving.batch import batching_reason
+from vlm_tune.serving.embedding import EmbeddingRequest
 from vlm_tune.serving.failures import log_failure
-from vlm_tune.serving.jobs import Closing, EngineFailed, Failed, Job, Listener, Overloaded
-from vlm_tune.serving.request import Request, request_of
+from vlm_tune.serving.jobs import (
+    Closing,
+    EmbeddingJob,
+    EngineFailed,
+    Failed,
+    Job,
+    Listener,
+    Overloaded,
+)
+from vlm_tune.serving.request import Request, Submitted, request_of
 from vlm_tune.serving.scheduler import Scheduler
 
 PATIENCE = 5.0
@@ -52,8 +61,8 @@ class BatchingEngine:
         self._queue = queue
         self._batch = batch
         self._scheduler = Scheduler(self._models, batch)
-        self._arrived: deque[Request] = deque()
-        self._open: set[Request] = set()
+        self._arrived: deque[Request | EmbeddingRequest] = deque()
+        self._open: set[Request | EmbeddingRequest] = set()
         self._changed = threading.Condition()
         self._closing = False
         self._over = False
@@ -76,7 +85,7 @@ class BatchingEngine:
         """The number of jobs that are being answered."""
         return self._scheduler.running
 
-    def submit(self, job: Job, listener: Listener) -> Request:
+    def submit(self, job: Job | EmbeddingJob, listener: Listener) -> Submitted:
         """Takes a job, whose events the listener gets: of each answer pieces and its end.
 
         Raises:
@@ -92,8 +101,11 @@ class BatchingEngine:
         # A full queue refuses a job before any work.
         with self._changed:
             self._check_room()
-        batch = self._scheduler.batches.get(job.model)
-        request = request_of(job, model, listener, () if batch is None else batch.features)
+        computed = self._scheduler.features[job.model]
+        if isinstance(job, EmbeddingJob):
+            request = EmbeddingRequest(job, model, listener, computed)
+        else:
+            request = request_of(job, model, listener, computed)
         with self._changed:
             self._check_room()
             self._arrived.append(request)

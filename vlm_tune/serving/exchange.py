@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 
-from vlm_tune.serving.jobs import Engine, Failed, Finished, Job, JobEvent, Piece, Ticket
+from vlm_tune.serving.jobs import (
+    Embedded,
+    EmbeddingJob,
+    Engine,
+    Failed,
+    Finished,
+    Job,
+    JobEvent,
+    Piece,
+    Ticket,
+)
 
 
 class Exchange:
@@ -21,7 +31,7 @@ class Exchange:
         job: The job.
     """
 
-    def __init__(self, engine: Engine, job: Job) -> None:
+    def __init__(self, engine: Engine, job: Job | EmbeddingJob) -> None:
         self._engine = engine
         self._job = job
         self._loop = asyncio.get_running_loop()
@@ -70,11 +80,26 @@ class Exchange:
         self._ready.set()
 
     async def events(self) -> AsyncIterator[Piece | Finished]:
-        """Yields the events up to the last answer's end.
+        """Yields the events of a job for answers, up to the last one's end.
 
         Raises:
             Exception: The job has failed, with this error.
         """
+        async for event in self._all():
+            assert not isinstance(event, Embedded)
+            yield event
+
+    async def vectors(self) -> Embedded:
+        """The vectors of a job for them.
+
+        Raises:
+            Exception: The job has failed, with this error.
+        """
+        event = await anext(self._all())
+        assert isinstance(event, Embedded)
+        return event
+
+    async def _all(self) -> AsyncGenerator[Piece | Finished | Embedded]:
         while self._unfinished:
             await self._ready.wait()
             self._ready.clear()
@@ -83,5 +108,5 @@ class Exchange:
             for event in events:
                 if isinstance(event, Failed):
                     raise event.error
-                self._unfinished -= isinstance(event, Finished)
+                self._unfinished -= isinstance(event, Finished | Embedded)
                 yield event

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from vlm_tune.data.types import Conversation
+import numpy as np
+
+from vlm_tune.data.types import Conversation, Media
 from vlm_tune.errors import VlmTuneError
 from vlm_tune.generation.answers import Answer
 from vlm_tune.model.language.decoding import Decoding
@@ -47,6 +49,21 @@ class Job:
 
 
 @dataclass(frozen=True)
+class EmbeddingJob:
+    """A request for the vectors of texts and images.
+
+    Attributes:
+        inputs: The texts and images, in the order of their vectors.
+        model: The name under which the model is served.
+        answers: The number of answers that end the job: all vectors are one.
+    """
+
+    inputs: tuple[str | Media, ...]
+    model: str
+    answers: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
 class Piece:
     """More text of an answer, which later tokens can't change.
 
@@ -72,13 +89,21 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """The end of an `EmbeddingJob`: the inputs' unit vectors fp32[N, E], and all their tokens."""
+
+    vectors: np.ndarray
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Failed:
     """The end of a job that can't be answered, with the error to show."""
 
     error: Exception
 
 
-JobEvent = Piece | Finished | Failed
+JobEvent = Piece | Finished | Embedded | Failed
 Listener = Callable[[JobEvent], None]
 """Takes a job's events in their order, in a thread of the engine's; it must return at once."""
 
@@ -109,7 +134,7 @@ class Engine(Protocol):
         """The number of jobs that are being answered."""
         ...
 
-    def submit(self, job: Job, listener: Listener) -> Ticket:
+    def submit(self, job: Job | EmbeddingJob, listener: Listener) -> Ticket:
         """Takes a job, whose events the listener gets: of each answer pieces and its end.
 
         Raises:

@@ -15,6 +15,8 @@ MOST_ANSWERS = 16
 """Largest `n` and `num_beams` of a request."""
 MOST_CHOICES = 256
 """Largest number of `choices` of a request."""
+MOST_INPUTS = 2048
+"""Largest number of inputs of a request for vectors; OpenAI's."""
 MOST_MESSAGES = 1000
 """Largest number of messages of a request."""
 MOST_FIELDS = 100

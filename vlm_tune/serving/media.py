@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from dataclasses import replace
 
 from vlm_tune.data.images.decode import image_size
 from vlm_tune.data.sources.media import ImageFolder, data_url
@@ -20,8 +21,25 @@ from vlm_tune.serving.guard import Footprint
 from vlm_tune.serving.limits import Limits
 from vlm_tune.serving.remote import RemoteImages
 
+ReadImage = Callable[[str], Awaitable[Media]]
+"""Returns the image at a URL."""
 BASE64_SHARE = 4 / 3
 """Characters of base64 for each byte."""
+
+
+async def labelled_image(read: ReadImage, url: str, label: str, param: str) -> Media:
+    """The image at a URL, with a label by which errors name it; `param` is its field's name.
+
+    Raises `ApiError`, as `read` does.
+    """
+    try:
+        image = await read(url)
+    except ApiError as error:
+        if error.status_code != 400:
+            raise
+        message = f"{label}: {error.message}"
+        raise ApiError(error.status_code, message, param=param, code=error.code) from None
+    return replace(image, label=label)
 
 
 class ImageReader:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
-import torch
 
 from vlm_tune.data.images.decode import encoded_bytes
 from vlm_tune.data.types import Example, Media
@@ -154,8 +153,6 @@ def beginning_of(prompt: Example, tokens_per_image: int, digests: dict[Media, by
 
 
 Prefixes = Remembered[Beginning, Prefix]
-Features = Remembered[bytes, torch.Tensor]
-"""The tower's features [N, D] by the digest of their image."""
 
 
 def longest_prefix(prefixes: Prefixes, prompt: Beginning) -> Prefix | None:

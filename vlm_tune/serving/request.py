@@ -4,48 +4,30 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Container
-from dataclasses import replace
 
-import torch
-
-from vlm_tune.data.images.decode import ImageProcessor
-from vlm_tune.data.types import Example, Media
+from vlm_tune.data.types import Example
 from vlm_tune.errors import DataError, ModelError
 from vlm_tune.generation.chat import VisionLanguageModel
-from vlm_tune.generation.choices import choices_of_each
+from vlm_tune.generation.choices import answered, choices_of_each
 from vlm_tune.generation.constraints import json_constraint
 from vlm_tune.serving.failures import log_failure
-from vlm_tune.serving.jobs import Closing, Failed, Finished, Job, JobEvent, Listener
-from vlm_tune.serving.prefixes import Beginning, beginning_of, image_digest
+from vlm_tune.serving.features import JobImages
+from vlm_tune.serving.jobs import Closing, Embedded, Failed, Finished, Job, JobEvent, Listener
+from vlm_tune.serving.prefixes import Beginning, beginning_of
 
 
-class Request:
-    """A job with its model and prompt; the `Ticket` of who submitted it.
+class Submitted:
+    """A job that the engine took; the `Ticket` of who submitted it.
 
-    Attributes:
-        job: The job.
-        model: The model that answers it.
-        prompt: The laid out conversation.
-        images: Its images.
-        constraint: The `json_constraint` of its settings.
+    Args:
+        listener: Gets its events.
+        answers: The number of answers that end it.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        model: VisionLanguageModel,
-        prompt: Example,
-        images: PromptImages,
-        listener: Listener,
-    ) -> None:
-        self.job = job
-        self.model = model
-        self.prompt = prompt
-        self.images = images
-        self.constraint = json_constraint(model.processor, job.decoding, model.llm.vocabulary)
+    def __init__(self, listener: Listener, answers: int) -> None:
         self._listener = listener
         self._ended = False
-        self._unfinished = job.answers
+        self._unfinished = answers
         # A listener may cancel its own job.
         self._lock = threading.RLock()
 
@@ -67,7 +49,7 @@ class Request:
         with self._lock:
             if self._ended:
                 return
-            if isinstance(event, Finished):
+            if isinstance(event, Finished | Embedded):
                 self._unfinished -= 1
             self._ended = isinstance(event, Failed) or self._unfinished == 0
             try:
@@ -81,8 +63,38 @@ class Request:
         self.emit(Failed(Closing("the server stopped before the answer's end: ask again later")))
 
 
-class PromptImages:
-    """The images of a prompt, decoded in the thread that submits it.
+class Request(Submitted):
+    """A job for answers with its model and prompt.
+
+    Attributes:
+        job: The job.
+        model: The model that answers it.
+        prompt: The laid out conversation.
+        choices: The conversation with each of the job's choices, laid out.
+        images: Its images.
+        constraint: The `json_constraint` of its settings.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        model: VisionLanguageModel,
+        prompt: Example,
+        choices: list[Example],
+        images: PromptImages,
+        listener: Listener,
+    ) -> None:
+        super().__init__(listener, job.answers)
+        self.job = job
+        self.model = model
+        self.prompt = prompt
+        self.choices = choices
+        self.images = images
+        self.constraint = json_constraint(model.processor, job.decoding, model.llm.vocabulary)
+
+
+class PromptImages(JobImages):
+    """The images of a prompt.
 
     Attributes:
         beginning: The whole prompt, by which its prefix is looked up.
@@ -91,31 +103,10 @@ class PromptImages:
     def __init__(
         self, prompt: Example, model: VisionLanguageModel, computed: Container[bytes]
     ) -> None:
-        """Decodes images.
-
-        Args:
-            prompt: The prompt.
-            model: Its model.
-            computed: The digests of images whose features are there: they are not decoded.
-
-        Raises:
-            DataError: An image can't be decoded.
-        """
-        # It remembers the last image for its tiles: each prompt has its own.
-        self._processor: ImageProcessor = replace(model.processor.images)
-        self.digests = {media: image_digest(media) for media in dict.fromkeys(prompt.media)}
-        self._pixels = {
-            media: self._processor(media)
-            for media, digest in self.digests.items()
-            if digest not in computed
-        }
+        """Decodes the images of a prompt; see `JobImages`."""
+        super().__init__(prompt.media, model, computed)
         tokens_per_image = model.processor.spec.tokens_per_image
         self.beginning: Beginning = beginning_of(prompt, tokens_per_image, self.digests)
-
-    def pixels(self, media: Media) -> torch.Tensor:
-        """Pixels uint8[3, H, W] of one of the prompt's images."""
-        pixels = self._pixels.get(media)
-        return self._processor(media) if pixels is None else pixels
 
 
 def request_of(
@@ -126,16 +117,18 @@ def request_of(
     `computed` are the digests of images whose features are there.
 
     Raises:
-        DataError: The prompt is longer than the model takes or has positions for, or an image can't
-            be decoded.
+        DataError: The prompt, or it with a choice, is longer than the model takes or has positions
+            for, or an image can't be decoded.
         ArgumentError: The choices are no list of different texts, or no answer can follow a
             `json_schema`.
     """
+    choices: list[Example] = []
     if job.choices:
         choices_of_each(list(job.choices), 1)
+        choices = answered(model, job.conversation, job.choices)
     (prompt,) = model.processor.prompts([job.conversation])
     try:
         model.llm.check_length(model.llm.virtual + len(prompt.input_ids))
     except ModelError as error:
         raise DataError(str(error), kind="overlong") from None
-    return Request(job, model, prompt, PromptImages(prompt, model, computed), listener)
+    return Request(job, model, prompt, choices, PromptImages(prompt, model, computed), listener)
