@@ -9,7 +9,6 @@ import pytest
 
 from tests.helpers.tiny_models import parsed, with_tune
 from vlm_tune.config.load import check_command
-from vlm_tune.config.objectives import reference_of
 from vlm_tune.errors import RecipeError
 
 LORA = """
@@ -100,9 +99,9 @@ def test_settings_that_samples_are_not_for(
 
 def test_rewards_without_a_divergence_need_no_reference(tiny_recipe: Callable[..., str]) -> None:
     sampled = recipe(tiny_recipe, {"kind": "grpo"}, WITH_CONNECTOR)
-    assert reference_of(sampled.objective) is None
+    assert sampled.objective.reference_model is None
     compared = recipe(tiny_recipe, {"kind": "grpo", "beta": 0.1, "reference": "copy"}, DORA)
-    assert reference_of(compared.objective) == "copy"
+    assert compared.objective.reference_model == "copy"
 
 
 @pytest.mark.parametrize("reference", ["copy", "precomputed"])

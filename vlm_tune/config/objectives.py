@@ -12,7 +12,39 @@ LEAST_IMAGES = 3
 """Images of a batch from which on their differences give directions of noise."""
 
 
-class LanguageModeling(Config):
+class ObjectiveSection(Config):
+    """Base of every objective: what the rest of the package asks of one, and the usual answers."""
+
+    @property
+    def selects_by(self) -> str:
+        """The figure of validation: the score of `answers`, the `loss`, or a mean that is logged.
+
+        It selects the best checkpoint. Answers are generated, chosen or retrieved.
+        """
+        return "answers"
+
+    @property
+    def reference_model(self) -> str | None:
+        """The kind of reference model that answers are compared with; None without one."""
+        return None
+
+    @property
+    def mismatches(self) -> bool:
+        """Whether the loss also reads each prompt with an answer of another row."""
+        return False
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights in a step."""
+        return 1
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether dropout is on; its noise would change how likely a model finds an answer."""
+        return True
+
+
+class LanguageModeling(ObjectiveSection):
     """Cross-entropy loss of the supervised tokens."""
 
     kind: Literal["language_modeling"] = "language_modeling"
@@ -23,7 +55,7 @@ class LanguageModeling(Config):
     )
 
 
-class Contrastive(Config):
+class Contrastive(ObjectiveSection):
     """Contrastive loss in the LLM's embedding space: images and captions that belong together.
 
     The negatives are the other rows of a micro-batch; with clip and siglip those of all processes.
@@ -59,7 +91,7 @@ class Contrastive(Config):
         return -10.0 if self.bias is None else self.bias
 
 
-class Matching(Config):
+class Matching(ObjectiveSection):
     """Image-text matching: the LLM reads an image and a caption and answers whether they match.
 
     Half of the rows of a micro-batch are shown with the image of another row. The loss is the
@@ -77,7 +109,7 @@ class Matching(Config):
     )
 
 
-class SpanCorruption(Config):
+class SpanCorruption(ObjectiveSection):
     """T5's pretraining task (masked language modelling): spans of an answer are predicted.
 
     The encoder reads the prompt with its images, and the answer with a sentinel token for each
@@ -93,8 +125,8 @@ class SpanCorruption(Config):
     )
 
     @property
-    def scored_by(self) -> str:
-        """The figure of the validation part that selects the best checkpoint."""
+    def selects_by(self) -> str:
+        """The loss: there are no answers to score."""
         return "loss"
 
 
@@ -138,7 +170,23 @@ DpoLoss = Literal[
 """TRL's loss types that add over pairs."""
 
 
-class Dpo(Config):
+class PreferenceSection(ObjectiveSection):
+    """Base of the objectives of answers that are judged beforehand."""
+
+    scored_by: ScoredBy = "rewards/accuracies"
+
+    @property
+    def selects_by(self) -> str:
+        """The figure that the recipe sets."""
+        return self.scored_by
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Never, as in TRL's trainers."""
+        return False
+
+
+class Dpo(PreferenceSection):
     """Direct preference optimisation: chosen answers become likelier than rejected ones.
 
     Each is compared with its likelihood under a reference model. Names are those of TRL's
@@ -158,7 +206,11 @@ class Dpo(Config):
         description="robust: share of pairs whose order is wrong; exo_pair: its epsilon, over 0",
     )
     reference: Reference = "adapter_off"
-    scored_by: ScoredBy = "rewards/accuracies"
+
+    @property
+    def reference_model(self) -> str:
+        """The one that the recipe sets."""
+        return self.reference
 
     @property
     def losses(self) -> list[tuple[DpoLoss, float]]:
@@ -169,7 +221,7 @@ class Dpo(Config):
         return list(zip(types, self.loss_weights or [1.0] * len(types), strict=True))
 
 
-class Kto(Config):
+class Kto(PreferenceSection):
     """Kahneman-Tversky optimisation: liked answers become likelier, disliked ones less likely.
 
     Answers are judged one by one. Names are those of TRL's KTOConfig.
@@ -181,15 +233,19 @@ class Kto(Config):
     desirable_weight: PositiveFloat = Field(default=1.0, description="weight of liked answers")
     undesirable_weight: PositiveFloat = Field(default=1.0, description="weight of disliked answers")
     reference: Reference = "adapter_off"
-    scored_by: ScoredBy = "rewards/accuracies"
+
+    @property
+    def reference_model(self) -> str:
+        """The one that the recipe sets."""
+        return self.reference
 
     @property
     def mismatches(self) -> bool:
-        """Whether the loss also reads each prompt with an answer of another row."""
+        """Whether the divergence is estimated, from answers of other rows."""
         return self.loss_type == "kto"
 
 
-class SimPo(Config):
+class SimPo(PreferenceSection):
     """Simple preference optimisation: mean log-probabilities of answers, and no reference model.
 
     Names are those of TRL's CPOConfig with `loss_type: simpo`.
@@ -204,10 +260,9 @@ class SimPo(Config):
     cpo_alpha: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=0.0, description="weight of the chosen answers' cross-entropy"
     )
-    scored_by: ScoredBy = "rewards/accuracies"
 
 
-class Orpo(Config):
+class Orpo(PreferenceSection):
     """Odds ratio preference optimisation: cross-entropy of chosen answers, and an odds ratio.
 
     It has no reference model. Names are those of TRL's ORPOConfig.
@@ -215,7 +270,6 @@ class Orpo(Config):
 
     kind: Literal["orpo"]
     beta: Beta = 0.1
-    scored_by: ScoredBy = "rewards/accuracies"
 
 
 class RewardFunction(Config):
@@ -232,7 +286,7 @@ GrpoLoss = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 """TRL's loss types, which differ in what the losses of tokens are divided by."""
 
 
-class Grpo(Config):
+class Grpo(ObjectiveSection):
     """Group relative policy optimisation: sampled answers that are rewarded become likelier.
 
     The answers to one prompt are a group, and each is compared with the group's mean reward. Names
@@ -292,6 +346,21 @@ class Grpo(Config):
     )
 
     @property
+    def reference_model(self) -> str | None:
+        """The one that the recipe sets, with a weight of the divergence from it."""
+        return self.reference if self.beta else None
+
+    @property
+    def updates(self) -> int:
+        """The iterations over a step's completions."""
+        return self.num_iterations
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Never: the ratio of probabilities is that of the weights alone."""
+        return False
+
+    @property
     def functions(self) -> list[RewardFunction]:
         """The reward functions, those that are only named without arguments."""
         return [
@@ -324,14 +393,6 @@ class Grpo(Config):
 
 PreferenceConfig = Dpo | Kto | SimPo | Orpo
 AnyObjective = LanguageModeling | Contrastive | Matching | SpanCorruption | PreferenceConfig | Grpo
-
-
-def reference_of(objective: AnyObjective) -> str | None:
-    """The reference model that an objective compares with; None where it has none."""
-    if isinstance(objective, Grpo) and objective.beta == 0:
-        return None
-    return getattr(objective, "reference", None)
-
 
 COMMANDS = {
     "language_modeling": "sft",

@@ -13,7 +13,6 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlm_tune.config.objectives import reference_of
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.memory_plan.cuda import cuda_autocast, recomputed
@@ -93,7 +92,7 @@ def traced(
 def _loss(model: VisionLanguageNetwork, stage: Recipe, batch: Batch) -> torch.Tensor:
     """A scalar whose backward pass is that of the stage's objective; a reference pass before."""
     by_answer = batch.answers is not None
-    if reference_of(stage.objective) in ("adapter_off", "copy"):
+    if stage.objective.reference_model in ("adapter_off", "copy"):
         with torch.no_grad():
             model(batch, by_answer=by_answer)
     output = model(batch, align=stage.objective.kind == "contrastive", by_answer=by_answer)

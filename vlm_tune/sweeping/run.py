@@ -83,9 +83,9 @@ class Setting:
     def metric(self) -> str | None:
         """The metric, or `loss`, that the recipe selects by; None where the rows' form decides."""
         stage = self.recipe.last_stage
-        scored_by = getattr(stage.objective, "scored_by", "answers")
-        if scored_by != "answers":
-            return scored_by
+        selects_by = stage.objective.selects_by
+        if selects_by != "answers":
+            return selects_by
         return stage.evaluate.best or next(iter(stage.evaluate.metrics or ()), None)
 
     @property

@@ -35,9 +35,7 @@ class PairedObjective:
     Micro-batches that follow each other (gradient accumulation) are groups of their own.
     """
 
-    scored_by: str = "answers"
     metrics: Sequence[str] = ()
-    mismatches = False
 
     def __init__(self, config: Contrastive, by_rank: ByRank = single_rank) -> None:
         from open_clip.loss import ClipLoss, SigLipLoss

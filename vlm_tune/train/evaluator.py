@@ -87,7 +87,7 @@ class Evaluator:
         """
         self.watch.at(f"the evaluation of step {step}", (step, 3))
         with self.engine.inference(), eager() if compiled else contextlib.nullcontext():
-            by_answers = self.objective.scored_by == "answers"
+            by_answers = self.objective.config.selects_by == "answers"
             evaluation = self._scored(step) if by_answers else self._compared(step)
         self.model.train()
         return evaluation
@@ -171,13 +171,13 @@ class Evaluator:
             accuracy=None,
             n=totals.items,
             loss=loss_sum / max(totals.items, 1),
-            best_by=self.objective.scored_by,
+            best_by=self.objective.config.selects_by,
             metrics={name: {"value": mean} for name, mean in metric_means(sums).items()},
         )
 
     def _units(self) -> list[Group]:
         """The examples of each row, with the reference model's log-probabilities, if stored."""
-        units = validation_units(self.model, self.rows, mismatches=self.objective.mismatches)
+        units = validation_units(self.model, self.rows, mismatches=self.objective.config.mismatches)
         corruption = corruption_of(self.objective.config, self.model.processor, self.seed)
         if corruption is not None:
             units = [corruption.of_unit(unit, 0) for unit in units]

@@ -32,9 +32,7 @@ class MatchingObjective:
     micro-batch and of the same category that has another caption.
     """
 
-    scored_by: str = "answers"
     metrics: Sequence[str] = ()
-    mismatches = False
 
     def __init__(self, config: Matching) -> None:
         self.config = config

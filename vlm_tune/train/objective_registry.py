@@ -19,7 +19,6 @@ from vlm_tune.train.objectives import (
     ContrastiveObjective,
     LanguageModelingObjective,
     Objective,
-    SpanCorruptionObjective,
 )
 from vlm_tune.train.policy import GrpoObjective
 from vlm_tune.train.preferences import KtoObjective, PairObjective, Summed
@@ -42,10 +41,8 @@ def build_objective(
         device: The device of the training.
         by_rank: Gathers figures of all ranks.
     """
-    if isinstance(config, LanguageModeling):
+    if isinstance(config, LanguageModeling | SpanCorruption):
         return LanguageModelingObjective(config)
-    if isinstance(config, SpanCorruption):
-        return SpanCorruptionObjective(config)
     if isinstance(config, Contrastive):
         if config.learns_scale:
             return PairedObjective(config, by_rank)

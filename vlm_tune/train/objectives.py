@@ -12,7 +12,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.nn.functional import cross_entropy
 
-from vlm_tune.config.objectives import Contrastive, LanguageModeling, SpanCorruption
+from vlm_tune.config.objectives import (
+    AnyObjective,
+    Contrastive,
+    LanguageModeling,
+    SpanCorruption,
+)
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.transfer import to_device
 
@@ -55,17 +60,15 @@ class Objective(Protocol):
     """A function that a training minimises.
 
     Attributes:
-        config: the recipe's section.
-        scored_by: what validation rows are scored by: their `answers`, generated, chosen or
-            retrieved, the `loss`, or a figure.
         metrics: the names of the figures that it logs.
-        mismatches: whether it also reads each prompt with an answer of another row.
     """
 
-    config: Any
-    scored_by: str
-    mismatches: bool
     metrics: Sequence[str]
+
+    @property
+    def config(self) -> AnyObjective:
+        """The recipe's section."""
+        ...
 
     def counts(self, batch: Batch) -> Counts:
         """The counts that the batch adds to those of its step."""
@@ -81,11 +84,9 @@ class Objective(Protocol):
 
 
 class LanguageModelingObjective:
-    """Cross-entropy over the supervised tokens."""
+    """Cross-entropy over the supervised tokens; those of masked spans are put there by the feed."""
 
-    scored_by: str = "answers"
     metrics: Sequence[str] = ()
-    mismatches = False
 
     def __init__(self, config: LanguageModeling | SpanCorruption) -> None:
         self.config = config
@@ -103,12 +104,6 @@ class LanguageModelingObjective:
         return Loss(output.sum, output.count)
 
 
-class SpanCorruptionObjective(LanguageModelingObjective):
-    """Cross-entropy of masked spans, which the feed has put into the labels."""
-
-    scored_by: str = "loss"
-
-
 class ContrastiveObjective:
     """Softmax of each image over the distinct captions of its row's category in the batch.
 
@@ -116,9 +111,7 @@ class ContrastiveObjective:
     shape, for a row about color) are not negatives.
     """
 
-    scored_by: str = "answers"
     metrics: Sequence[str] = ()
-    mismatches = False
 
     def __init__(self, config: Contrastive) -> None:
         self.config = config

@@ -30,9 +30,6 @@ class GrpoObjective:
     It adds over completions, or over tokens, as `loss_type` says.
     """
 
-    scored_by: str = "answers"
-    mismatches = False
-
     def __init__(
         self,
         config: Grpo,

@@ -32,13 +32,11 @@ class PairObjective:
     """
 
     metrics: Sequence[str] = FIGURES
-    mismatches = False
 
     def __init__(self, config: Dpo | SimPo | Orpo, reference: ReferenceModel | None) -> None:
         """Takes the reference model, which only DPO has."""
         self.config = config
         self.reference = reference
-        self.scored_by = config.scored_by
         if isinstance(config, Dpo):
             self.of_tokens = sum(weight for name, weight in config.losses if name == "sft")
         else:
@@ -104,9 +102,7 @@ class KtoObjective:
         self.config = config
         self.reference = reference
         self.summed = summed
-        self.scored_by = config.scored_by
-        self.mismatches = config.mismatches
-        self.metrics: Sequence[str] = (*FIGURES, *(["kl"] * self.mismatches))
+        self.metrics: Sequence[str] = (*FIGURES, *(["kl"] * self.config.mismatches))
         self.kl = torch.zeros((), device=device)
 
     def counts(self, batch: Batch) -> Counts:
@@ -116,7 +112,7 @@ class KtoObjective:
 
     def before(self, model: Any, batches: Iterable[Batch], totals: Counts) -> None:
         """Computes the mean log-ratio of mismatched answers over the step, at least 0."""
-        if not self.mismatches:
+        if not self.config.mismatches:
             return
         sums: list[Tensor] = []
         for batch in batches:
@@ -155,7 +151,7 @@ class KtoObjective:
         counts = self.counts(batch)
         number = policy.detach().new_full((), float(counts.items))
         metrics["rewards/accuracies"] = hits, number
-        if self.mismatches:
+        if self.config.mismatches:
             metrics["kl"] = self.kl * number, number
         return Loss(loss, counts.items, metrics=metrics)
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlm_tune.config.objective_rules import CONTINUED
-from vlm_tune.config.objectives import reference_of
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError, TrainingError
@@ -125,7 +124,7 @@ def check_adapters_off(
         recipe: The stage's recipe.
         earlier: The adapters of its parts before the stage's rules were applied.
     """
-    if reference_of(recipe.objective) == "adapter_off" and any(
+    if recipe.objective.reference_model == "adapter_off" and any(
         model.adapters[part] is adapter
         for part, adapter in earlier.items()
         if part in model.adapters
@@ -152,7 +151,7 @@ def reference_model(
     Raises:
         TrainingError: The start values of a resumed stage are lost.
     """
-    match reference_of(recipe.objective):
+    match recipe.objective.reference_model:
         case "adapter_off":
             return AdapterOff(model)
         case "precomputed":

@@ -171,7 +171,7 @@ def stage_loop(
     data = _stage_data(
         context, model, recipe, rows, progress, report, cached=cached, pages_out=pages_out
     )
-    if getattr(recipe.objective, "reference", None) == "precomputed":
+    if recipe.objective.reference_model == "precomputed":
         _store_references(
             context, model, recipe, data, folder, report, resumed=checkpoint is not None
         )
@@ -222,13 +222,12 @@ def _store_references(
     assert isinstance(data.feed, PreparedFeed)
     objective = recipe.objective
     rows = data.validation[: recipe.evaluate.limit]
-    scored = getattr(objective, "scored_by", "answers") != "answers"
-    mismatches = getattr(objective, "mismatches", False)
+    scored = objective.selects_by != "answers"
     stored = references(
         model,
         recipe,
         data.feed,
-        validation_units(model, rows if scored else [], mismatches=mismatches),
+        validation_units(model, rows if scored else [], mismatches=objective.mismatches),
         data.validation_features or PixelCache(model.processor.images),
         context.accelerator,
         folder,

@@ -296,7 +296,7 @@ def stage_feed(
         processor.spec,
         fetch,
         augment=data.augment,
-        mismatches=getattr(recipe.objective, "mismatches", False),
+        mismatches=recipe.objective.mismatches,
         corruption=corruption_of(recipe.objective, processor, recipe.seed),
         **options,
     )

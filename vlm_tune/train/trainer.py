@@ -280,7 +280,8 @@ class StageLoop:
         casts = disable_input_dtype_casting(
             self.model, active=self.accelerator.mixed_precision != "no"
         )
-        steady = dropout_off(self.model) if self.objective.metrics else contextlib.nullcontext()
+        drops = self.recipe.objective.uses_dropout
+        steady = contextlib.nullcontext() if drops else dropout_off(self.model)
         with casts, steady, compiled(to_compile), self.watch.guarding():
             yield
 
@@ -357,7 +358,7 @@ class StageLoop:
         for batch in batches:
             rates.add(batch)
         factor = schedule_factor(self.recipe.train.schedule, *self.position.in_schedule(step))
-        updates = range(getattr(self.recipe.objective, "num_iterations", 1))
+        updates = range(self.recipe.objective.updates)
         figures = [self._update(batches, step, factor, rates, meeting) for _ in updates]
         loss_sum, norm = figures[-1]
         if self.accelerator.is_main_process:

@@ -27,8 +27,7 @@ def form_fault(objective: AnyObjective, form: str, part: PartName) -> str | None
             "span_corruption has a loss and no answers to score; leave test out, or add a stage "
             "that answers"
         )
-    scored_by = getattr(objective, "scored_by", "answers")
-    if part == "test" or (part == "validation" and scored_by == "answers"):
+    if part == "test" or (part == "validation" and objective.selects_by == "answers"):
         if form != "unpaired_preference":
             return None
         return (
