@@ -22,7 +22,7 @@ from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving.app import Server
 from vlm_tune.serving.engine import BatchingEngine
-from vlm_tune.serving.jobs import Engine, Failed, Finished, Job, Listener, Piece
+from vlm_tune.serving.jobs import EmbeddingJob, Engine, Failed, Finished, Job, Listener, Piece
 from vlm_tune.serving.limits import Limits
 from vlm_tune.serving.run import HttpServer
 
@@ -62,7 +62,7 @@ def events_of(text: str) -> list[Any]:
 class ScriptedTicket:
     """A job of a `ScriptedEngine`, whose events a test gives."""
 
-    def __init__(self, job: Job, listener: Listener) -> None:
+    def __init__(self, job: Job | EmbeddingJob, listener: Listener) -> None:
         self.job = job
         self.listener = listener
         self.cancelled = threading.Event()
@@ -106,7 +106,7 @@ class ScriptedEngine:
         self.running = 0
         self._submitted = threading.Condition()
 
-    def submit(self, job: Job, listener: Listener) -> ScriptedTicket:
+    def submit(self, job: Job | EmbeddingJob, listener: Listener) -> ScriptedTicket:
         """Takes a job."""
         if self.refusal is not None:
             raise self.refusal

@@ -25,11 +25,12 @@ from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import png
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
 from vlm_tune.errors import DataError, ModelError
+from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving.app import Server
 from vlm_tune.serving.engine import BatchingEngine
-from vlm_tune.serving.jobs import EngineFailed, Overloaded
-from vlm_tune.serving.replies import token_logprobs
+from vlm_tune.serving.jobs import EngineFailed, Finished, Overloaded, Piece, ScoredToken
+from vlm_tune.serving.replies import Reply, token_logprobs
 from vlm_tune.serving.wire import ChatRequest
 
 RED, BLUE = png((200, 30, 30)).read(), png((20, 30, 200)).read()
@@ -150,7 +151,10 @@ def test_a_stream_adds_up_to_the_answers(model: VisionLanguageModel, server: Ser
         assert [c["finish_reason"] for c in mine if c.get("finish_reason")] == [
             choice["finish_reason"]
         ]
-        assert mine[-1]["logprobs"] == choice["logprobs"]
+        scored = [c["logprobs"]["content"] for c in mine if "logprobs" in c]
+        assert [token for tokens in scored for token in tokens] == choice["logprobs"]["content"]
+        # They come with the text of their tokens.
+        assert len(scored) > 1 and all("logprobs" in c for c in mine if c["delta"].get("content"))
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
@@ -167,7 +171,24 @@ def test_log_probabilities_are_written_out_apart_from_the_event_loop(
 
     monkeypatch.setattr("vlm_tune.serving.replies.token_logprobs", noted)
     assert chat(server, question(logprobs=True, max_tokens=2, stream=stream)).status_code == 200
-    assert len(threads) == 1 and threads[0] is not threading.main_thread()
+    assert threads and threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize("scored", [(), (ScoredToken(40, -0.5, {40: -0.5}),)])
+def test_log_probabilities_that_no_piece_had_come_with_the_last_chunk(
+    model: VisionLanguageModel, scored: tuple[ScoredToken, ...]
+) -> None:
+    """Tokens of a stop string have no text; answers that are not batched have pieces of text."""
+    tops = ({40: -0.5}, {41: -0.7, 42: -0.8}, {43: -0.1})
+    answer = Answer("a", "stop", (40, 42, 43), (-0.5, -0.8, -0.1), tops)
+    reply = Reply("tiny", model.processor, logprobs=True)
+    first = json.loads(reply.piece(Piece(0, "a", scored)))["choices"][0]
+    (last,) = (json.loads(chunk)["choices"][0] for chunk in reply.end(Finished(0, answer, 7)))
+    whole = json.loads(reply.completion().model_dump_json())["choices"][0]
+    streamed = first.get("logprobs", {"content": []})["content"]
+    assert len(streamed) == len(scored) and last["delta"] == {}
+    assert [*streamed, *last["logprobs"]["content"]] == whole["logprobs"]["content"]
+    assert [len(token["top_logprobs"]) for token in whole["logprobs"]["content"]] == [1, 2, 1]
 
 
 def test_models_are_listed(model: VisionLanguageModel) -> None:

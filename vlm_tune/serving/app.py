@@ -8,6 +8,7 @@ import mimetypes
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -288,7 +289,8 @@ class Server:
         try:
             async for event in events:
                 if isinstance(event, Piece):
-                    yield ServerSentEvent(reply.piece(event.answer, event.text))
+                    piece = partial(reply.piece, event)
+                    yield ServerSentEvent(await self._apart(piece) if event.scored else piece())
                     continue
                 for chunk in await self._apart(lambda event=event: list(reply.end(event))):
                     yield ServerSentEvent(chunk)

@@ -23,8 +23,8 @@ from vlm_tune.serving.jobs import (
 class Exchange:
     """The events of one job, for one reader.
 
-    Pieces that the reader has not taken are joined, so that no more waits for it than the text of
-    the answers.
+    Pieces that the reader has not taken are joined, so that no more waits for it than the text and
+    the log-probabilities of the answers.
 
     Args:
         engine: The engine that answers.
@@ -74,7 +74,9 @@ class Exchange:
         if isinstance(event, Piece):
             for place, waiting in enumerate(self._events):
                 if isinstance(waiting, Piece) and waiting.answer == event.answer:
-                    self._events[place] = Piece(event.answer, waiting.text + event.text)
+                    self._events[place] = Piece(
+                        event.answer, waiting.text + event.text, waiting.scored + event.scored
+                    )
                     return
         self._events.append(event)
         self._ready.set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -64,16 +64,28 @@ class EmbeddingJob:
 
 
 @dataclass(frozen=True)
+class ScoredToken:
+    """A token's id, its log-probability, and those of the likeliest tokens in its place, by id."""
+
+    id: int
+    logprob: float
+    top: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class Piece:
     """More text of an answer, which later tokens can't change.
 
     Attributes:
         answer: The number of the answer, from 0.
         text: What is added to its text.
+        scored: The tokens since the last piece, where log-probabilities are wanted and the answer
+            is written in a batch; else they are in the whole answer alone.
     """
 
     answer: int
     text: str
+    scored: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True)

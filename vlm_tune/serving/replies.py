@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.generation.answers import Answer
-from vlm_tune.serving.jobs import Finished
+from vlm_tune.serving.jobs import Finished, Piece, ScoredToken
 from vlm_tune.serving.wire import (
     AnswerMessage,
     Chunk,
@@ -26,30 +26,38 @@ WINDOW = 8
 """Tokens before one that are decoded with it: its text may depend on them."""
 
 
-def token_logprobs(processor: Processor, answer: Answer) -> Iterator[TokenLogprob]:
-    """The tokens of an answer that has their log-probabilities.
+def token_logprobs(
+    processor: Processor, before: Sequence[int], scored: Iterable[ScoredToken]
+) -> Iterator[TokenLogprob]:
+    """Tokens of an answer with their log-probabilities, which follow those of the ids `before`.
 
     A token's text is what it adds to the answer; of part of a character it is U+FFFD.
     """
-    ids = answer.ids
-    likeliest = answer.top_logprobs or ({},) * len(ids)
-    for place, (logprob, tops) in enumerate(zip(answer.logprobs or (), likeliest, strict=True)):
-        before = ids[max(place - WINDOW, 0) : place]
-        start = len(processor.raw_text(before))
+    ids = list(before[-WINDOW:])
+    for token in scored:
+        start = len(processor.raw_text(ids))
 
         def top(
-            token: int, logprob: float, before: Sequence[int] = before, start: int = start
+            token_id: int, logprob: float, before: Sequence[int] = ids, start: int = start
         ) -> TopLogprob:
-            text = processor.raw_text([*before, token])[start:]
+            text = processor.raw_text([*before, token_id])[start:]
             return TopLogprob(token=text, logprob=logprob, bytes=_bytes(text))
 
-        this = top(ids[place], logprob)
+        this = top(token.id, token.logprob)
         yield TokenLogprob(
             token=this.token,
-            logprob=logprob,
+            logprob=this.logprob,
             bytes=this.bytes,
-            top_logprobs=[top(*each) for each in tops.items()],
+            top_logprobs=[top(*each) for each in token.top.items()],
         )
+        ids = [*ids, token.id][-WINDOW:]
+
+
+def _scored(answer: Answer, start: int) -> list[ScoredToken]:
+    """The tokens of an answer from the one at `start` on, if it has their log-probabilities."""
+    tops = answer.top_logprobs or ({},) * len(answer.ids)
+    tokens = zip(answer.ids, answer.logprobs or (), tops, strict=False)
+    return [ScoredToken(*each) for each in tokens][start:]
 
 
 def _bytes(text: str) -> list[int] | None:
@@ -78,6 +86,8 @@ class Reply:
         self._logprobs = logprobs
         self._created = int(time.time())
         self._shown: dict[int, int] = {}
+        # The ids of each answer's tokens whose log-probabilities were streamed.
+        self._scored: dict[int, list[int]] = {}
 
     def completion(self) -> Completion:
         """The whole answer."""
@@ -102,7 +112,8 @@ class Reply:
     def _logprobs_of(self, answer: Answer) -> Logprobs | None:
         if not self._logprobs or answer.logprobs is None:
             return None
-        return Logprobs(content=list(token_logprobs(self._processor, answer)), refusal=None)
+        content = list(token_logprobs(self._processor, (), _scored(answer, 0)))
+        return Logprobs(content=content, refusal=None)
 
     def usage(self) -> Usage:
         """The numbers of tokens; a prompt counts once, however many answers it has."""
@@ -110,27 +121,44 @@ class Reply:
         answers = sum(len(each.whole.ids) for each in self.finished)
         return Usage(prompt_tokens=prompt, completion_tokens=answers, total_tokens=prompt + answers)
 
-    def piece(self, answer: int, text: str) -> str:
+    def piece(self, event: Piece) -> str:
         """The chunk of more text of an answer, as JSON; an answer's first one names the role."""
-        begun = answer in self._shown
-        self._shown[answer] = self._shown.get(answer, 0) + len(text)
-        delta = Delta(content=text) if begun else Delta(role="assistant", content=text)
-        return self._chunk(ChunkChoice(index=answer, delta=delta, finish_reason=None))
+        begun = event.answer in self._shown
+        self._shown[event.answer] = self._shown.get(event.answer, 0) + len(event.text)
+        delta = Delta(content=event.text) if begun else Delta(role="assistant", content=event.text)
+        choice = ChunkChoice(index=event.answer, delta=delta, finish_reason=None)
+        if event.scored:
+            choice.logprobs = self._streamed_logprobs(event.answer, event.scored)
+        return self._chunk(choice)
 
     def end(self, event: Finished) -> Iterator[str]:
-        """The chunks of an answer's end, as JSON, with the text that no piece had."""
+        """The chunks of an answer's end, as JSON, with what no piece had.
+
+        That is text, and the log-probabilities of tokens whose text came with others or never.
+        """
         self.finished.append(event)
         rest = event.whole.text[self._shown.get(event.answer, 0) :]
+        scored: Sequence[ScoredToken] = ()
+        if self._logprobs:
+            scored = _scored(event.whole, len(self._scored.get(event.answer, ())))
         if rest or event.answer not in self._shown:
-            yield self.piece(event.answer, rest)
+            yield self.piece(Piece(event.answer, rest, tuple(scored)))
+            scored = ()
         choice = ChunkChoice(
             index=event.answer, delta=Delta(), finish_reason=event.whole.finish_reason
         )
-        if self._logprobs:
-            choice.logprobs = self._logprobs_of(event.whole)
+        if scored:
+            choice.logprobs = self._streamed_logprobs(event.answer, scored)
         if event.whole.probabilities is not None:
             choice.probabilities = event.whole.probabilities
         yield self._chunk(choice)
+
+    def _streamed_logprobs(self, answer: int, scored: Sequence[ScoredToken]) -> Logprobs:
+        """The log-probabilities of an answer's next tokens."""
+        before = self._scored.setdefault(answer, [])
+        content = list(token_logprobs(self._processor, before, scored))
+        before += [token.id for token in scored]
+        return Logprobs(content=content, refusal=None)
 
     def last(self) -> str:
         """The chunk of the numbers of tokens, as JSON."""

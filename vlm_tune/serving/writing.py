@@ -16,7 +16,7 @@ from vlm_tune.generation.picking import Picker, draws, penalised_ids
 from vlm_tune.generation.streaming import ShownText
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.serving.jobs import Failed, Finished, Piece
+from vlm_tune.serving.jobs import Failed, Finished, Piece, ScoredToken
 from vlm_tune.serving.request import Request
 
 
@@ -43,6 +43,7 @@ class Writing:
         self._stop_ids = frozenset(self._reader.stop_ids)
         self._shown = ShownText(self._reader)
         self._logprobs: list[TokenLogprobs] = []
+        self._scored = 0
 
     def write(self, token: int, logprobs: TokenLogprobs | None) -> bool:
         """Adds a token, hands out new text, and returns whether the answer ended.
@@ -62,17 +63,27 @@ class Writing:
             or self._reader.holds_stop(self.ids)
         )
         if not ended:
-            self._emit(self._shown.more(self.ids))
+            self._emit(self._shown.more(self.ids), len(self.ids))
             return self.request.ended
         logprobs = TokenLogprobs.stacked(self._logprobs)[0] if self._logprobs else None
         answer = self._reader.answer(self.ids, logprobs)
-        self._emit(self._shown.rest(answer))
+        self._emit(self._shown.rest(answer), len(answer.ids))
         self.request.emit(Finished(self.number, answer, len(self.request.prompt.input_ids)))
         return True
 
-    def _emit(self, text: str) -> None:
-        if text:
-            self.request.emit(Piece(self.number, text))
+    def _emit(self, text: str, count: int) -> None:
+        """Hands out new text, if any, with those of the first `count` tokens that none had."""
+        if not text:
+            return
+        new = slice(self._scored, count)
+        scored = map(_scored, self.ids[new], self._logprobs[new])
+        self._scored = count
+        self.request.emit(Piece(self.number, text, tuple(scored)))
+
+
+def _scored(token: int, logprobs: TokenLogprobs) -> ScoredToken:
+    (tops,) = logprobs.likeliest(1) or ({},)
+    return ScoredToken(token, float(logprobs.chosen[0]), tops)
 
 
 def _picker(request: Request, number: int) -> Picker:
