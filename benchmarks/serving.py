@@ -1,6 +1,6 @@
 """Serving many clients at once, against one question at a time and transformers' `generate`.
 
-Run: python -m benchmarks.serving [--kind seq2seq] [--http] [--json FILE]
+Run: python -m benchmarks.serving [--kind seq2seq] [--http] [--seconds 60] [--json FILE]
 
 The model has a ViT-B/32 tower (49 tokens an image) and SmolLM2-135M, or a T5 of flan-t5-base's
 shape; tower, connector and T5 have random weights. Clients ask one question after the other about
@@ -212,13 +212,14 @@ def by_clients(ask: Ask, chosen: Sequence[Question], options: argparse.Namespace
     """The exchanges of clients at once."""
     numbers = iter(range(10**9))
     lock = threading.Lock()
+    end = None if options.seconds is None else time.perf_counter() + options.seconds
 
     def client(_: int) -> list[Exchange]:
         exchanges: list[Exchange] = []
         while True:
             with lock:
                 number = next(numbers)
-            if number >= options.answers:
+            if number >= options.answers if end is None else time.perf_counter() >= end:
                 return exchanges
             exchange = Exchange(number % len(chosen), time.perf_counter())
             ask(chosen[exchange.question], exchange)
@@ -343,6 +344,7 @@ def main() -> None:
     add("--clients", type=int, default=64)
     add("--batch", type=int, default=64, help="the most answers that are generated at a time")
     add("--answers", type=int, default=256, help="questions that the clients ask in all")
+    add("--seconds", type=float, help="ask for so long, in place of --answers")
     add("--http", action="store_true", help="ask a server by the openai client")
     add("--threads", type=int, default=os.cpu_count())
     add("--cache", type=Path, default=cache_folder("throughput"))
