@@ -253,9 +253,7 @@ def by_transformers(model: VisionLanguageModel, chosen: Sequence[Question]) -> i
         (prompt,) = model.processor.prompts([request_conversation(number + 1, each.request())])
         batch = collate([prompt], spec, fetch=model.processor.images)
         decoding = Decoding(max_new_tokens=each.new_tokens)
-        ids = model.llm.generate(
-            model.embed(batch), batch.attention_mask, decoding, spec.pad_id, stops
-        )
+        ids = model.llm.generate(model.embed(batch), batch, decoding, spec.pad_id, stops)
         tokens += len(up_to_stop(ids[0].tolist(), stops))
     return tokens
 

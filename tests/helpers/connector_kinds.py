@@ -16,6 +16,7 @@ KINDS = {
     "mlp": "{kind: mlp, norm: true}",
     "pixel_shuffle": "{kind: pixel_shuffle, norm: true}",
     "avg_pool": "{kind: avg_pool, grid: 2, norm: true}",
+    "gemma3": "{kind: gemma3, grid: 2}",
     "resampler": "{kind: resampler, latents: 3, depth: 2, heads: 4}",
     "qformer": "{kind: qformer, queries: 3, width: 32, depth: 2, heads: 4}",
     "qformer-text": (
@@ -37,6 +38,7 @@ SLOTS = {
     "mlp": 16,
     "pixel_shuffle": 4,
     "avg_pool": 4,
+    "gemma3": 4,
     "resampler": 3,
     "qformer": 3,
     "qformer-text": 3,

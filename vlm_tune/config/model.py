@@ -28,7 +28,13 @@ class InternVLSplit(Config):
     )
 
 
-AnySplit = Annotated[Idefics3Split | InternVLSplit, Field(discriminator="kind")]
+class Gemma3Split(Config):
+    """The whole image between the markers of Gemma 3, without crops of it."""
+
+    kind: Literal["gemma3"]
+
+
+AnySplit = Annotated[Idefics3Split | InternVLSplit | Gemma3Split, Field(discriminator="kind")]
 
 
 class Tower(Config):
@@ -202,6 +208,21 @@ class AvgPoolConnector(Projector):
     depth: Depth = 2
 
 
+class Gemma3Connector(Config):
+    """Average pooling to a grid x grid of tokens, an RMSNorm and one matrix (Gemma 3)."""
+
+    kind: Literal["gemma3"]
+    grid: Side = Field(default=16, description="an image takes grid x grid tokens")
+    eps: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=1e-6, description="what the norm adds to the mean square"
+    )
+    weights: HomePath | None = Field(
+        default=None,
+        description="start from a safetensors file or a vision-language model; random weights"
+        " by default",
+    )
+
+
 class ResamplerConnector(Projector):
     """A Perceiver resampler: learned latents attend to features in `depth` layers (Flamingo)."""
 
@@ -246,7 +267,12 @@ class QFormerConnector(Projector):
 
 
 BaseConnector = (
-    LinearConnector | MlpConnector | PixelShuffleConnector | AvgPoolConnector | ResamplerConnector
+    LinearConnector
+    | MlpConnector
+    | PixelShuffleConnector
+    | AvgPoolConnector
+    | Gemma3Connector
+    | ResamplerConnector
 )
 """Connectors that can be the `base` of another connector."""
 
@@ -330,6 +356,11 @@ class Llm(Config):
         default=None, description="load the frozen linear layers in 4 or 8 bit"
     )
     attention: Attention = ATTENTION
+    bidirectional: Literal["images"] | None = Field(
+        default=None,
+        description="tokens of a decoder that see each other both ways, where others see earlier "
+        "ones alone: `images`, those of one image (Gemma 3)",
+    )
     added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
         description="tokens to add to the vocabulary, e.g. <loc_1>; their embeddings are trained",

@@ -84,6 +84,11 @@ def _llm_contradictions(raw: Any) -> list[Fault]:
             ("train", "precision"),
             "T5's activations overflow in fp16; use bf16 or fp32",
         ),
+        (
+            llm.get("kind") == "seq2seq" and llm.get("bidirectional") is not None,
+            ("model", "llm", "bidirectional"),
+            "model.llm.bidirectional is for decoders: in an encoder all tokens see each other",
+        ),
     )
 
 

@@ -12,6 +12,7 @@ from vlm_tune.data.images.decode import decode_image, encoded_bytes
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.card import described_parts, model_card
+from vlm_tune.exporting.gemma3_layout import GEMMA3
 from vlm_tune.exporting.hf_layout import Target, written_model
 from vlm_tune.exporting.idefics3_layout import IDEFICS3, SMOLVLM
 from vlm_tune.exporting.internvl_layout import INTERNVL
@@ -47,9 +48,14 @@ PIXEL = 1e-3
 TARGETS = {"idefics3_vision": IDEFICS3, "smolvlm_vision": SMOLVLM, "internvl_vision": INTERNVL}
 """The layouts of models that have one of their own, by transformers' type of their tower."""
 
+TARGETS_BY_CONNECTOR = {"gemma3": GEMMA3}
+"""The layouts of models whose tower is another family's too, by the kind of their connector."""
+
 
 def target_of(config: VisionLanguageConfig) -> Target:
-    """The layout that a model is written in: that of its tower, or LLaVA's."""
+    """The layout that a model is written in: that of its connector or tower, or LLaVA's."""
+    if config.model.connector.kind in TARGETS_BY_CONNECTOR:
+        return TARGETS_BY_CONNECTOR[config.model.connector.kind]
     return TARGETS.get(config.tower_rebuild.get("vision_config", {}).get("model_type"), LLAVA)
 
 

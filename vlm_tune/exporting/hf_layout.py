@@ -33,7 +33,7 @@ class Target:
         processor: makes a processor that gives the ids and pixels of the model's own.
         empty: makes the model with its weights on the meta device, for the id of the image's token
             and a dtype, and gives it with the weights of its parts.
-        image_token: the token that stands for an image's slots.
+        image_token: the token whose id stands in an image's slots.
     """
 
     name: str
@@ -74,8 +74,13 @@ def written_model(
     return written
 
 
-def written_tokenizer(model: VisionLanguageNetwork, image_token: str = IMAGE_TOKEN) -> Any:
-    """A tokenizer for a processor of transformers, with the chat template and the image's token."""
+def written_tokenizer(
+    model: VisionLanguageNetwork, image_token: str = IMAGE_TOKEN, placeholder: str | None = None
+) -> Any:
+    """A tokenizer for a processor of transformers, with the chat template and the image's token.
+
+    The chat template writes an image as `placeholder`, or else as its token.
+    """
     from tokenizers import AddedToken
 
     processor = model.processor
@@ -89,7 +94,9 @@ def written_tokenizer(model: VisionLanguageNetwork, image_token: str = IMAGE_TOK
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(processor.spec.pad_id)
     if not any(piece.control == "bos" for piece in processor.template.start):
         _add_nothing(tokenizer)
-    tokenizer.chat_template = processor_jinja(processor.template, processor.system, image_token)
+    tokenizer.chat_template = processor_jinja(
+        processor.template, processor.system, placeholder or image_token
+    )
     return tokenizer
 
 

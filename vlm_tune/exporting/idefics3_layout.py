@@ -13,6 +13,7 @@ from vlm_tune.config.model import PixelShuffleConnector, TransformersTower
 from vlm_tune.data.images.split import Idefics3Frames
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.hf_layout import Target, Weights, decoder_reasons, written_tokenizer
+from vlm_tune.exporting.llava_layout import bidirectional_reasons
 from vlm_tune.model.connectors.projectors import PixelShuffle
 from vlm_tune.model.vision.transformers_tower import TransformersVision
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
@@ -37,7 +38,7 @@ def _reasons(config: VisionLanguageConfig, text: Any, *, kind: Kind) -> list[str
             ),
             (tower.grid is not None, "its tower pools to a grid (model.tower.grid)"),
             (
-                tower.split is None,
+                getattr(tower.split, "kind", None) != "idefics3",
                 f"it does not cut images as {kind} does (model.tower.split)",
             ),
             (
@@ -52,6 +53,7 @@ def _reasons(config: VisionLanguageConfig, text: Any, *, kind: Kind) -> list[str
             ),
         ),
         *decoder_reasons(text, kind),
+        *bidirectional_reasons(config),
     ]
 
 

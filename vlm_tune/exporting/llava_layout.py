@@ -49,7 +49,18 @@ def _llava_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     `text` is the LLM's transformers config, None for an encoder-decoder.
     """
     language = decoder_reasons(text, "LLaVA")
-    return [*tower_reasons(config), *_connector_reasons(config), *language]
+    both_ways = bidirectional_reasons(config)
+    return [*tower_reasons(config), *_connector_reasons(config), *language, *both_ways]
+
+
+def bidirectional_reasons(config: VisionLanguageConfig) -> list[str]:
+    """The reasons why a decoder that sees earlier tokens alone is not the model's."""
+    return applying(
+        (
+            config.llm.bidirectional is not None,
+            "tokens of its images see each other both ways (model.llm.bidirectional)",
+        )
+    )
 
 
 def tower_reasons(config: VisionLanguageConfig) -> list[str]:

@@ -63,7 +63,7 @@ def write_native_adapter(
         "base_model_name_or_path": vlm.name,
         # By full names: the tower's layers have the same last names as the LLM's.
         "target_modules": sorted({name.partition(".lora_")[0] for name in lora}),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}),
+        "modules_to_save": _outermost({name.rpartition(".")[0] for name in whole}),
         "layers_to_transform": None,
         "exclude_modules": None,
     }
@@ -82,6 +82,13 @@ def write_native_adapter(
     difference = compared(_over_checkpoint(folder, vlm), folder, model, expected, allowed)
     return replace(
         report, difference=difference, same_text=True, rows=len(expected.rows), allowed=allowed
+    )
+
+
+def _outermost(names: set[str]) -> list[str]:
+    """The names of modules, sorted, without those inside of another one."""
+    return sorted(
+        name for name in names if not any(name.startswith(f"{other}.") for other in names)
     )
 
 

@@ -50,7 +50,7 @@ def generated(
     stops = [criterion, _StopStrings(reader) if decoding.stop_strings else None]
     ids = model.llm.generate(
         model.embed(batch),
-        batch.attention_mask,
+        batch,
         decoding,
         model.processor.spec.pad_id,
         model.processor.stop_ids,

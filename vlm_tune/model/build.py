@@ -34,6 +34,7 @@ from vlm_tune.model.connectors.instruction import Reader
 from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.language.base import LanguageModel
+from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.registry import LLMS
 from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.pretrained.connector_weights import load_words, start_connector
@@ -311,6 +312,13 @@ def _connected(
         The wrapped language model, the connector, and the number of slots of an image.
     """
     llm = LLMS[section.llm.kind](language)
+    if isinstance(llm, CausalLLM):
+        llm.bidirectional = section.llm.bidirectional
+        if llm.bidirectional and llm.unjoined:
+            raise ModelError(
+                f"model.llm.bidirectional: a {type(language).__name__} takes no masks of its rows: "
+                f"{llm.unjoined}"
+            )
     install(llm, section.llm.attention)
     if language.device.type != "meta":
         # Before a connector's blocks are inserted into its layers: they may still be of another

@@ -226,7 +226,8 @@ class Batch:
         ).to(model.device)
         lengths = [len(joining) for joining in group]
         prefixes = [joining.prefix for joining in group]
-        return self._rows.join(model.embed(batch), lengths, prefixes)
+        blocks = model.llm.blocks(batch)
+        return self._rows.join(model.embed(batch), lengths, prefixes, blocks)
 
     def _remember(self, joining: _Joining, row: int) -> None:
         """Remembers a row's tokens up to the end of its last image, if that is new."""

@@ -147,8 +147,10 @@ def test_image_slots_stand_where_the_message_has_the_image(name: str, layout: st
     assert example.media == (IMAGE,)
     assert len(slots) == 3 and slots[-1] - slots[0] == 2
     decode = tokenizer(name, "bytes").decode
-    assert decode(example.input_ids[: slots[0]].tolist()).endswith("before ")
-    after = f"{load_template(name).after_image} after"
+    template = load_template(name)
+    space = "" if template.strip == "texts" else " "
+    assert decode(example.input_ids[: slots[0]].tolist()).endswith(f"before{space}")
+    after = f"{template.after_image}{space}after"
     assert decode(example.input_ids[slots[-1] + 1 :].tolist()).startswith(after)
 
 

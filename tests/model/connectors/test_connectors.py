@@ -28,7 +28,12 @@ from tests.helpers.tiny_models import (
     with_tune,
 )
 from vlm_tune.config.load import dump_recipe
-from vlm_tune.config.model import AvgPoolConnector, PixelShuffleConnector, ResamplerConnector
+from vlm_tune.config.model import (
+    AvgPoolConnector,
+    Gemma3Connector,
+    PixelShuffleConnector,
+    ResamplerConnector,
+)
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.types import Conversation, Example, Message
@@ -376,6 +381,7 @@ def test_nested_parts_of_a_recipe_are_read_back_and_their_faults_located(tiny_re
         ),
         (AvgPoolConnector(kind="avg_pool", grid=2), 5, "square grid of tokens, the tower gives 5"),
         (AvgPoolConnector(kind="avg_pool", grid=5), 16, "larger grid of 5 x 5"),
+        (Gemma3Connector(kind="gemma3", grid=3), 16, "3 does not divide the tower's grid of 4 x 4"),
     ],
 )
 def test_grids_that_do_not_fit_are_refused(config: Any, tokens: int, message: str) -> None:

@@ -138,7 +138,7 @@ def test_logits_and_generation_are_plain_pefts(
         base = plain.get_base_model()(
             input_ids=ids, attention_mask=mask.long(), **more
         ).logits.flatten(0, 1)
-        generated = model.llm.generate(model.llm.embed(ids), mask, Decoding(8), 0, [999])
+        generated = model.llm.generate(model.llm.embed(ids), batch, Decoding(8), 0, [999])
         expected = greedy(plain, ids, kind, 8)
     assert largest(ours, theirs) <= 1e-5
     assert largest(ours, base) > 1e-2

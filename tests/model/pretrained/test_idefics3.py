@@ -166,9 +166,9 @@ for folder in map(Path, sys.argv[1:]):
 """Prints nothing; writes the logits of the rows of `rows.json` into each folder."""
 
 
-def trained(kind: Literal["idefics3", "smolvlm"], recipe: str, folder: Path) -> VisionLanguageModel:
+def trained(template: str, recipe: str, folder: Path) -> VisionLanguageModel:
     """A model over the checkpoint `vlm`, as if trained, saved in `run` beside its recipe."""
-    text = with_tune(with_pretrained(recipe, folder / "vlm", kind), LORA_TUNE)
+    text = with_tune(with_pretrained(recipe, folder / "vlm", template), LORA_TUNE)
     model = built(parsed(text))
     tuned_by(model, parsed(text))
     wake_adapters(model, 0.1)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from vlm_tune.data.chat.template import ChatTemplate, load_template
+from vlm_tune.data.chat.template import ChatTemplate, joined_texts, load_template
 from vlm_tune.data.chat.tokenize import LAYOUTS, TextEncoder
 from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.packing import numbered, pair_layout
@@ -100,7 +100,7 @@ class Processor:
 
     def _lay_out(self, conversation: Conversation, *, prompt_only: bool) -> list[Example]:
         turns = self.template.segments(conversation, prompt_only=prompt_only, system=self.system)
-        segments = list(self._framed(turns, conversation))
+        segments = joined_texts(self._framed(turns, conversation))
         images = sum(segment.kind == "media" for segment in segments)
         if images * self.spec.tokens_per_image > LONGEST:
             raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,7 +21,8 @@ from vlm_tune.resources import find_resource, resource_names
 class Piece(BaseModel):
     """One piece of a turn: literal text, a control token by its text, or the turn's content.
 
-    One that stands `before` text is left out of a turn whose content begins with an image.
+    One that stands `before` text is left out of a turn whose content begins with an image, one
+    with `unless: system` of a turn right after the system's.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -31,6 +32,7 @@ class Piece(BaseModel):
     content: Literal["trained", "prompt"] | None = None
     trained: bool = False
     before: Literal["text"] | None = None
+    unless: Literal["system"] | None = None
 
 
 class ChatTemplate(BaseModel):
@@ -38,7 +40,9 @@ class ChatTemplate(BaseModel):
 
     Each role is a list of pieces. `start` opens every conversation. A conversation without system
     text gets `default_system` if there is one. The control names `bos` and `eos` stand for the
-    tokenizer's own tokens. `after_image` follows each image, unless the text after it begins so.
+    tokenizer's own tokens. `strip` removes white space at both ends of a turn; with `texts` at both
+    ends of each text between its images, and none in a system's turn. `after_image` follows each
+    image, unless the text after it begins so.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -50,7 +54,7 @@ class ChatTemplate(BaseModel):
     user: list[Piece]
     assistant: list[Piece]
     default_system: str | None = None
-    strip: bool = False
+    strip: bool | Literal["texts"] = False
     after_image: str = ""
     jinja: str = ""
 
@@ -87,6 +91,7 @@ class ChatTemplate(BaseModel):
         segments: list[Segment] = [
             segment for piece in self.start for segment in self._piece(piece, None)
         ]
+        before: Message | None = None
         for message in messages:
             if message.role not in ROLES:
                 raise DataError(
@@ -103,7 +108,14 @@ class ChatTemplate(BaseModel):
                     kind="template",
                 )
             pieces: list[Piece] = getattr(self, message.role)
-            segments += [segment for piece in pieces for segment in self._piece(piece, message)]
+            after_system = before is not None and before.role == "system"
+            segments += [
+                segment
+                for piece in pieces
+                if not (piece.unless and after_system)
+                for segment in self._piece(piece, message)
+            ]
+            before = message
         if prompt_only:
             for piece in self.assistant:
                 if piece.content or piece.trained:
@@ -112,7 +124,7 @@ class ChatTemplate(BaseModel):
         # Earlier answers in a prompt are context and not trained.
         return [
             replace(segment, trained=False) if prompt_only else segment
-            for segment in _joined(segments)
+            for segment in joined_texts(segments)
         ]
 
     def _piece(self, piece: Piece, message: Message | None) -> list[Segment]:
@@ -126,7 +138,9 @@ class ChatTemplate(BaseModel):
         assert message is not None
         trained = piece.content == "trained" and learned
         parts = self._images_ended(message.parts)
-        if self.strip:
+        if self.strip == "texts":
+            parts = parts if message.role == "system" else [_stripped([part])[0] for part in parts]
+        elif self.strip:
             parts = _stripped(parts)
         return [
             Segment("media", part, False)
@@ -156,7 +170,8 @@ def _stripped(parts: list[str | Media]) -> list[str | Media]:
     return parts
 
 
-def _joined(segments: list[Segment]) -> list[Segment]:
+def joined_texts(segments: Iterable[Segment]) -> list[Segment]:
+    """The segments, with adjacent texts joined that are both trained or both not."""
     joined: list[Segment] = []
     for segment in segments:
         last = joined[-1] if joined else None
@@ -183,13 +198,16 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
     """
     system = template.default_system if system is None else system
     text = "part['text']"
-    if template.strip:
+    whole = f"message['content']{' | trim' if template.strip else ''}"
+    if template.strip == "texts":
+        text = _unless_system("part['text'] | trim", text)
+        whole = _unless_system(whole, "message['content']")
+    elif template.strip:
         text = "(part['text'].lstrip() if loop.first else part['text'])"
         text = f"({text}.rstrip() if loop.last else {text})"
     lines = [
         "{%- macro content(message) -%}",
-        "{%- if message['content'] is string -%}"
-        f"{{{{- message['content']{' | trim' if template.strip else ''} -}}}}",
+        f"{{%- if message['content'] is string -%}}{{{{- {whole} -}}}}",
         "{%- else -%}{%- for part in message['content'] -%}",
         f"{{%- if part['type'] == 'image' -%}}{{{{- {_quoted(image)} -}}}}"
         f"{_written_after_image(template.after_image)}"
@@ -199,7 +217,7 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
         _written(template.start, ""),
     ]
     if system:
-        words = system.strip() if template.strip else system
+        words = system.strip() if template.strip is True else system
         lines += [
             "{%- if messages[0]['role'] != 'system' -%}",
             _written(template.system, _quoted(words)),
@@ -214,7 +232,7 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
         )
         lines += [
             f"{{%- {word} message['role'] == '{role}' -%}}",
-            _written(pieces, TURN) if pieces else refusal,
+            _written(pieces, TURN, system=bool(system)) if pieces else refusal,
         ]
     opened: list[Piece] = []
     for piece in template.assistant:
@@ -237,8 +255,18 @@ def _written_after_image(text: str) -> str:
     )
 
 
-def _written(pieces: list[Piece], content: str) -> str:
-    """A Jinja expression that writes pieces; `content` is the expression of the turn's content."""
+def _unless_system(expression: str, other: str) -> str:
+    """A Jinja expression that is another one in a system's turn."""
+    return f"({other} if message['role'] == 'system' else {expression})"
+
+
+def _written(pieces: list[Piece], content: str, *, system: bool = False) -> str:
+    """A Jinja expression that writes pieces; `content` is the expression of the turn's content.
+
+    `system` says whether a conversation without a system's turn gets one.
+    """
+    first = str(system).lower()
+    after_system = f"(loop.previtem['role'] == 'system' if loop.previtem is defined else {first})"
 
     def written(piece: Piece) -> str:
         if piece.content:
@@ -246,6 +274,8 @@ def _written(pieces: list[Piece], content: str) -> str:
         if piece.control in ("bos", "eos"):
             return f"{piece.control}_token"
         literal = _quoted(piece.text or piece.control or "")
+        if content == TURN and piece.unless:
+            return f"('' if {after_system} else {literal})"
         at_text = piece.before is not None and content == TURN
         return f"({literal} if {BEGINS_WITH_TEXT} else '')" if at_text else literal
 

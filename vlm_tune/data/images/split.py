@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from vlm_tune.config.model import AnySplit, Idefics3Split
+from vlm_tune.config.model import AnySplit
+from vlm_tune.data.images.gemma3_frames import Gemma3Frames
 from vlm_tune.data.types import Media, Segment, Tile
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Split(Protocol):
     def segments(self, media: Media, size: tuple[int, int], side: int) -> list[Segment]:
         """The frames of an image of `size` (width, height) and the markers around them, in order.
 
-        They begin and end with a control token, so that no text beside them joins them.
+        A text at either end is tokenised together with the text beside it.
         """
         ...
 
@@ -193,6 +194,12 @@ def split_of(config: AnySplit | None) -> Split | None:
     """The way of cutting images in a recipe's `model.tower.split`; None if it has none."""
     if config is None:
         return None
-    if isinstance(config, Idefics3Split):
-        return Idefics3Frames(config.longest_edge)
-    return InternVLFrames(config.max_tiles)
+    return SPLITS[config.kind](**config.model_dump(exclude={"kind"}))
+
+
+SPLITS: dict[str, Callable[..., Split]] = {
+    "idefics3": Idefics3Frames,
+    "internvl": InternVLFrames,
+    "gemma3": Gemma3Frames,
+}
+"""The ways of cutting images by their kind in a recipe; their options are the recipe's."""

@@ -35,7 +35,7 @@ from vlm_tune.exporting.gguf.writer import (
     read_tensors,
     write_gguf,
 )
-from vlm_tune.exporting.llava_layout import vision_weights
+from vlm_tune.exporting.llava_layout import bidirectional_reasons, vision_weights
 from vlm_tune.exporting.merge import check_output
 from vlm_tune.exporting.source import (
     EXACT,
@@ -129,7 +129,7 @@ def gguf_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     language = (
         ["its language model is an encoder-decoder"] if text is None else decoder_reasons(text)
     )
-    return [*mmproj_reasons(config), *language]
+    return [*mmproj_reasons(config), *language, *bidirectional_reasons(config)]
 
 
 def notes_of(model: VisionLanguageNetwork) -> list[str]:

@@ -114,8 +114,20 @@ class CudaAttention(MaskedAttention):
         length: int,
         *,
         joinable: bool,
+        blocks: Tensor | None = None,
     ) -> Any:
         device = row_mask.device
+        if blocks is not None:
+            return super().mask(
+                model,
+                row_mask,
+                visible_until,
+                positions,
+                dtype,
+                length,
+                joinable=joinable,
+                blocks=blocks,
+            )
         unjoined = visible_until is None or positions is None
         if unjoined and joinable and device.type == DEVICE and self._causal(model, length):
             mark = torch.zeros(1, 1, 1, 1, dtype=torch.int8, device=device)

@@ -61,6 +61,9 @@ LAYER = "decoder layer"
 LORA = "LoRA layer"
 LOSS = "loss"
 
+BOTH_WAYS = "tokens of its images see each other both ways (model.llm.bidirectional)"
+"""The reason why neither the operator nor FlexAttention computes a decoder's attention."""
+
 FLEX_REFUSED = "model.llm.attention: FlexAttention is not for"
 CHOICES = "set auto, eager or sdpa"
 
@@ -151,10 +154,11 @@ def _install_attention(llm: CausalLLM, attention: Attention) -> str | None:
         return f"model.llm.attention is {attention}"
     model = llm.model
     interface = interface_reason(model)
-    flex = interface or llm.unjoined or config_reason(model)
+    both_ways = BOTH_WAYS if llm.bidirectional else None
+    flex = interface or llm.unjoined or both_ways or config_reason(model)
     if attention == "flex" and flex is not None:
         raise ModelError(f"{FLEX_REFUSED} a {type(model).__name__}: {flex}; {CHOICES}")
-    reason = unsupported_reason(model)
+    reason = both_ways or unsupported_reason(model)
     # Some models choose by the attention's name what else their layers do: which tokens they see,
     # in what precision they compute.
     by_name = llm.unjoined or getattr(model.config, "reorder_and_upcast_attn", False)
@@ -275,12 +279,13 @@ def _cuda_attention(llm: LanguageModel, device: torch.device) -> str:
         return f"{name.rsplit('_', 1)[-1]} by masks (flex: it has a prefix of keys and values)"
     if isinstance(attention, CudaAttention):
         return attention.words(llm.model, device)
-    reason = interface_reason(llm.model) or llm.unjoined or "the recipe names another"
+    both_ways = BOTH_WAYS if llm.bidirectional else None
+    reason = interface_reason(llm.model) or llm.unjoined or both_ways or "the recipe names another"
     return f"{name} by masks (flex: {reason})"
 
 
 def _attention_reason(llm: CausalLLM, dtype: torch.dtype, device: torch.device) -> str | None:
-    reason = unsupported_reason(llm.model)
+    reason = BOTH_WAYS if llm.bidirectional else unsupported_reason(llm.model)
     if reason is not None:
         return reason
     if not llm.supports_intervals:

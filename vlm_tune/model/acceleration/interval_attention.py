@@ -123,11 +123,19 @@ class IntervalAttention(MaskedAttention):
         length: int,
         *,
         joinable: bool,
+        blocks: Tensor | None = None,
     ) -> Any:
         # Rows may be on another device than the weights, which FSDP keeps on the CPU if it is told.
-        if not self._applies(model, row_mask.device):
+        if blocks is not None or not self._applies(model, row_mask.device):
             return self.elsewhere.mask(
-                model, row_mask, visible_until, positions, dtype, length, joinable=joinable
+                model,
+                row_mask,
+                visible_until,
+                positions,
+                dtype,
+                length,
+                joinable=joinable,
+                blocks=blocks,
             )
         if visible_until is None:
             visible_until = torch.where(row_mask, row_mask.shape[1], 0)
@@ -142,14 +150,17 @@ class IntervalAttention(MaskedAttention):
         positions: Tensor,
         visible: Tensor,
         steps: int,
+        blocks: Tensor | None = None,
     ) -> Prefill:
-        if self._applies(model, embeds.device):
+        if blocks is None and self._applies(model, embeds.device):
             rows = IntervalPrefill(body, embeds, visible_until, positions)
             if rows.cache.rows:
                 rows.cache.branch(visible)
                 return rows
             # The model's layers do not pass the cache on to their attention, as Nemotron's.
-        return self.elsewhere.prefill(model, body, embeds, visible_until, positions, visible, steps)
+        return self.elsewhere.prefill(
+            model, body, embeds, visible_until, positions, visible, steps, blocks
+        )
 
 
 class IntervalPrefill:

@@ -7,6 +7,7 @@ from typing import Any
 from vlm_tune.config.model import AnyConnector, CrossAttentionConnector, FusionConnector
 from vlm_tune.model.connectors.cross_attention import CrossAttention
 from vlm_tune.model.connectors.fusion import Fusion
+from vlm_tune.model.connectors.gemma3 import Gemma3Projector
 from vlm_tune.model.connectors.projectors import AvgPool, Connector, Linear, Mlp, PixelShuffle
 from vlm_tune.model.connectors.qformer import QFormer
 from vlm_tune.model.connectors.resampler import Resampler
@@ -16,6 +17,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "mlp": Mlp,
     "pixel_shuffle": PixelShuffle,
     "avg_pool": AvgPool,
+    "gemma3": Gemma3Projector,
     "resampler": Resampler,
     "qformer": QFormer,
     "fusion": Fusion,

@@ -56,6 +56,8 @@ class Family:
         modules: the whole model's names of modules in memory, by the beginnings of ours: of the
             LLM's in its own class, and of the connector's after `connector.`. An adapter can be
             exported over models of a family that has them.
+        bidirectional: which tokens of its LLM see each other both ways, if any do
+            (`model.llm.bidirectional`).
     """
 
     name: str
@@ -64,6 +66,7 @@ class Family:
     parts: Callable[[Vlm], VlmParts]
     language: Callable[[Vlm], Any]
     modules: Mapping[str, str] = field(default_factory=dict)
+    bidirectional: Literal["images"] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from vlm_tune.model.families.base import Family, Vlm
 from vlm_tune.model.families.blip import BLIP2, INSTRUCTBLIP
+from vlm_tune.model.families.gemma3 import GEMMA3
 from vlm_tune.model.families.idefics3 import IDEFICS3, SMOLVLM
 from vlm_tune.model.families.internvl import INTERNVL
 from vlm_tune.model.families.llava import LLAVA, LLAVA_ORIGINAL, ORIGINAL_TYPES
@@ -18,6 +19,7 @@ FAMILIES: dict[str, Family] = {
     "idefics3": IDEFICS3,
     "smolvlm": SMOLVLM,
     "internvl": INTERNVL,
+    "gemma3": GEMMA3,
 }
 """The families by transformers' model type."""
 

@@ -69,6 +69,7 @@ class MaskedAttention:
         length: int,
         *,
         joinable: bool,
+        blocks: torch.Tensor | None = None,
     ) -> Any:
         """The attention mask that the model's body takes for rows.
 
@@ -80,13 +81,15 @@ class MaskedAttention:
             dtype: The type of the embeddings.
             length: S, the number of last tokens that are queries.
             joinable: Whether the model takes masks of joined rows.
+            blocks: Numbers int[B, L] of blocks whose tokens see each other both ways, as
+                `tree_mask` takes them; None where there are none.
         """
         if visible_until is None or positions is None:
-            if row_mask.device.type != "cuda" or not joinable:
+            if blocks is None and (row_mask.device.type != "cuda" or not joinable):
                 return row_mask.long()
             # transformers looks whether a mask of rows has padding, for which the host would wait.
             visible_until, positions = whole_rows(row_mask)
-        tree = tree_mask(visible_until)[:, :, -length:]
+        tree = tree_mask(visible_until, blocks)[:, :, -length:]
         return layer_masks(model.config, tree, positions[:, -length:], positions, dtype)
 
     def prefill(
@@ -98,6 +101,7 @@ class MaskedAttention:
         positions: torch.Tensor,
         visible: torch.Tensor,
         steps: int,
+        blocks: torch.Tensor | None = None,
     ) -> Prefill:
         """Prefills joined rows.
 
@@ -109,10 +113,13 @@ class MaskedAttention:
             positions: Positions [B, L] in the samples.
             visible: bool[B, K, L], the tokens of its row that each branch sees.
             steps: The most decode steps that follow.
+            blocks: As in `mask`.
         """
         if takes_static_cache(model, embeds.device):
-            return StaticPrefill(model, body, embeds, visible_until, positions, visible, steps)
-        return MaskedPrefill(model, body, embeds, visible_until, positions, visible)
+            return StaticPrefill(
+                model, body, embeds, visible_until, positions, visible, steps, blocks
+            )
+        return MaskedPrefill(model, body, embeds, visible_until, positions, visible, blocks)
 
 
 class MaskedPrefill:
@@ -131,6 +138,7 @@ class MaskedPrefill:
         visible_until: torch.Tensor,
         positions: torch.Tensor,
         visible: torch.Tensor,
+        blocks: torch.Tensor | None = None,
         cache: Any = None,
     ) -> None:
         from transformers import DynamicCache
@@ -142,7 +150,7 @@ class MaskedPrefill:
         self.visible = visible
         self.cached_positions = positions
         length = embeds.shape[1]
-        tree = tree_mask(visible_until)[:, :, -length:]
+        tree = tree_mask(visible_until, blocks)[:, :, -length:]
         queries = positions[:, -length:]
         mask = layer_masks(self.config, tree, queries, positions, embeds.dtype)
         self.hidden = _run(self.body, self.cache, embeds, mask, queries)
@@ -184,6 +192,7 @@ class StaticPrefill:
         positions: torch.Tensor,
         visible: torch.Tensor,
         steps: int,
+        blocks: torch.Tensor | None = None,
     ) -> None:
         _, branches, length = visible.shape
         self.steps_taken = 0
@@ -200,7 +209,7 @@ class StaticPrefill:
         self._open(visible)
         mask = layer_masks(
             self.config,
-            pad(tree_mask(visible_until), (0, room), value=False),
+            pad(tree_mask(visible_until, blocks), (0, room), value=False),
             positions,
             self.cached_positions,
             embeds.dtype,

@@ -170,8 +170,7 @@ class LanguageModel(nn.Module):
     def check_length(self, length: int) -> None:
         """Checks that the model has positions for rows of `length` tokens, virtual tokens included.
 
-        Raises:
-            ModelError: The rows are longer.
+        Raises `ModelError` if the rows are longer.
         """
         if self.longest is not None and length > self.longest:
             raise ModelError(
@@ -179,6 +178,10 @@ class LanguageModel(nn.Module):
                 f"{type(self.model).__name__} has positions for {self.longest}: set "
                 f"data.max_length to at most {self.longest - self.virtual}, or ask less"
             )
+
+    def blocks(self, batch: Batch) -> torch.Tensor | None:
+        """The numbers int64[B, L] of `tree_mask` for a batch's blocks; None if it has none."""
+        return None
 
     @property
     def supports_intervals(self) -> bool:
@@ -371,7 +374,7 @@ class LanguageModel(nn.Module):
     def generate(
         self,
         embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
+        batch: Batch,
         decoding: Decoding,
         pad_id: int,
         stop_ids: list[int],
@@ -380,8 +383,8 @@ class LanguageModel(nn.Module):
         """Generates answers by transformers' `generate`: by beam search, else by the likeliest id.
 
         Args:
-            embeds: Input embeddings [B, L, E]; for a decoder, rows are padded on the left.
-            attention_mask: bool[B, L], False for padding.
+            embeds: Input embeddings [B, L, E].
+            batch: The rows; for a decoder, padded on the left.
             decoding: The numbers of new tokens, of beams, and of beams to return.
             pad_id: The id after a row's end.
             stop_ids: Ids that end an answer.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,14 +15,27 @@ from vlm_tune.model.language.attention import MaskedAttention, MaskedPrefill, wh
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.causal_rows import CausalRows
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.language.masks import joining_reason, shared_rotation_reason
+from vlm_tune.model.language.kv_cache import crop_cache
+from vlm_tune.model.language.masks import (
+    image_blocks,
+    joining_reason,
+    layer_masks,
+    same_block,
+    shared_rotation_reason,
+)
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
 
 
 class CausalLLM(LanguageModel):
-    """A decoder: Llama, Mistral, Qwen, Gemma, SmolLM, GPT-2, ..."""
+    """A decoder: Llama, Mistral, Qwen, Gemma, SmolLM, GPT-2, ...
+
+    Attributes:
+        attention: How rows attend, which `acceleration.install` replaces.
+        bidirectional: Which tokens of a row see each other both ways; None: none do.
+    """
 
     layout = "causal"
+    bidirectional: Literal["images"] | None = None
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -46,6 +59,11 @@ class CausalLLM(LanguageModel):
             input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
         ).logits
 
+    def blocks(self, batch: Batch) -> torch.Tensor | None:
+        if self.bidirectional is None or not len(batch.slots):
+            return None
+        return image_blocks(batch.image_mask)
+
     @property
     def supports_intervals(self) -> bool:
         return self.attention_of_rows.by_intervals(self.model)
@@ -64,6 +82,7 @@ class CausalLLM(LanguageModel):
         virtual = self.virtual
         positions = batch.positions
         visible_until = batch.visible_until
+        blocks = self.blocks(batch)
         cache = None if self.prompt is None else self.prompt.cache(len(embeds), embeds.dtype)
         # In joined rows, each sample's positions start from its own beginning.
         if self.longest is not None:
@@ -81,6 +100,8 @@ class CausalLLM(LanguageModel):
         if virtual and positions is not None:
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
             positions = torch.cat([first, positions + virtual], dim=1)
+        if virtual and blocks is not None:
+            blocks = pad(blocks, (virtual, 0))
         row_positions = None if positions is None else positions[:, -embeds.shape[1] :]
         visible = self.attention_of_rows.mask(
             self.model,
@@ -90,6 +111,7 @@ class CausalLLM(LanguageModel):
             embeds.dtype,
             embeds.shape[1],
             joinable=self.unjoined is None,
+            blocks=blocks,
         )
         if row_positions is None and not (isinstance(visible, torch.Tensor) and visible.dim() == 2):
             # Without positions, OPT would count them in the mask, which is none of 0 and 1.
@@ -112,22 +134,64 @@ class CausalLLM(LanguageModel):
     def generate(
         self,
         embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
+        batch: Batch,
         decoding: Decoding,
         pad_id: int,
         stop_ids: list[int],
         **options: Any,
     ) -> torch.Tensor:
-        embeds, mask = self.prompted(embeds, attention_mask)
+        embeds, mask = self.prompted(embeds, batch.attention_mask)
         self.check_length(mask.shape[1])
         options |= self._options(self.room(decoding, mask.shape[1]), pad_id, stop_ids)
-        if isinstance(self.prompt, KeyValuePrefix):
+        blocks = self.blocks(batch)
+        cached = isinstance(self.prompt, KeyValuePrefix)
+        if cached or blocks is not None:
             # transformers takes the whole input beside a cache, and drops the part that is cached.
-            options[cache_name()] = self.prompt.cache(
-                len(embeds) * decoding.num_beams, embeds.dtype
-            )
+            cache = self._cached(embeds, mask, blocks)
+            cache.batch_repeat_interleave(decoding.num_beams)
+            options[cache_name()] = cache
+        if cached:
             embeds = pad(embeds, (0, 0, self.virtual, 0))
         return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), **options)
+
+    def _cached(self, embeds: torch.Tensor, mask: torch.Tensor, blocks: torch.Tensor | None) -> Any:
+        """The KV cache with which transformers' `generate` begins.
+
+        It has a prefix of keys and values, and where blocks see each other both ways all but the
+        last tokens of rows [B, L, E], which transformers would prefill by a mask without blocks.
+        `mask` is bool[B, C] with the virtual tokens, False for padding on the left.
+        """
+        from transformers import DynamicCache
+
+        # Without a config it keeps all tokens.
+        cache = (
+            self.prompt.cache(len(embeds), embeds.dtype)
+            if isinstance(self.prompt, KeyValuePrefix)
+            else DynamicCache()
+        )
+        if blocks is None:
+            return cache
+        columns = mask.shape[1]
+        length = embeds.shape[1]
+        blocks = pad(blocks, (columns - blocks.shape[1], 0))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        place = torch.arange(columns, device=embeds.device)
+        visible = (place[:, None] >= place)[None, None] & mask[:, None, None]
+        visible = visible | same_block(blocks, blocks)
+        visible |= torch.eye(columns, dtype=torch.bool, device=embeds.device)
+        queries = positions[:, -length:]
+        self.body(
+            inputs_embeds=embeds,
+            attention_mask=layer_masks(
+                self.model.config, visible[:, :, -length:], queries, positions, embeds.dtype
+            ),
+            position_ids=queries,
+            use_cache=True,
+            **{cache_name(): cache},
+        )
+        # The last token is computed again, for its logits.
+        crop_cache(cache, columns - 1)
+        return cache
 
     def branches(
         self,
@@ -191,13 +255,21 @@ class CausalBranches:
         at = leaves[..., None]
         visible = (place <= at) & (at < visible_until[:, None])
         self.positions = positions[rows, leaves]
+        blocks = llm.blocks(batch)
         if cache is None:
             self.prefill = llm.attention_of_rows.prefill(
-                llm.model, llm.body, embeds, visible_until, positions, visible, new_tokens - 1
+                llm.model,
+                llm.body,
+                embeds,
+                visible_until,
+                positions,
+                visible,
+                new_tokens - 1,
+                blocks,
             )
         else:
             self.prefill = MaskedPrefill(
-                llm.model, llm.body, embeds, visible_until, positions, visible, cache
+                llm.model, llm.body, embeds, visible_until, positions, visible, blocks, cache
             )
         cached = positions.shape[1] - embeds.shape[1]
         self.hidden = self.prefill.hidden[rows, leaves - cached]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vlm_tune.compat import cache_name
-from vlm_tune.model.language.masks import layer_masks
+from vlm_tune.model.language.masks import layer_masks, same_block
 from vlm_tune.model.language.row_buffers import Prefix, RowBuffers, order_after
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class CausalRows:
         embeds: torch.Tensor,
         lengths: Sequence[int],
         prefixes: Sequence[Prefix | None],
+        blocks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Prefills rows, see `Rows`."""
         rows, size, _ = embeds.shape
@@ -50,7 +51,7 @@ class CausalRows:
                 self.buffers.put(len(self) + row, 0, layers)
         device = embeds.device
         columns = torch.tensor(starts, device=device)[:, None] + torch.arange(size, device=device)
-        hidden = self._run(embeds, len(self), columns, max(starts), max(starts) + size)
+        hidden = self._run(embeds, len(self), columns, max(starts), max(starts) + size, blocks)
         ends = torch.tensor(lengths, device=device) - 1
         self.lengths += [start + length for start, length in zip(starts, lengths, strict=True)]
         return hidden[torch.arange(rows, device=device), ends]
@@ -85,13 +86,25 @@ class CausalRows:
         return Prefix(self.buffers.columns_of(row, length), length)
 
     def _run(
-        self, embeds: torch.Tensor, first: int, columns: torch.Tensor, filled: int, stop: int
+        self,
+        embeds: torch.Tensor,
+        first: int,
+        columns: torch.Tensor,
+        filled: int,
+        stop: int,
+        blocks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states [B, S, E] of embeds at columns [B, S] of the rows from `first` on."""
+        """Hidden states [B, S, E] of embeds at columns [B, S] of the rows from `first` on.
+
+        `blocks` are as in `join`.
+        """
         buffers = self.buffers
         buffers.write_to(first, columns, start=0, filled=filled, stop=stop)
         every = torch.arange(stop, device=columns.device)[None]
         visible = (every[:, None] <= columns[..., None])[:, None]
+        if blocks is not None:
+            of_columns = blocks.new_zeros(len(columns), stop).scatter_(1, columns, blocks)
+            visible = visible | same_block(blocks, of_columns)
         config = self.llm.model.config
         mask = layer_masks(config, visible, columns, every, embeds.dtype)
         positions = columns

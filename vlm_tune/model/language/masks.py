@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from vlm_tune.compat import is_stateful
 
@@ -21,10 +22,28 @@ The values are the settings of the config that hold the part's size in tokens.
 KINDS = ("full_attention", *WINDOWS)
 
 
-def tree_mask(visible_until: torch.Tensor) -> torch.Tensor:
+def image_blocks(image_mask: torch.Tensor) -> torch.Tensor:
+    """The numbers int64[B, L] of the images that slots belong to, from 1 in each row.
+
+    0 is for other tokens. `image_mask` is bool[B, L]. Markers stand between any two images.
+    """
+    begins = image_mask & ~pad(image_mask[:, :-1], (1, 0))
+    return begins.cumsum(1) * image_mask
+
+
+def same_block(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The mask bool[B, 1, Q, C] that is True where query and key are of one block.
+
+    `rows` [B, Q] and `columns` [B, C] are the queries' and keys' numbers of blocks, 0 for none.
+    """
+    return same_sample(rows, columns) & (rows > 0)[:, None, :, None]
+
+
+def tree_mask(visible_until: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
     """The mask bool[B, 1, L, L] in which token i sees token j where j <= i < visible_until[b, j].
 
-    `visible_until` is int[B, L]. Every token sees itself, so padding, whose value is 0, sees itself
+    `visible_until` is int[B, L]. With `blocks` int[B, L], the tokens of a block see each other both
+    ways; 0 is none. Every token sees itself, so padding, whose value is 0, sees itself
     alone. A prefix p of two tokens and its branches a and b, then padding:
 
         visible_until   6 6 4 4 6 6 0
@@ -39,7 +58,8 @@ def tree_mask(visible_until: torch.Tensor) -> torch.Tensor:
     """
     place = torch.arange(visible_until.shape[1], device=visible_until.device)
     visible = (place[None, :] <= place[:, None]) & (place[:, None] < visible_until[:, None, :])
-    return (visible | torch.eye(len(place), dtype=torch.bool, device=visible_until.device))[:, None]
+    visible |= torch.eye(len(place), dtype=torch.bool, device=visible_until.device)
+    return visible[:, None] if blocks is None else visible[:, None] | same_block(blocks, blocks)
 
 
 def same_sample(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

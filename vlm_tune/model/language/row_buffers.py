@@ -50,13 +50,15 @@ class Rows(Protocol):
         embeds: torch.Tensor,
         lengths: Sequence[int],
         prefixes: Sequence[Prefix | None],
+        blocks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Prefills rows, which follow the present ones.
 
         Args:
             embeds: Input embeddings [B, S, E], padded on the right.
             lengths: The number of tokens in each of them.
-            prefixes: What comes before each of them, if anything.
+            prefixes: What comes before each of them, if anything. They end with whole blocks.
+            blocks: Numbers int64[B, S] of the blocks of their tokens, see `LanguageModel.blocks`.
 
         Returns:
             The hidden states [B, E] of the rows' last tokens.

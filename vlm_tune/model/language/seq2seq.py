@@ -150,13 +150,13 @@ class Seq2SeqLLM(LanguageModel):
     def generate(
         self,
         embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
+        batch: Batch,
         decoding: Decoding,
         pad_id: int,
         stop_ids: list[int],
         **options: Any,
     ) -> torch.Tensor:
-        embeds, mask = self.prompted(embeds, attention_mask)
+        embeds, mask = self.prompted(embeds, batch.attention_mask)
         self.check_length(mask.shape[1])
         encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask.long())
         options |= self._options(decoding, pad_id, stop_ids)

@@ -47,6 +47,7 @@ class Seq2SeqRows:
         embeds: torch.Tensor,
         lengths: Sequence[int],
         prefixes: Sequence[Prefix | None],
+        blocks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Encodes prompts and takes their first decode step, see `Rows`."""
         rows, size, _ = embeds.shape

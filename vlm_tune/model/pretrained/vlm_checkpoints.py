@@ -57,7 +57,12 @@ def _own_section(folder: Path, source: PretrainedModel) -> ModelSection:
     section = moved(folder, section, AS_SAVED)
     llm = section.llm.model_copy(update=source.llm.model_dump())
     if (folder / "llm").is_dir():
-        llm = Llm(kind=llm.kind, name=str(folder / "llm"), **source.llm.model_dump())
+        llm = Llm(
+            kind=llm.kind,
+            name=str(folder / "llm"),
+            bidirectional=llm.bidirectional,
+            **source.llm.model_dump(),
+        )
     tower = section.tower.model_copy(update=_overrides(source))
     return section.model_copy(update={"llm": llm, "tower": tower})
 
@@ -107,5 +112,10 @@ def _section(source: PretrainedModel) -> ModelSection:
     return ModelSection(
         tower=tower.model_copy(update=_overrides(source)),
         connector=connector,
-        llm=Llm(kind=kind, name=vlm.name, **source.llm.model_dump()),
+        llm=Llm(
+            kind=kind,
+            name=vlm.name,
+            bidirectional=vlm.family.bidirectional,
+            **source.llm.model_dump(),
+        ),
     )
