@@ -199,7 +199,7 @@ def wake_adapters(model: VisionLanguageModel, scale: float = 0.3) -> None:
 
 def batch_of(model: VisionLanguageModel, examples: Sequence[Example]) -> Batch:
     """A batch with pixels."""
-    return collate(examples, model.processor.spec, fetch=model.processor.images)
+    return collate(examples, model.processor.spec, fetch=model.processor.images.inputs)
 
 
 def loss_and_gradients(

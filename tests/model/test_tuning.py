@@ -25,8 +25,8 @@ from tests.helpers.tiny_models import (
 from vlm_tune.config.tune import TuneRule
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.verify import observe
-from vlm_tune.model.build import load_dtype
 from vlm_tune.model.lora import parts
+from vlm_tune.model.precisions import load_dtype
 from vlm_tune.model.tuning import apply_rules
 
 FROZEN = TuneRule(match="*", how="frozen")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from vlm_tune.config.base import Config, HomePath, Layers, PositiveInt, Side, Width
+from vlm_tune.config.native import NativeModel
 
 
 class Idefics3Split(Config):
@@ -149,7 +150,18 @@ class PairTower(Tower):
     towers: list[SingleTower] = Field(min_length=2, max_length=2)
 
 
-AnyTower = OpenClipTower | TransformersTower | TimmTower | PairTower
+RecipeTower = OpenClipTower | TransformersTower | TimmTower | PairTower
+
+
+class NativeTower(Tower):
+    """Stands for the tower inside a native model, whose own processor prepares images."""
+
+    kind: Literal["native"] = "native"
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
+
+
+AnyTower = RecipeTower | NativeTower
 
 
 class Projector(Config):
@@ -318,7 +330,15 @@ class CrossAttentionConnector(Config):
     )
 
 
-AnyConnector = BaseConnector | QFormerConnector | FusionConnector | CrossAttentionConnector
+class NativeConnector(Config):
+    """Stands for the connector inside a native model, which brings its weights."""
+
+    kind: Literal["native"] = "native"
+    weights: None = None
+
+
+RecipeConnector = BaseConnector | QFormerConnector | FusionConnector | CrossAttentionConnector
+AnyConnector = RecipeConnector | NativeConnector
 
 
 class Scratch(Config):
@@ -379,9 +399,42 @@ class Llm(Config):
 class ModelSection(Config):
     """A model built from a vision tower, a connector and a language model."""
 
-    tower: Annotated[AnyTower, Field(discriminator="kind")]
-    connector: Annotated[AnyConnector, Field(discriminator="kind")] = MlpConnector(kind="mlp")
+    tower: Annotated[RecipeTower, Field(discriminator="kind")]
+    connector: Annotated[RecipeConnector, Field(discriminator="kind")] = MlpConnector(kind="mlp")
     llm: Llm
+
+
+class NativeLlm(Llm):
+    """A whole model of transformers, which is called as it is; `name` is the checkpoint's."""
+
+    kind: Literal["causal", "seq2seq"] = "causal"
+
+
+class NativeSection(Config):
+    """The parts of a native model in a saved model's config."""
+
+    tower: NativeTower = NativeTower()
+    connector: NativeConnector = NativeConnector()
+    llm: NativeLlm
+
+
+AnySection = ModelSection | NativeSection
+"""The parts of a saved model."""
+
+
+def _section_form(value: Any) -> str:
+    """Returns the name of the class that describes a saved model's parts."""
+    tower = value.get("tower") if isinstance(value, dict) else value.tower
+    kind = tower.get("kind") if isinstance(tower, dict) else getattr(tower, "kind", None)
+    return NativeSection.__name__ if kind == "native" else ModelSection.__name__
+
+
+SavedSection = Annotated[
+    Annotated[ModelSection, Tag(ModelSection.__name__)]
+    | Annotated[NativeSection, Tag(NativeSection.__name__)],
+    Discriminator(_section_form),
+]
+"""`AnySection` in a config that is read from a file."""
 
 
 class PretrainedLlm(Config):
@@ -418,13 +471,21 @@ class PretrainedModel(Config):
 
 
 def _model_form(value: Any) -> str:
-    """Returns the name of the class that describes a recipe's model: its parts, or a checkpoint."""
+    """Returns the name of the class that describes a recipe's model.
+
+    It describes its parts, a checkpoint that is taken apart, or one that is called as it is.
+    """
+    if isinstance(value, NativeModel) or (
+        isinstance(value, dict) and value.get("kind") is not None
+    ):
+        return NativeModel.__name__
     named = "pretrained" in value if isinstance(value, dict) else isinstance(value, PretrainedModel)
     return PretrainedModel.__name__ if named else ModelSection.__name__
 
 
 AnyModel = Annotated[
     Annotated[ModelSection, Tag(ModelSection.__name__)]
-    | Annotated[PretrainedModel, Tag(PretrainedModel.__name__)],
+    | Annotated[PretrainedModel, Tag(PretrainedModel.__name__)]
+    | Annotated[NativeModel, Tag(NativeModel.__name__)],
     Discriminator(_model_form),
 ]

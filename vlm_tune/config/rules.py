@@ -8,6 +8,7 @@ from typing import Any
 from vlm_tune.config.data_rules import data_contradictions
 from vlm_tune.config.faults import Fault, broken
 from vlm_tune.config.model import ModelSection
+from vlm_tune.config.native_rules import native_contradictions
 from vlm_tune.config.objective_rules import objective_contradictions
 from vlm_tune.config.objectives import LEAST_IMAGES
 from vlm_tune.config.recipe import Recipe
@@ -40,6 +41,7 @@ def contradictions(raw: Any) -> list[Fault]:
         *_metric_contradictions(raw),
         *_noise_contradictions(raw),
         *objective_contradictions(raw),
+        *native_contradictions(raw),
     ]
 
 

@@ -14,6 +14,7 @@ from vlm_tune.quoting import quoted
 
 BLOCK_WEIGHTS = (
     "llm.model.layers.0.self_attn.q_proj.weight",
+    "llm.model.language_model.layers.0.self_attn.q_proj.weight",
     "llm.model.decoder.layers.0.self_attn.q_proj.weight",
     "llm.transformer.h.0.attn.c_attn.weight",
     "llm.encoder.block.0.layer.0.SelfAttention.q.weight",

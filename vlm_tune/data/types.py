@@ -5,7 +5,7 @@ Shapes: B rows, L tokens, M media items of a batch, N tokens a media item, D wid
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -180,12 +180,14 @@ def distinct_media(conversations: Iterable[Conversation]) -> list[Media]:
 class Segment:
     """A piece of a rendered conversation: plain text, one control token or one media item.
 
-    `trained` says whether its tokens are supervised.
+    `trained` says whether its tokens are supervised. `ids` are a media item's tokens, if the
+    model's own processor says which they are.
     """
 
     kind: Literal["text", "control", "media"]
     payload: str | Media
     trained: bool = False
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -286,6 +288,10 @@ class Completions:
     reference: torch.Tensor | None = None
 
 
+NativeInputs = dict[str, "torch.Tensor"]
+"""What a native model's processor makes of images, by the names of its forward pass's arguments."""
+
+
 @dataclass
 class Batch:
     """Padded rows as tensors.
@@ -314,6 +320,7 @@ class Batch:
         completions: What was sampled for a batch of prompts.
         host: Of a batch on another device, the batch as it was on the CPU, without images. What
             the host has to know is read there.
+        native: The tensors that a native model takes of its images, by name, in place of pixels.
     """
 
     ids: list[str]
@@ -335,6 +342,7 @@ class Batch:
     reference: torch.Tensor | None = None
     task: str | None = None
     loss_weight: float = 1.0
+    native: NativeInputs = field(default_factory=dict)
     prompts: list[list[Prompt]] = field(init=False, default_factory=list)
     completions: Completions | None = field(init=False, default=None)
     slots: torch.Tensor = field(init=False)
@@ -374,19 +382,23 @@ class Batch:
         elif self.host is None and self.input_ids.device.type == "cpu":
             self.host = copy(self)
             self.host.pixels = self.host.features = None
-        for name, tensor in self._tensors().items():
-            setattr(self, name, tensor.to(device, non_blocking=tensor.is_pinned()))
+            self.host.native = {}
+        self._replace_tensors(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
         return self
+
+    def _replace_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name, tensor in self._tensors().items():
+            setattr(self, name, change(tensor))
+        self.native = {name: change(tensor) for name, tensor in self.native.items()}
 
     def pin_memory(self) -> Batch:
         """Moves the tensors to pinned memory in place and returns the batch."""
-        for name, tensor in self._tensors().items():
-            setattr(self, name, tensor.pin_memory())
+        self._replace_tensors(lambda tensor: tensor.pin_memory())
         return self
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Notes that `stream` uses the tensors, which another one has allocated."""
-        for tensor in self._tensors().values():
+        for tensor in (*self._tensors().values(), *self.native.values()):
             tensor.record_stream(stream)
 
     @property

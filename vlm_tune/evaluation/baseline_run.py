@@ -240,6 +240,13 @@ class BaselineRun:
         rows = [row.without_shots() for row in training.rows]
         scored = [row.without_shots() for row in self.rows]
         shown = all(row.media for row in (*rows, *scored))
+        if self.model.llm.native:
+            if not self._auto:
+                notes.append(
+                    "baselines nearest and probe need features, which a native model's "
+                    "own forward pass keeps to itself"
+                )
+            return {}
         if self._auto and (not shown or trains_tower(self.model)):
             return {}
         if not shown:

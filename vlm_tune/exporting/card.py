@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from vlm_tune.config.model import ModelSection
+from vlm_tune.config.model import AnySection
 from vlm_tune.run_folder import recipe_above
 
 
@@ -35,7 +35,7 @@ def model_card(
     return "\n".join([*lines, *(_run_lines(path) if path else [])]) + "\n"
 
 
-def described_parts(section: ModelSection) -> tuple[str, str, str]:
+def described_parts(section: AnySection) -> tuple[str, str, str]:
     """The tower, the connector and the language model of a model in words."""
     tower = getattr(section.tower, "name", None) or "from scratch"
     return (

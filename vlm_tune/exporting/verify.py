@@ -74,13 +74,13 @@ def observe(
     examples = [example for row in rows for example in model.processor.examples(row)]
     logits: list[torch.Tensor] = []
     for example in examples:
-        batch = collate([example], model.processor.spec, fetch=model.processor.images).to(
+        batch = collate([example], model.processor.spec, fetch=model.processor.images.inputs).to(
             model.device
         )
         embeds: Any = model.embed(batch)
         logits.append(model.llm.supervised_logits(embeds, batch).float().flatten())
     prompts = model.processor.prompts(rows)
-    texts = answer_prompts(model, prompts, Decoding(16), fetch=model.processor.images)
+    texts = answer_prompts(model, prompts, Decoding(16), fetch=model.processor.images.inputs)
     return torch.cat(logits), texts
 
 

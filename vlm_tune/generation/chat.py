@@ -189,7 +189,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
 
     def _streamed(self, prompt: Example, decoding: Decoding) -> Iterator[str]:
         with self.evaluating():
-            yield from streamed(self, prompt, decoding, self.processor.images)
+            yield from streamed(self, prompt, decoding, self.processor.images.inputs)
 
     def embed_images(self, images: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
         """Returns unit vectors fp32[I, E] of images, to compare with those of `embed_texts`.

@@ -71,7 +71,7 @@ def image_embeddings(
     Raises:
         ArgumentError: `batch_size` is no whole number from 1 on.
         DataError: An image can't be decoded.
-        ModelError: The connector reads the question.
+        ModelError: The connector reads the question, or it is a native model's.
     """
     check_count("batch_size", batch_size)
     check_image_vectors(model)
@@ -85,7 +85,11 @@ def image_embeddings(
 
 
 def check_image_vectors(model: VisionLanguageNetwork) -> None:
-    """Raises `ModelError` if the model's connector reads an image with a question alone."""
+    """Raises `ModelError` if an image alone has no vector in the model."""
+    if model.llm.native:
+        raise ModelError(
+            "an image alone has no vector here: a native model's own forward pass has none to show"
+        )
     if model.connector.needs_text:
         raise ModelError(
             "an image alone has no vector here: the model's connector reads the question with it"

@@ -10,18 +10,20 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
 from vlm_tune.config.base import Config
-from vlm_tune.config.model import AnyTower, ModelSection, PairTower
+from vlm_tune.config.model import AnySection, AnyTower, PairTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import is_path, read_json
 from vlm_tune.paths import check_path, exists, shown_path
 from vlm_tune.quoting import quoted
 
 NOTES = "bases.json"
+Section = TypeVar("Section", bound=AnySection)
+"""The class of the parts of a model."""
 
 
 class Place(Config):
@@ -124,7 +126,7 @@ def _on_disk(name: str) -> str:
     return name.removeprefix("local-dir:")
 
 
-def places_of(section: ModelSection, parts: Mapping[str, Base], folder: Path) -> dict[str, Place]:
+def places_of(section: AnySection, parts: Mapping[str, Base], folder: Path) -> dict[str, Place]:
     """The locations of a section's paths, for parts whose weights are not in the model folder.
 
     Paths that do not exist are left out.
@@ -160,7 +162,7 @@ def read_notes(folder: Path) -> BaseNotes:
         raise ModelError(f"{folder}: {NOTES} is not what was written") from None
 
 
-def moved(folder: Path, section: ModelSection, choice: BaseChoice) -> ModelSection:
+def moved(folder: Path, section: Section, choice: BaseChoice) -> Section:
     """A saved model's section with the current locations of its base weights.
 
     A path is tried at its old absolute location, then relative to the model folder as before, then
@@ -214,7 +216,7 @@ def _replaced(part: Any, places: Mapping[str, str]) -> Any:
     return part.model_copy(update=changes) if changes else part
 
 
-def _found(folder: Path, section: ModelSection, path: str, place: Place, choice: BaseChoice) -> str:
+def _found(folder: Path, section: AnySection, path: str, place: Place, choice: BaseChoice) -> str:
     """The current path for a recorded one; raises `ModelError` if it exists nowhere."""
     is_llm = path == section.llm.name
     replaced_by_user = choice.places.keys() & (

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config.model import AnyTower, Llm
+from vlm_tune.config.model import AnyTower, Llm, NativeLlm
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError
 from vlm_tune.model.base_places import Base, BaseChoice, tower_paths
@@ -120,7 +120,7 @@ def llm_base(llm: Llm) -> Base:
             revision=revision,
             tensors={llm.gguf_file: file_digest(folder / llm.gguf_file)},
         )
-    vlm = find_vlm(name)
+    vlm = None if isinstance(llm, NativeLlm) else find_vlm(name)
     whole = folder_base(folder)
     tensors = {
         key: value for key, value in whole.tensors.items() if vlm is None or not vlm.foreign(key)

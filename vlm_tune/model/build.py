@@ -11,16 +11,18 @@ from typing import Any
 import torch
 
 from vlm_tune.config.model import (
+    AnySection,
     AnyTower,
-    ModelSection,
+    NativeSection,
     OpenClipTower,
     PairTower,
     QFormerConnector,
     TimmTower,
 )
+from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
-from vlm_tune.data.chat.template import ChatTemplate, load_template
+from vlm_tune.data.chat.template import ChatTemplate
 from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.images.split import split_of
 from vlm_tune.data.prepare.job import distinct_tasks
@@ -34,9 +36,9 @@ from vlm_tune.model.connectors.instruction import Reader
 from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.language.base import LanguageModel
-from vlm_tune.model.language.causal import CausalLLM
-from vlm_tune.model.language.registry import LLMS
+from vlm_tune.model.language.registry import llm_class, wrapped_llm
 from vlm_tune.model.optimizer_groups import Tuned
+from vlm_tune.model.precisions import load_dtype, trained_later
 from vlm_tune.model.pretrained.connector_weights import load_words, start_connector
 from vlm_tune.model.pretrained.language_model import (
     bare_llm,
@@ -46,6 +48,12 @@ from vlm_tune.model.pretrained.language_model import (
     make_room,
     scratch_config,
     scratch_llm,
+)
+from vlm_tune.model.pretrained.native import (
+    check_own_template,
+    load_native_processor,
+    native_images,
+    recipe_template,
 )
 from vlm_tune.model.pretrained.tokenizer import SPECIALS, add_words, load_tokenizer, train_tokenizer
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder, own_rebuild
@@ -86,7 +94,7 @@ def build(
     """
     torch.manual_seed(recipe.seed)
     section = model_section(recipe)
-    template = load_template(recipe.data.template)
+    template = recipe_template(recipe, section)
     start_folder = own_folder(recipe)
     own_tower = start_folder / TOWER if start_folder and (start_folder / TOWER).is_file() else None
     tower = restore_tower(section.tower, own_rebuild(recipe), own_tower)
@@ -105,7 +113,7 @@ def build(
         )
     changed = {"tower"} if own_tower or _from_scratch(section.tower) else set()
     words = load_words(section.connector, start_folder / WORDS if start_folder else None)
-    config = _config(recipe, section, tower)
+    config = _config(recipe, section, tower, template)
     model = assemble(
         config, tower, tokenizer, language, words, changed=changed, model_class=model_class
     )
@@ -133,11 +141,13 @@ def bases_of(model: VisionLanguageNetwork, *, bare: bool = False) -> dict[str, B
     return bases
 
 
-def _config(recipe: Recipe, section: ModelSection, tower: VisionTower) -> VisionLanguageConfig:
+def _config(
+    recipe: Recipe, section: AnySection, tower: VisionTower, template: ChatTemplate
+) -> VisionLanguageConfig:
     return VisionLanguageConfig(
         model=section,
         tower_rebuild=tower.rebuild,
-        template=load_template(recipe.data.template).model_dump(),
+        template=template.model_dump(),
         system=recipe.data.system,
         max_length=recipe.data.max_length,
         precision=recipe.last_stage.train.precision,
@@ -163,7 +173,7 @@ def build_processor(
     LLM's, or for an LLM from scratch one trained on `conversations`.
     """
     section = model_section(recipe)
-    template = load_template(recipe.data.template)
+    template = recipe_template(recipe, section)
     if section.llm.scratch and saved is None:
         tokenizer = add_words(
             train_tokenizer(conversations, section.llm.scratch.vocab_size, template), section.llm
@@ -186,6 +196,7 @@ def build_processor(
         tower,
         recipe.data.system,
         recipe.data.max_length,
+        folder=saved,
     )
 
 
@@ -198,22 +209,27 @@ def bare_tower(section: AnyTower, rebuild: dict[str, Any] | None = None) -> Visi
 
 
 def _processor(
-    section: ModelSection,
+    section: AnySection,
     tokenizer: Any,
     template: ChatTemplate,
     tokens: int,
     tower: VisionTower,
     system: str | None,
     max_length: int,
+    *,
+    folder: Path | None = None,
 ) -> Processor:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {quoted(section.llm.name)} has no end token")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Processor(
+    native = load_native_processor(section, folder) if isinstance(section, NativeSection) else None
+    processor = Processor(
         tokenizer=tokenizer,
         template=template,
         spec=InputSpec(tokens, section.llm.kind, max_length, pad, tokenizer.eos_token_id),
-        images=ImageProcessor(
+        images=native_images(native)
+        if native is not None
+        else ImageProcessor(
             tower.image_size,
             section.tower.resize,
             tower.mean,
@@ -223,6 +239,9 @@ def _processor(
         system=system,
         words=tuple(section.llm.words),
     )
+    if template.name == OWN_TEMPLATE:
+        check_own_template(processor, native)
+    return processor
 
 
 def assemble(
@@ -233,6 +252,7 @@ def assemble(
     words: Any = None,
     *,
     changed: set[str],
+    folder: Path | None = None,
     model_class: type[Network] = VisionLanguageNetwork,  # pyright: ignore[reportArgumentType]
 ) -> Network:
     """Assembles a model from its parts, with a connector of random weights.
@@ -244,13 +264,41 @@ def assemble(
         language: the transformers model of the LLM.
         words: the connector's own tokenizer; None if it has none.
         changed: the parts (tower, llm) whose weights are no longer those of their name.
+        folder: the model folder that it is restored from.
         model_class: the class of the model that is returned.
 
     Raises:
         ModelError: a tokenizer has more tokens than its embedding has rows, or the language model's
             own forward pass gives other logits than the way it is called here.
     """
-    rows = language.get_input_embeddings().num_embeddings
+    _check_rows(config, tokenizer, language.get_input_embeddings().num_embeddings)
+    if config.llm.words:
+        make_room(language, len(tokenizer))
+    measured = tower.measure()
+    release_mapped(tower)  # measuring has read all weights
+    llm, connector, tokens = _connected(config.model, measured, language)
+    if words is not None:
+        _connect_words(config, connector, tokenizer, words)
+    template = ChatTemplate.model_validate(config.template)
+    processor = _processor(
+        config.model,
+        tokenizer,
+        template,
+        tokens,
+        tower,
+        config.system,
+        config.max_length,
+        folder=folder,
+    )
+    model = model_class(config, tower, connector, llm, processor)
+    if getattr(language, "is_quantized", False) and config.llm.quantize:
+        check_packed(model)
+    model.changed = changed | ({"llm"} if config.llm.scratch else set())
+    return model
+
+
+def _check_rows(config: VisionLanguageConfig, tokenizer: Any, rows: int) -> None:
+    """Raises `ModelError` for tokens that an embedding of `rows` has none for."""
     without = [
         name
         for name, token in tokenizer.get_vocab().items()
@@ -263,22 +311,6 @@ def assemble(
             "Use the tokenizer that the model was made with, or name these in "
             "model.llm.added_tokens: then they get rows, which are trained"
         )
-    if config.llm.words:
-        make_room(language, len(tokenizer))
-    measured = tower.measure()
-    release_mapped(tower)  # measuring has read all weights
-    llm, connector, tokens = _connected(config.model, measured, language)
-    if words is not None:
-        _connect_words(config, connector, tokenizer, words)
-    template = ChatTemplate.model_validate(config.template)
-    processor = _processor(
-        config.model, tokenizer, template, tokens, tower, config.system, config.max_length
-    )
-    model = model_class(config, tower, connector, llm, processor)
-    if getattr(language, "is_quantized", False) and config.llm.quantize:
-        check_packed(model)
-    model.changed = changed | ({"llm"} if config.llm.scratch else set())
-    return model
 
 
 def _connect_words(
@@ -299,7 +331,7 @@ def _connect_words(
 
 
 def _connected(
-    section: ModelSection, measured: tuple[int, int], language: Any
+    section: AnySection, measured: tuple[int, int], language: Any
 ) -> tuple[LanguageModel, Connector, int]:
     """Wraps the language model and attaches a connector of random weights.
 
@@ -311,14 +343,7 @@ def _connected(
     Returns:
         The wrapped language model, the connector, and the number of slots of an image.
     """
-    llm = LLMS[section.llm.kind](language)
-    if isinstance(llm, CausalLLM):
-        llm.bidirectional = section.llm.bidirectional
-        if llm.bidirectional and llm.unjoined:
-            raise ModelError(
-                f"model.llm.bidirectional: a {type(language).__name__} takes no masks of its rows: "
-                f"{llm.unjoined}"
-            )
+    llm = wrapped_llm(section.llm, language)
     install(llm, section.llm.attention)
     if language.device.type != "meta":
         # Before a connector's blocks are inserted into its layers: they may still be of another
@@ -350,6 +375,7 @@ def bare_model(
         ModelError: a name is unknown.
     """
     section = model_section(recipe)
+    template = recipe_template(recipe, section)
     ids = tokenizer or SimpleNamespace(
         **{f"{name}_id": place for place, name in enumerate(SPECIALS)}
     )
@@ -370,7 +396,7 @@ def bare_model(
     )
     processor: Any = SimpleNamespace(spec=spec, stop_ids=[spec.eos_id])
     return VisionLanguageNetwork(
-        _config(recipe, section, tower), tower, connector, llm, processor
+        _config(recipe, section, tower, template), tower, connector, llm, processor
     ), measured
 
 
@@ -391,35 +417,6 @@ def tune_bare_model(model: VisionLanguageNetwork, recipe: Recipe, number: int) -
         )
 
 
-def trained_later(recipe: Recipe, stage: int) -> set[str]:
-    """The parts whose base weights a later stage trains: rounding them now would lose precision."""
-    rules = [
-        rule
-        for _, later in recipe.resolved_stages()[stage + 1 :]
-        for rule in later.tune
-        if rule.trains_base
-    ]
-    return {
-        part
-        for part in ("tower", "llm")
-        if any(rule.match.split(".")[0] in (part, "*") for rule in rules)
-    }
-
-
-def load_dtype(recipe: Recipe) -> torch.dtype:
-    """The dtype to load the LLM in: the training precision, or fp32 if a stage trains its weights.
-
-    fp32 keeps the base weights exact. A quantised LLM is always loaded in the training precision:
-    the parameters that train beside its quantised weights are separate fp32 tensors.
-    """
-    full = recipe.model.llm.quantize is None and any(
-        rule.trains_base and (rule.match.startswith("llm") or rule.match.startswith("*"))
-        for _, stage in recipe.resolved_stages()
-        for rule in stage.tune
-    )
-    return torch.float32 if full else DTYPES[recipe.train.precision]
-
-
 def planned_config(recipe: Recipe) -> tuple[VisionLanguageConfig, Any]:
     """The config of the recipe's model and transformers' config of its LLM; no weights are read.
 
@@ -433,7 +430,7 @@ def planned_config(recipe: Recipe) -> tuple[VisionLanguageConfig, Any]:
     else:
         ids: Any = SimpleNamespace(**{f"{name}_id": place for place, name in enumerate(SPECIALS)})
         text = scratch_config(section.llm, section.llm.scratch, ids, section.llm.scratch.vocab_size)
-    return _config(recipe, section, tower), text
+    return _config(recipe, section, tower, recipe_template(recipe, section)), text
 
 
 def restore_tower(

@@ -13,7 +13,7 @@ prompt/                the LLM's soft prompt or prefix in PEFT's layout
 tasks/                 instead of adapter/, where tasks have adapters of their own: sharing.json,
                        and of each task a model folder as this one, by its name
 similarity.safetensors the learned scale of a contrastive loss
-tokenizer.json, ...    the tokenizer, chat_template.jinja
+tokenizer.json, ...    the tokenizer, chat_template.jinja; a native model's own processor
 connector_tokenizer/   the connector's own tokenizer, if it has one
 manifest.json          sizes and sha256 of all the other files
 """
@@ -150,6 +150,7 @@ def capture_model(
             # recipe.
             model.processor.tokenizer.save_pretrained(folder / "llm")
             pin_tokenizer(folder / "llm")
+            model.processor.images.save(folder / "llm")
         if beside is not None:
             write_safetensors(beside, folder / BESIDE)
         for part, (config, tensors) in adapters.items():
@@ -169,6 +170,7 @@ def _write_texts(model: VisionLanguageNetwork, folder: Path) -> None:
     """Writes the tokenizer, the chat template, and the connector's own tokenizer."""
     model.processor.tokenizer.save_pretrained(folder)
     pin_tokenizer(folder)
+    model.processor.images.save(folder)
     if model.connector.reader is not None:
         model.connector.reader.tokenizer.save_pretrained(folder / WORDS)
         pin_tokenizer(folder / WORDS)

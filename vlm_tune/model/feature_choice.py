@@ -95,6 +95,8 @@ def cache_choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, g
         gpu: whether it trains on a GPU.
     """
     setting = stage.train.cache_features
+    if model.llm.native:
+        return Choice(False, "a native model's own forward pass takes images alone")
     if stage.data.streaming or stage.data.augment:
         return Choice(False, f"images are {'streamed' if stage.data.streaming else 'augmented'}")
     if trains_tower(model):
@@ -125,6 +127,8 @@ def caches_images(
 
     With auto they are where there is room for them in the tower's dtype.
     """
+    if model.llm.native:
+        return False
     if setting != "auto" or not media:
         return bool(media) and setting is True
     frames = len(media) * model.processor.images.most_frames

@@ -32,8 +32,19 @@ SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_l
 
 
 def parts(model: VisionLanguageNetwork) -> dict[str, nn.Module]:
-    """The model's parts under the names that rules use; names after `llm.` are transformers'."""
+    """The model's modules by part; names of parameters in `llm` are transformers'.
+
+    A native model has all of its weights in `llm`; `rule_name` tells its parts apart.
+    """
+    if model.llm.native:
+        return {"llm": model.llm.model}
     return {"tower": model.tower, "connector": model.connector, "llm": model.llm.model}
+
+
+def rule_name(model: VisionLanguageNetwork, part: str, name: str) -> str:
+    """The name by which tune rules know a parameter of one of `parts`."""
+    plain = clean(name)
+    return f"{model.llm.part_of(plain) if part == 'llm' else part}.{plain}"
 
 
 def is_adapter(name: str) -> bool:

@@ -19,6 +19,7 @@ from vlm_tune.model.lora import (
     is_pissa,
     merge_adapter,
     parts,
+    rule_name,
     same_adapter,
     start_from_singular_vectors,
 )
@@ -27,6 +28,8 @@ from vlm_tune.model.task_sharing import TaskSharing
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.quoting import quoted
 
+ADAPTER_KEYS = {"r", "lora_alpha", "lora_dropout", "variant", "init", "pissa_niter"}
+"""Keys of a rule that describe a whole adapter."""
 INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian", "pissa": PISSA}
 """PEFT's names of the initialisations of LoRA."""
 
@@ -46,16 +49,9 @@ def apply_lora_rules(
     merged.
     """
     for part, module in parts(model).items():
-        places = lora_places(part, rules, owner)
-        if len(places) > 1:
-            raise ModelError(
-                f"tune: {len(places)} LoRA rules match the {part}; a part has one adapter"
-            )
-        config = (
-            _lora_config(part, module, rules[places[0]], places[0], owner, model)
-            if places
-            else None
-        )
+        places = lora_places(model, part, rules, owner)
+        _check_together(model, part, [rules[place] for place in places])
+        config = _lora_config(model, part, rules, places, owner) if places else None
         present = model.adapters.get(part)
         sharing = _sharing(rules[places[0]], tasks) if places else None
         present_sharing = model.sharing if part == "llm" else None
@@ -86,42 +82,66 @@ def _sharing(rule: TuneRule, tasks: Sequence[str]) -> TaskSharing | None:
     return TaskSharing(tuple(tasks), rule.shared_layers or 0) if rule.by_task else None
 
 
-def lora_places(part: str, rules: Sequence[TuneRule], owner: dict[str, int]) -> list[int]:
+def _check_together(model: VisionLanguageNetwork, part: str, rules: Sequence[TuneRule]) -> None:
+    """Raises `ModelError` for LoRA rules of one part that one adapter can't follow."""
+    if len(rules) < 2:
+        return
+    if not model.llm.native:
+        raise ModelError(f"tune: {len(rules)} LoRA rules match the {part}; a part has one adapter")
+    first, *others = [rule.model_dump(include=ADAPTER_KEYS) for rule in rules]
+    differing = sorted({key for other in others for key in other if other[key] != first[key]})
+    if differing:
+        raise ModelError(
+            "tune: a native model has one adapter, so its LoRA rules must have the same "
+            f"{', '.join(differing)}"
+        )
+
+
+def lora_places(
+    model: VisionLanguageNetwork, part: str, rules: Sequence[TuneRule], owner: dict[str, int]
+) -> list[int]:
     """The indices of the LoRA rules that cover a parameter of a part."""
     return [
         place
         for place, rule in enumerate(rules)
         if rule.how == "lora"
         and any(
-            name.startswith(f"{part}.") and owner_place == place
+            (model.llm.native or name.startswith(f"{part}.")) and owner_place == place
             for name, owner_place in owner.items()
         )
     ]
 
 
 def _lora_config(
-    part: str,
-    module: nn.Module,
-    rule: TuneRule,
-    place: int,
-    owner: dict[str, int],
     model: VisionLanguageNetwork,
+    part: str,
+    rules: Sequence[TuneRule],
+    places: Sequence[int],
+    owner: dict[str, int],
 ) -> Any:
-    """PEFT's LoRA config of a part, for the rule at index `place`.
+    """PEFT's LoRA config of a part, for the rules at the indices `places`.
 
-    Raises `ModelError` if the rule or one of its target modules matches no linear layer.
+    Raises `ModelError` if a rule or one of its target modules matches no linear layer.
     """
     from peft import LoraConfig
 
-    every = _adaptable_layers(model, module, rule)
-    matched = [name for name in every if owner.get(f"{part}.{name}.weight") == place]
-    chosen = _target_layers(rule, matched)
+    module = parts(model)[part]
+    chosen: list[str] = []
+    every: dict[str, nn.Module] = {}
+    for place in places:
+        layers = _adaptable_layers(model, module, rules[place])
+        matched = [
+            name for name in layers if owner.get(rule_name(model, part, f"{name}.weight")) == place
+        ]
+        chosen += _target_layers(rules[place], matched)
+        every |= layers
+    rule = rules[places[0]]
     alpha = rule.lora_alpha or 2 * (rule.r or LORA_RANK)
     init = INITS[rule.init or "default"]
     if rule.pissa_niter:
         init = f"{PISSA}_niter_{rule.pissa_niter}"
     short = sorted({name.rsplit(".", 1)[-1] for name in chosen})
-    exact = [name for name in every if name.rsplit(".", 1)[-1] in short] == chosen and all(
+    exact = {name for name in every if name.rsplit(".", 1)[-1] in short} == set(chosen) and all(
         "." in name for name in chosen
     )
     return LoraConfig(

@@ -12,8 +12,7 @@ from vlm_tune.config.objectives import AnyObjective, Contrastive
 from vlm_tune.config.tune import TuneRule
 from vlm_tune.model.language.virtual_tokens import KINDS, TOKENS
 from vlm_tune.model.layer_index import columns, depths
-from vlm_tune.model.lora import clean, is_adapter, parts
-from vlm_tune.model.lora_rules import lora_places
+from vlm_tune.model.lora import is_adapter, parts, rule_name
 from vlm_tune.model.similarity import SIMILARITY, Similarity
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import count_of
@@ -118,10 +117,9 @@ def _members(
     members: list[list[Member]] = [[] for _ in rules]
     totals = [0] * len(rules)
     for part, module in parts(model).items():
-        lora_place = next(iter(lora_places(part, rules, owner)), 0)
         under = _depths(part, module, rules, owner)
         for name, parameter in module.named_parameters():
-            place = lora_place if is_adapter(name) else owner[f"{part}.{clean(name)}"]
+            place = owner[_rule_name_of(model, part, name)]
             totals[place] += count_of(parameter)
             if parameter.requires_grad:
                 members[place].append(
@@ -133,6 +131,13 @@ def _members(
         totals[prompt] += values.numel()
         members[prompt].append(("llm.prompt.values", values, 1.0))
     return members, totals
+
+
+def _rule_name_of(model: VisionLanguageNetwork, part: str, name: str) -> str:
+    """The name by which rules know a parameter, or the weight that an adapter's one is beside."""
+    if is_adapter(name):
+        name = f"{name.partition('.lora_')[0]}.weight"
+    return rule_name(model, part, name)
 
 
 def _depths(

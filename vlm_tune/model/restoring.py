@@ -175,6 +175,7 @@ def assemble_saved(
         weights.language,
         load_words(saved.config.model.connector, folder / WORDS),
         changed=saved.inside,
+        folder=folder,
         model_class=model_class,
     )
     model.changed = set(saved.inside)

@@ -97,7 +97,8 @@ def stored_dtype(tower: VisionTower, autocast: torch.dtype) -> torch.dtype:
     On a GPU autocast computes norms in fp32, so a tower's output may be wider. The first product
     with it rounds it anyway.
     """
-    return next(tower.parameters()).dtype if autocast == torch.float32 else autocast
+    first = next(tower.parameters(), None)
+    return first.dtype if autocast == torch.float32 and first is not None else autocast
 
 
 def batch_size(image_size: int, device: torch.device) -> int:

@@ -18,7 +18,7 @@ from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.new_prompt import new_prompt
 from vlm_tune.model.language.virtual_tokens import KINDS, TOKENS
 from vlm_tune.model.layer_index import block_names, columns
-from vlm_tune.model.lora import clean, is_adapter, is_trained_adapter, parts
+from vlm_tune.model.lora import clean, is_adapter, is_trained_adapter, parts, rule_name
 from vlm_tune.model.lora_rules import apply_lora_rules
 from vlm_tune.model.optimizer_groups import Tuned, collect_groups
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -117,7 +117,7 @@ def _all_names(model: VisionLanguageNetwork) -> list[list[str]]:
     for part, module in parts(model).items():
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if not is_adapter(name):
-                names.setdefault(id(parameter), []).append(f"{part}.{clean(name)}")
+                names.setdefault(id(parameter), []).append(rule_name(model, part, name))
     return list(names.values())
 
 
@@ -191,7 +191,7 @@ def _of_kind(model: VisionLanguageNetwork, rule: TuneRule, owned: set[str]) -> s
             for leaf, _ in layer.named_parameters(recurse=False):
                 norm = "norm" in type(layer).__name__.lower()
                 if norm if rule.how == "norms" else leaf == "bias" or leaf.endswith("_bias"):
-                    names.add(clean(f"{part}.{name}.{leaf}"))
+                    names.add(rule_name(model, part, f"{name}.{leaf}"))
     return names
 
 
@@ -229,13 +229,13 @@ def _freeze_and_cast(
     for part, module in parts(model).items():
         changes = False
         halves = set() if part in exact else {id(parameter) for parameter in castable(module)}
-        halves -= _beside_trained(part, module, trained)
+        halves -= _beside_trained(model, part, trained)
         for name, parameter in module.named_parameters():
-            base = f"{part}.{clean(name)}" in trained
+            base = rule_name(model, part, name) in trained
             changes |= base
             if base and not parameter.dtype.is_floating_point:
                 raise ModelError(
-                    f"{part}.{clean(name)} is packed in {model.config.llm.quantize}, "
+                    f"{rule_name(model, part, name)} is packed in {model.config.llm.quantize}, "
                     "and quantised weights can't be trained; use how: lora "
                     "for what its rule matches, or drop model.llm.quantize"
                 )
@@ -244,9 +244,7 @@ def _freeze_and_cast(
                 parameter.data = parameter.data.to(precision if half else torch.float32)
                 parameter.requires_grad_(base or is_trained_adapter(name))
         if changes and part == "llm" and _kept_apart(model, trained):
-            model.beside |= {
-                name.removeprefix("llm.") for name in trained if name.startswith("llm.")
-            }
+            model.beside |= {name.partition(".")[2] for name in _of_llm(model, trained)}
         elif changes and part != "connector":
             model.changed.add(part)
 
@@ -254,14 +252,21 @@ def _freeze_and_cast(
 def _kept_apart(model: VisionLanguageNetwork, trained: set[str]) -> bool:
     """Whether the LLM's trained weights are saved without its other weights, which stay its base's.
 
-    This is so beside quantised layers, and if only the rows of new tokens train.
+    This is so beside quantised layers, if only the rows of new tokens train, and in a native model.
     """
     if "llm" in model.changed or model.config.llm.name is None:
         return False
-    names = {name for name in trained if name.startswith("llm.")}
+    if model.llm.native:
+        return True
+    names = _of_llm(model, trained)
     return bool(model.config.llm.quantize) or (
         bool(model.config.llm.words) and names <= vocabulary_weights(model)
     )
+
+
+def _of_llm(model: VisionLanguageNetwork, names: Collection[str]) -> set[str]:
+    """Those of the names that rules know parameters of the module `llm` by."""
+    return {name for name in names if model.llm.native or name.startswith("llm.")}
 
 
 def vocabulary_weights(model: VisionLanguageNetwork) -> set[str]:
@@ -281,16 +286,16 @@ def vocabulary_weights(model: VisionLanguageNetwork) -> set[str]:
     }
 
 
-def _beside_trained(part: str, module: nn.Module, trained: set[str]) -> set[int]:
+def _beside_trained(model: VisionLanguageNetwork, part: str, trained: set[str]) -> set[int]:
     """The ids of a norm's parameters if one of them trains.
 
     The frozen ones stay in fp32 too: torch has no norm whose weight and bias differ in dtype.
     """
     ids: set[int] = set()
-    for name, layer in module.named_modules():
+    for name, layer in parts(model)[part].named_modules():
         layer_parameters = dict(layer.named_parameters(recurse=False))
         if all(value.dim() < 2 for value in layer_parameters.values()) and any(
-            clean(f"{part}.{name}.{key}") in trained for key in layer_parameters
+            rule_name(model, part, f"{name}.{key}") in trained for key in layer_parameters
         ):
             ids |= {id(value) for value in layer_parameters.values()}
     return ids

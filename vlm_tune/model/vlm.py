@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from vlm_tune.config.base import Config
-from vlm_tune.config.model import Llm, ModelSection
+from vlm_tune.config.model import Llm, SavedSection
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.errors import DataError, ModelError
@@ -49,7 +49,7 @@ class VisionLanguageConfig(Config):
     """
 
     model_type: str = "vlm_tune"
-    model: ModelSection
+    model: SavedSection
     tower_rebuild: dict[str, Any]
     template: dict[str, Any]
     system: str | None
@@ -217,8 +217,11 @@ class VisionLanguageNetwork(nn.Module):
     def embed(self, batch: Batch, image_noise: float = 0.0) -> torch.Tensor:
         """The LLM's input [B, L, E]: the text's embeddings with the media spliced in.
 
-        `image_noise` is as in `forward`. Raises `ModelError` if slots and media differ in number.
+        Of a native model, which embeds text and media itself, it is the ids [B, L]. `image_noise`
+        is as in `forward`. Raises `ModelError` if slots and media differ in number.
         """
+        if self.llm.native:
+            return batch.input_ids
         connected = self.media(batch, image_noise if self.training else 0.0)
         if connected is None and len(batch.slots):
             raise ModelError(

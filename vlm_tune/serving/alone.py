@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from typing import Generic, TypeVar
 
+from vlm_tune.data.batching.collate import Fetch
 from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.choices import ROW, choice_steps
@@ -46,15 +47,17 @@ def events_of(request: Request, remembered: Features) -> Events:
 def _chosen(request: Request, remembered: Features) -> Generator[None, None, Answer]:
     """The likeliest choice; other jobs go on after each of its rows."""
     media = dict.fromkeys(request.prompt.media)
-    features = features_of(request.model, remembered, [(request.images, each) for each in media])
-    if media:
+    fetch: Fetch = request.images.pixels
+    if media and not request.model.llm.native:
+        images = [(request.images, each) for each in media]
+        fetch = features_of(request.model, remembered, images).__getitem__
         yield
     return (
         yield from choice_steps(
             request.model,
             request.job.choices,
             request.choices,
-            fetch=features.__getitem__,
+            fetch=fetch,
             tokens=ROW,
         )
     )

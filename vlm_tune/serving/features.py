@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from vlm_tune.data.images.decode import ImageProcessor
-from vlm_tune.data.types import Media
+from vlm_tune.data.types import Media, NativeInputs
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving.prefixes import Remembered, image_digest
 
@@ -43,15 +43,15 @@ class JobImages:
         self._processor: ImageProcessor = replace(model.processor.images)
         self.digests = {each: image_digest(each) for each in dict.fromkeys(media)}
         self._pixels = {
-            each: self._processor(each)
+            each: self._processor.inputs(each)
             for each, digest in self.digests.items()
             if digest not in computed
         }
 
-    def pixels(self, media: Media) -> torch.Tensor:
-        """Pixels uint8[3, H, W] of one of the images."""
+    def pixels(self, media: Media) -> torch.Tensor | NativeInputs:
+        """Pixels uint8[3, H, W] of one of the images, or a native model's inputs."""
         pixels = self._pixels.get(media)
-        return self._processor(media) if pixels is None else pixels
+        return self._processor.inputs(media) if pixels is None else pixels
 
 
 @torch.inference_mode()
@@ -61,7 +61,7 @@ def features_of(
     """The tower's features [N, D] of images of jobs, in one pass for those not remembered.
 
     Args:
-        model: The model, in eval mode.
+        model: The model, in eval mode; no native one.
         remembered: Features that came lately; those that are computed join them.
         wanted: Each image with the images of its job.
     """
@@ -75,7 +75,9 @@ def features_of(
             features[media] = known
             continue
         if digest not in missing:
-            pixels.append(images.pixels(media))
+            each = images.pixels(media)
+            assert not isinstance(each, dict)  # a native model has no features apart
+            pixels.append(each)
         missing.setdefault(digest, []).append(media)
     if missing:
         computed = model.tower(torch.stack(pixels).to(model.device))

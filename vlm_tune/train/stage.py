@@ -34,9 +34,9 @@ from vlm_tune.events import (
     Tuning,
 )
 from vlm_tune.model.base_weights import recipe_choice
-from vlm_tune.model.build import load_dtype, trained_later
 from vlm_tune.model.checkpoint import restore_model
 from vlm_tune.model.optimizer_groups import TuneRow, tune_similarity
+from vlm_tune.model.precisions import load_dtype, trained_later
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vlm import Network, VisionLanguageNetwork
 from vlm_tune.model.weights import CPU, own_memory, page_out

@@ -353,7 +353,7 @@ def decide_features(
     is decided once, and `progress` has the answer for a resumed run, whose disk may be fuller.
     """
     setting = recipe.train.cache_features
-    if rows.train is None or not rows.train.media or trains_tower(model):
+    if model.llm.native or rows.train is None or not rows.train.media or trains_tower(model):
         return False
     if recipe.data.augment:  # only those of validation images can be
         return setting is not False and bool(rows.validation)

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm_tune.data.images.native import joined_inputs
 from vlm_tune.data.packing import numbered_from
-from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
+from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media, NativeInputs
 
 if TYPE_CHECKING:
     import torch
 
-Fetch = Callable[[Media], "torch.Tensor"]
-"""Returns the pixels uint8[3, H, W] or the features [N, D] of a media item."""
+    Inputs = torch.Tensor | NativeInputs
+
+Fetch = Callable[[Media], "torch.Tensor | NativeInputs"]
+"""Returns the pixels uint8[3, H, W] or the features [N, D] of a media item, or native inputs."""
 
 FetchFor = Callable[[Media, str], "torch.Tensor"]
 """Returns the pixels of a media item, augmented for the sample with the given id."""
@@ -63,7 +66,7 @@ def collate(
             max(max(len(example.labels) for example in examples), 1),
         )
     )
-    index, stacked = _media(examples, owners or [""] * len(examples), fetch, fetch_for)
+    index, stacked, native = _media(examples, owners or [""] * len(examples), fetch, fetch_for)
     return Batch(
         ids=[example.id for example in examples],
         input_ids=inputs.padded([example.input_ids for example in examples], spec.pad_id),
@@ -76,6 +79,7 @@ def collate(
         categories=[example.category for example in examples],
         questions=sum(example.questions for example in examples),
         cached=cached,
+        native=native,
         **_joined(examples, inputs, outputs),
         **_preferences(examples, outputs),
     )
@@ -154,8 +158,11 @@ def _media(
     owners: Sequence[str],
     fetch: Fetch | None,
     fetch_for: FetchFor | None,
-) -> tuple[list[int], torch.Tensor | None]:
-    """The index of each media item among the distinct (item, owner) pairs, and those stacked."""
+) -> tuple[list[int], torch.Tensor | None, NativeInputs]:
+    """The index of each media item among the distinct (item, owner) pairs, and what those give.
+
+    They give pixels or features, which are stacked, or the native inputs of all items in order.
+    """
     import torch
 
     distinct: dict[tuple[Media, str], int] = {}
@@ -165,8 +172,13 @@ def _media(
         for example, owner in shown
         for media in example.media
     ]
+    items: Sequence[torch.Tensor | NativeInputs] = []
     if fetch_for:
         items = [fetch_for(media, owner) for media, owner in distinct]
-    else:
-        items = [fetch(media) for media, _ in distinct] if fetch else []
-    return index, torch.stack(items) if items else None
+    elif fetch:
+        items = [fetch(media) for media, _ in distinct]
+    native = [item for item in items if isinstance(item, dict)]
+    if native:
+        return index, None, joined_inputs([native[place] for place in index])
+    pixels = [item for item in items if not isinstance(item, dict)]
+    return index, torch.stack(pixels) if pixels else None, {}

@@ -335,6 +335,7 @@ class Augmented:
     def __call__(self, media: Media, sample: str) -> torch.Tensor:
         """uint8[3, H, W]."""
         pixels = self.fetch(media)
+        assert not isinstance(pixels, dict)  # a native model's recipe has no augmentation
         key = (self.seed, self.epoch, zlib.crc32(sample.encode()))
         return draw_augmentation(self.augment, key, *pixels.shape[-2:]).pixels(pixels)
 

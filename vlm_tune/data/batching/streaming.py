@@ -29,7 +29,7 @@ from vlm_tune.data.types import Batch, Conversation, Media
 from vlm_tune.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
+    from vlm_tune.data.batching.collate import Inputs
 
 Row = tuple[int, Conversation | DataError]
 """The index of a source, and the conversation or error read from it."""
@@ -226,7 +226,7 @@ class StreamFeed:
 
     def _batch(self, rows: Sequence[Row], part: Sequence[Row], step: int) -> Batch:
         """This process's batch of its `rows` in a micro-batch of all processes, which is `part`."""
-        pixels: dict[Media, torch.Tensor] = {}
+        pixels: dict[Media, Inputs] = {}
         groups = [group for source, row in rows if (group := self._usable(source, row, pixels))]
         if groups:
             self._last = groups[0]
@@ -243,7 +243,7 @@ class StreamFeed:
             ]
         examples = [example for group in groups for example in group]
 
-        def fetch(media: Media) -> torch.Tensor:
+        def fetch(media: Media) -> Inputs:
             return self._pixels(media, pixels)
 
         if self.data.augment is None:
@@ -256,7 +256,10 @@ class StreamFeed:
         return batch
 
     def _usable(
-        self, number: int, row: Conversation | DataError, pixels: dict[Media, torch.Tensor]
+        self,
+        number: int,
+        row: Conversation | DataError,
+        pixels: dict[Media, Inputs],
     ) -> Group:
         """A row's examples, with their images decoded into `pixels`; none if it is unusable."""
         try:
@@ -289,7 +292,7 @@ class StreamFeed:
             self.report(error)
             return []
 
-    def _pixels(self, media: Media, pixels: dict[Media, torch.Tensor]) -> torch.Tensor:
+    def _pixels(self, media: Media, pixels: dict[Media, Inputs]) -> Inputs:
         if media not in pixels:
             pixels[media] = self.fetch(media)
         return pixels[media]
@@ -311,7 +314,7 @@ def usable_rows(
         try:
             fits = len(processors[number].prompt(row).input_ids) <= data.max_length
             for item in row.media:
-                processor.images(item)
+                processor.images.inputs(item)
         except DataError:
             continue
         if fits:

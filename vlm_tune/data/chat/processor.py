@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.data.chat.template import ChatTemplate, joined_texts, load_template
 from vlm_tune.data.chat.tokenize import LAYOUTS, TextEncoder
 from vlm_tune.data.images.decode import ImageProcessor
@@ -59,6 +60,8 @@ class Processor:
         self.encoder = TextEncoder(self.tokenizer, self.words)
         for name in self.template.control_tokens:
             self.encoder.control(name)
+        for name in self.images.controls:
+            self.encoder.control(name)
         for name in self.images.split.markers if self.images.split else ():
             if not self.encoder.has(name):
                 raise DataError(
@@ -79,6 +82,8 @@ class Processor:
 
     def variant(self, template: str | None, system: str | None) -> Processor:
         """This processor with another chat format or system text, if not None."""
+        if template == self.template.name == OWN_TEMPLATE:
+            template = None
         changes: dict[str, Any] = (
             {"template": load_template(template)} if template is not None else {}
         )
@@ -92,19 +97,21 @@ class Processor:
             self.template.model_dump_json(),
             self.spec,
             self.system,
-            self.images.tiles,
-            self.images.split,
-            self.images.size,
+            *self.images.described,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _lay_out(self, conversation: Conversation, *, prompt_only: bool) -> list[Example]:
         turns = self.template.segments(conversation, prompt_only=prompt_only, system=self.system)
         segments = joined_texts(self._framed(turns, conversation))
-        images = sum(segment.kind == "media" for segment in segments)
-        if images * self.spec.tokens_per_image > LONGEST:
+        sizes = [
+            self.spec.tokens_per_image if segment.ids is None else len(segment.ids)
+            for segment in segments
+            if segment.kind == "media"
+        ]
+        if sum(sizes) > LONGEST:
             raise DataError(
-                f"its images take {images} x {self.spec.tokens_per_image:,} tokens; "
+                f"its images take {len(sizes)} x {max(sizes):,} tokens; "
                 f"a row has at most {LONGEST:,}, and data.max_length is "
                 f"{self.spec.max_length:,}. A smaller grid, or fewer queries or tiles, take fewer",
                 source=conversation.source,

@@ -197,8 +197,10 @@ class TextEncoder:
     def segment(self, segment: Segment, spec: InputSpec, after: str | None = None) -> list[int]:
         """Ids of one segment that follows one of kind `after`.
 
-        A media item gives `tokens_per_image` slots, filled with the padding id.
+        A media item gives `tokens_per_image` slots, filled with the padding id, or its own ids.
         """
+        if segment.ids is not None:
+            return list(segment.ids)
         if segment.kind == "media":
             return [spec.pad_id] * spec.tokens_per_image
         payload = str(segment.payload)

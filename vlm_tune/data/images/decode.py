@@ -16,7 +16,7 @@ import numpy as np
 
 from vlm_tune.data.images.moves import Affine
 from vlm_tune.data.images.split import Split
-from vlm_tune.data.types import Media, Segment, Tile
+from vlm_tune.data.types import Media, NativeInputs, Segment, Tile
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import reason_of
 
@@ -256,6 +256,23 @@ class ImageProcessor:
             ),
         )
 
+    @property
+    def described(self) -> tuple[Any, ...]:
+        """All that the tokens of an image depend on."""
+        return self.tiles, self.split, self.size
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Tokens of an image that no text may contain, where segments have tokens of their own."""
+        return ()
+
+    def save(self, folder: Path) -> None:
+        """Writes what prepares images, where that is not in the model's config."""
+
+    def inputs(self, media: Media) -> torch.Tensor | NativeInputs:
+        """The inputs that the model takes of an image: pixels, as `__call__` gives them."""
+        return self(media)
+
     def __call__(self, media: Media) -> torch.Tensor:
         """Pixels uint8[3, size, size]. Raises `DataError` if they cannot be read or decoded."""
         data = encoded_bytes(media)
@@ -356,18 +373,20 @@ class PixelCache:
         self.processor = processor
         self.max_bytes = max_bytes
         self._left = max_bytes
-        self._kept: dict[Media, torch.Tensor] = {}
+        self._kept: dict[Media, torch.Tensor | NativeInputs] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leaves the pixels out: each loader process caches its own."""
         return PixelCache, (replace(self.processor), self.max_bytes)
 
-    def __call__(self, media: Media) -> torch.Tensor:
-        """Pixels uint8[3, size, size]."""
+    def __call__(self, media: Media) -> torch.Tensor | NativeInputs:
+        """The inputs that the model takes of an image, as `ImageProcessor.inputs`."""
         pixels = self._kept.get(media)
         if pixels is None:
-            pixels = self.processor(media)
-            if self._left >= pixels.nbytes:
-                self._left -= pixels.nbytes
+            pixels = self.processor.inputs(media)
+            tensors = pixels.values() if isinstance(pixels, dict) else [pixels]
+            size = sum(tensor.nbytes for tensor in tensors)
+            if self._left >= size:
+                self._left -= size
                 self._kept[media] = pixels
         return pixels

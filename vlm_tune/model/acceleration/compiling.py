@@ -58,8 +58,10 @@ def why_not(llm: LanguageModel, setting: bool | str, steps: int) -> str | None:
     Returns:
         A message for the user; an empty string where they need none; None if blocks are compiled.
     """
-    if setting is False:
+    if setting is False or (llm.native and setting == "auto"):
         return ""
+    if llm.native:
+        return "the blocks of a native model are not compiled"
     if setting == "auto" and (
         steps < LONG or sum(parameter.numel() for parameter in llm.parameters()) < LARGE
     ):

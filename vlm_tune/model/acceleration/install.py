@@ -125,6 +125,9 @@ def install(llm: LanguageModel, attention: Attention = "auto") -> AccelerationRe
     """
     report = AccelerationReport()
     model: Any = llm.model
+    if llm.native:  # its forward pass stays transformers' own
+        llm.loss = operator_loss
+        return report
     if isinstance(llm, CausalLLM):
         report.add(ATTENTION, _install_attention(llm, attention))
     elif isinstance(llm, Seq2SeqLLM) and attention == "flex":

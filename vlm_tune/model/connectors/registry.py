@@ -8,6 +8,7 @@ from vlm_tune.config.model import AnyConnector, CrossAttentionConnector, FusionC
 from vlm_tune.model.connectors.cross_attention import CrossAttention
 from vlm_tune.model.connectors.fusion import Fusion
 from vlm_tune.model.connectors.gemma3 import Gemma3Projector
+from vlm_tune.model.connectors.native import NativeJoin
 from vlm_tune.model.connectors.projectors import AvgPool, Connector, Linear, Mlp, PixelShuffle
 from vlm_tune.model.connectors.qformer import QFormer
 from vlm_tune.model.connectors.resampler import Resampler
@@ -22,6 +23,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "qformer": QFormer,
     "fusion": Fusion,
     "cross_attention": CrossAttention,
+    "native": NativeJoin,
 }
 
 

@@ -6,7 +6,6 @@ Shapes: B rows, L input tokens, T label tokens, E width, V vocabulary.
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -26,14 +25,13 @@ from vlm_tune.model.language.logits import (
     own_logits,
 )
 from vlm_tune.model.language.loss import Reduction, token_loss
+from vlm_tune.model.language.positions import learned_positions
 from vlm_tune.model.language.row_buffers import Rows
 from vlm_tune.model.language.virtual_tokens import VirtualTokens
 from vlm_tune.quoting import quoted, reason_of
 
 PROBED = 6
 """Tokens per row of the batch with which `LanguageModel.check` compares logits."""
-POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|positions_embed)$")
-"""Names of tables of learned positions in transformers models."""
 
 
 @dataclass
@@ -127,6 +125,8 @@ class LanguageModel(nn.Module):
     """
 
     layout: Literal["causal", "seq2seq"]
+    native = False
+    """Whether it is a whole vision-language model, whose forward pass takes ids and images."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -160,12 +160,11 @@ class LanguageModel(nn.Module):
 
         None where positions are computed and not looked up in a table.
         """
-        sizes = [
-            module.num_embeddings - int(getattr(module, "offset", 0))
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Embedding) and POSITIONS.search(name)
-        ]
-        return min(sizes, default=None)
+        return learned_positions(self.model)
+
+    def part_of(self, name: str) -> str:
+        """The part (tower, connector, llm) that rules know a parameter of `model` by."""
+        return "llm"
 
     def check_length(self, length: int) -> None:
         """Checks that the model has positions for rows of `length` tokens, virtual tokens included.

@@ -17,7 +17,7 @@ from vlm_tune.compat import (
     keep_gradients_of_packed_layers,
     set_attention,
 )
-from vlm_tune.config.model import Llm, Scratch
+from vlm_tune.config.model import Llm, NativeLlm, Scratch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.families.base import Vlm, language_names
 from vlm_tune.model.families.registry import find_vlm
@@ -64,11 +64,9 @@ def bare_llm(
     Raises:
         ModelError: the config can't be read, or no model can be built from it.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
     config = llm_config(llm, folder)
     try:
-        factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
+        factory = _factory(llm)
         with torch.device("meta"):
             model = factory.from_config(config, dtype=dtype, **_attention(llm, gpu))
     except (OSError, ValueError) as error:
@@ -81,8 +79,31 @@ def bare_llm(
         # Flan-T5's head is untied; transformers ties it until it sees the weights.
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     if llm.quantize:
-        pack_linears(model, llm.quantize, keep=model.get_output_embeddings())
+        pack_linears(_quantized(model, llm), llm.quantize, keep=model.get_output_embeddings())
     return model
+
+
+def _factory(llm: Llm) -> Any:
+    """The class of transformers that loads a section's language model."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+    )
+
+    if isinstance(llm, NativeLlm):
+        return AutoModelForImageTextToText
+    return AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
+
+
+def _quantized(model: Any, llm: Llm) -> Any:
+    """The module whose linear layers are quantised: of a native model, the LLM inside."""
+    return model.get_decoder() if isinstance(llm, NativeLlm) else model
+
+
+def _vlm_of(llm: Llm) -> Vlm | None:
+    """The vision-language model that a language model is taken out of; None for a whole one."""
+    return None if isinstance(llm, NativeLlm) else find_vlm(str(llm.name))
 
 
 def llm_config(llm: Llm, folder: Path | None = None) -> Any:
@@ -94,7 +115,7 @@ def llm_config(llm: Llm, folder: Path | None = None) -> Any:
 
     if folder is None:
         check_base(str(llm.name), "model.llm.name")
-    vlm = find_vlm(str(llm.name)) if folder is None else None
+    vlm = _vlm_of(llm) if folder is None else None
     if vlm is not None:
         return vlm.family.language(vlm)
     options: dict[str, Any] = (
@@ -211,11 +232,9 @@ def load_llm(
         ModelError: a name or file does not exist, a file is truncated, or tensors are missing,
             unexpected or misshapen.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
     if llm.kind == "seq2seq" and dtype == torch.float16:
         raise ModelError("dtype: T5's activations overflow in fp16; use bf16 or fp32")
-    factory: Any = AutoModelForSeq2SeqLM if llm.kind == "seq2seq" else AutoModelForCausalLM
+    factory = _factory(llm)
     name = str(folder or llm.name)
     if folder is None:
         check_base(name, "model.llm.name")
@@ -240,7 +259,7 @@ def load_llm(
             model = _loaded(factory, scratch, {**options, **packing, **placing})
             return _fit_attention(model, llm)
     options |= {"use_safetensors": True, **packing, **placing}
-    vlm = find_vlm(name) if folder is None else None
+    vlm = _vlm_of(llm) if folder is None else None
     if vlm is not None:
         config = vlm.family.language(vlm)
         options |= {"config": config, "key_mapping": language_names(vlm, config)}
@@ -294,15 +313,30 @@ def _bitsandbytes(llm: Llm, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    whole = _unquantized(llm)
     if llm.quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=str(llm.quantize),
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=False,
-        llm_int8_skip_modules=["lm_head"],
+        llm_int8_skip_modules=whole,
     )
+
+
+def _unquantized(llm: Llm) -> list[str]:
+    """The modules that are not quantised: the head, and those of a native model outside its LLM."""
+    if not isinstance(llm, NativeLlm):
+        return ["lm_head"]
+    with torch.device("meta"):
+        model = _factory(llm).from_config(llm_config(llm))
+    inside = {id(module) for module in model.get_decoder().modules()}
+    return ["lm_head"] + [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in inside and name != "lm_head"
+    ]
 
 
 def check_packed(model: VisionLanguageNetwork) -> None:
@@ -313,7 +347,11 @@ def check_packed(model: VisionLanguageNetwork) -> None:
     """
     quantize = model.config.llm.quantize
     language = model.llm.model
-    blocks = tuple(f"llm.model.{block}." for block in block_names(language))
+    inside = _quantized(language, model.config.llm)
+    (prefix,) = [name for name, module in language.named_modules() if module is inside]
+    blocks = tuple(
+        f"llm.model.{prefix}{'.' if prefix else ''}{block}." for block in block_names(inside)
+    )
     fp32_names = fp32_layers(language)
     wrong: list[str] = []
     for name, layer in model.named_modules():

@@ -11,13 +11,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vlm_tune.config.model import Llm, ModelSection, PretrainedModel
+from vlm_tune.config.model import AnySection, Llm, ModelSection, PretrainedModel
+from vlm_tune.config.native import NativeModel
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.rules import check_parts
+from vlm_tune.config.yaml_source import value_at
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build_checks import check_model
 from vlm_tune.model.families.registry import family_names, find_vlm
 from vlm_tune.model.hub import check_base, is_ours, read_json, unmerged
+from vlm_tune.model.pretrained.native import native_section
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted
 
@@ -48,8 +51,14 @@ def _own_section(folder: Path, source: PretrainedModel) -> ModelSection:
             f"model.pretrained: {quoted(str(folder))} has parts that are not merged ({beside}); "
             f"run `vlm-tune merge {folder} --output merged` and name merged"
         )
+    written = read_json(folder / "config.json").get("model")
+    if isinstance(written, dict) and value_at(written, "tower", "kind") == "native":
+        raise ModelError(
+            f"model.pretrained: {quoted(str(folder))} is a native model: write "
+            f"model: {{kind: native, pretrained: {folder}}}"
+        )
     try:
-        section = ModelSection.model_validate(read_json(folder / "config.json").get("model"))
+        section = ModelSection.model_validate(written)
     except ValidationError as error:
         raise ModelError(
             f"{folder}: config.json is not what was written ({error.errors()[0]['msg']})"
@@ -72,7 +81,7 @@ def _overrides(source: PretrainedModel) -> dict[str, Any]:
     return {name: getattr(source.tower, name) for name in source.tower.model_fields_set}
 
 
-def model_section(recipe: Recipe) -> ModelSection:
+def model_section(recipe: Recipe) -> AnySection:
     """The recipe's tower, connector and LLM, or those of the model that `model.pretrained` names.
 
     Of that model only configs are read.
@@ -85,6 +94,8 @@ def model_section(recipe: Recipe) -> ModelSection:
     if isinstance(recipe.model, ModelSection):
         check_model(recipe)
         return recipe.model
+    if isinstance(recipe.model, NativeModel):
+        return native_section(recipe.model)
     section = _section(recipe.model)
     check_parts(recipe, section)
     return section

@@ -10,6 +10,7 @@ from torch import nn
 
 from vlm_tune.config.model import (
     AnyTower,
+    NativeTower,
     OpenClipTower,
     PairTower,
     TimmTower,
@@ -17,6 +18,7 @@ from vlm_tune.config.model import (
 )
 from vlm_tune.errors import ModelError
 from vlm_tune.model.vision.base import FeatureMaps, VisionTower, pool, resized
+from vlm_tune.model.vision.native import NativeVision
 from vlm_tune.model.vision.open_clip_tower import OpenClipVision, open_clip_config
 from vlm_tune.model.vision.timm_tower import TimmVision
 from vlm_tune.model.vision.transformers_tower import TransformersVision, transformers_config
@@ -74,6 +76,8 @@ def architecture(config: AnyTower) -> dict[str, Any] | None:
         return {"towers": [architecture(part) for part in config.towers]}
     if isinstance(config, TransformersTower):
         return transformers_config(config.name)
+    if isinstance(config, NativeTower):
+        return None
     if isinstance(config, TimmTower):
         return {"timm": config.name}
     return open_clip_config(config.name) if config.name else None
@@ -84,6 +88,7 @@ TOWERS: dict[str, type[VisionTower]] = {
     "transformers": TransformersVision,
     "timm": TimmVision,
     "pair": PairVision,
+    "native": NativeVision,
 }
 
 

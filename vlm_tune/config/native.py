@@ -1,0 +1,45 @@
+"""The recipe's `model` of `kind: native`: a model of transformers that is called as it is."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from vlm_tune.config.base import Config, HomePath, PositiveInt
+
+OWN_TEMPLATE = "own"
+"""The value of `data.template` that stands for a native checkpoint's own chat template."""
+
+
+class NativeLlmOptions(Config):
+    """Options for the language model inside a native model."""
+
+    quantize: Literal["nf4", "fp4", "int8"] | None = Field(
+        default=None, description="load the frozen linear layers of the LLM's blocks in 4 or 8 bit"
+    )
+    attention: Literal["auto", "eager", "sdpa"] = Field(
+        default="auto",
+        description="how the model attends: `auto` chooses by the device; `eager` (matrix "
+        "products) and `sdpa` (torch's fused attention) are transformers' own",
+    )
+
+
+class NativeModel(Config):
+    """Any image-text-to-text model of transformers, with its own processor and forward pass.
+
+    Qwen2.5-VL, Qwen3-VL, LFM2-VL and others. A row is one sample; data.template: own is the
+    checkpoint's own chat template.
+    """
+
+    kind: Literal["native"]
+    pretrained: HomePath = Field(description="a hub name or a local folder")
+    min_pixels: PositiveInt | None = Field(
+        default=None,
+        description="least pixels to which an image is resized; the checkpoint's own by default",
+    )
+    max_pixels: PositiveInt | None = Field(
+        default=None,
+        description="most pixels to which an image is resized; the checkpoint's own by default",
+    )
+    llm: NativeLlmOptions = NativeLlmOptions()

@@ -1,0 +1,111 @@
+"""Checks for settings of a recipe that a model of `kind: native` does not take, with the reasons.
+
+Its own forward pass computes positions, masks and image features, so what needs other ones is
+refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_tune.config.faults import Fault, broken
+from vlm_tune.config.native import OWN_TEMPLATE
+from vlm_tune.config.tune import written_rules
+from vlm_tune.config.yaml_source import value_at
+
+ALONE = "a native model's own forward pass reads one sample a row"
+TUNED = ("frozen", "full", "norms", "biases", "lora")
+"""Kinds of tuning that need no knowledge of the order of a model's blocks."""
+
+
+def native_contradictions(raw: Any) -> list[Fault]:
+    """Returns settings that a native model does not take; `raw` holds unchecked values."""
+    if value_at(raw, "model", "kind") != "native":
+        return broken(
+            (
+                value_at(raw, "data", "template") == OWN_TEMPLATE,
+                ("data", "template"),
+                f"template: {OWN_TEMPLATE} is of model.kind: native; name a chat format",
+            )
+        )
+    return [*_data_faults(raw), *_training_faults(raw), *_tune_faults(raw)]
+
+
+def _data_faults(raw: Any) -> list[Fault]:
+    least = value_at(raw, "model", "min_pixels")
+    most = value_at(raw, "model", "max_pixels")
+    return broken(
+        (
+            value_at(raw, "data", "group") == "image",
+            ("data", "group"),
+            f"{ALONE}, so questions of an image can't share it: set group: none",
+        ),
+        (
+            value_at(raw, "data", "packing") is True,
+            ("data", "packing"),
+            f"{ALONE}, so samples can't be packed: set packing: false",
+        ),
+        (
+            value_at(raw, "data", "augment"),
+            ("data", "augment"),
+            "a native model's own processor prepares images, and augments none: drop augment",
+        ),
+        (
+            isinstance(least, int) and isinstance(most, int) and least > most,
+            ("model", "max_pixels"),
+            f"max_pixels {most} is under min_pixels {least}",
+        ),
+    )
+
+
+def _training_faults(raw: Any) -> list[Fault]:
+    kind = value_at(raw, "objective", "kind")
+    engine = value_at(raw, "engine", "kind")
+    sharded = engine == "fsdp" or (engine == "deepspeed" and value_at(raw, "engine", "stage") == 3)
+    return broken(
+        (
+            value_at(raw, "train", "cache_features") is True,
+            ("train", "cache_features"),
+            "a native model's own forward pass takes images, and no features of a cache: set "
+            "cache_features: false",
+        ),
+        (
+            kind not in (None, "language_modeling"),
+            ("objective", "kind"),
+            f"{ALONE}, so a native model trains by objective.kind: language_modeling alone",
+        ),
+        (
+            value_at(raw, "objective", "image_noise"),
+            ("objective", "image_noise"),
+            "a native model's own forward pass takes images, and no noise on their tokens",
+        ),
+        (
+            sharded,
+            ("engine", "kind"),
+            "a native model's weights are not sharded: use ddp, or deepspeed with stage 2",
+        ),
+    )
+
+
+def _tune_faults(raw: Any) -> list[Fault]:
+    faults: list[Fault] = []
+    for index, rule in enumerate(written_rules(raw)):
+        how = rule.get("how")
+        faults += broken(
+            (
+                isinstance(how, str) and how not in TUNED,
+                ("tune", index, "how"),
+                f"how: {how} is not for a native model; there are {', '.join(TUNED)}",
+            ),
+            (
+                rule.get("layer_decay") is not None,
+                ("tune", index, "layer_decay"),
+                "layer_decay is not for a native model: give rules for its layers a learning_rate",
+            ),
+            (
+                rule.get("sharing") in ("soft", "layered"),
+                ("tune", index, "sharing"),
+                "tasks of a native model share one adapter: leave sharing out",
+            ),
+        )
+    return faults

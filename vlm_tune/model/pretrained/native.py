@@ -1,0 +1,250 @@
+"""Models of transformers that are called as they are: which there are, and their own processors."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_tune.config.model import AnySection, NativeLlm, NativeSection, NativeTower
+from vlm_tune.config.native import OWN_TEMPLATE, NativeModel
+from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.chat.own_template import Render, image_text, message, own_template, refusal
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.chat.template import ChatTemplate, load_template
+from vlm_tune.data.images.decode import decode_image, encoded_bytes
+from vlm_tune.data.images.native import OF_TEXT, NativeImages, joined_inputs, prepared_images
+from vlm_tune.data.types import Conversation, Media, Message
+from vlm_tune.errors import ModelError
+from vlm_tune.model.hub import check_base, config_source, is_ours, load_reason, unmerged
+from vlm_tune.paths import is_folder
+from vlm_tune.quoting import quoted, reason_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TRIED = ((96, 64), (50, 140))
+"""Sizes of the images that a processor is tried with."""
+
+
+def native_section(model: NativeModel) -> NativeSection:
+    """The parts of a recipe's native model; only its config is read.
+
+    A merged folder of vlm_tune holds the checkpoint in llm/. Raises `ModelError` for a model that
+    transformers does not have as one of images and text.
+    """
+    folder = Path(model.pretrained)
+    name = model.pretrained
+    if is_folder(folder) and is_ours(folder) and not unmerged(folder) and (folder / "llm").is_dir():
+        name = str(folder / "llm")
+    check_base(name, "model.pretrained")
+    native_config(name)
+    return NativeSection(
+        tower=NativeTower(min_pixels=model.min_pixels, max_pixels=model.max_pixels),
+        llm=NativeLlm(name=name, **model.llm.model_dump()),
+    )
+
+
+def native_config(name: str) -> Any:
+    """transformers' config of a native model. Raises `ModelError` as `native_section`."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(config_source(name), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"model.pretrained: can't read the config of {quoted(name)}: {load_reason(name, error)}"
+        ) from None
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ModelError(
+            f"model.pretrained: {quoted(name)} is a {config.model_type}, which transformers has no "
+            "image-text-to-text model of; kind: native takes those without code of their own"
+        )
+    return config
+
+
+def load_native_processor(section: NativeSection, folder: Path | None) -> Any:
+    """transformers' own processor of a native model, from a saved folder or by its name.
+
+    Raises `ModelError` if it can't be loaded, or takes no bounds of pixels that the recipe sets.
+    """
+    from transformers import AutoProcessor
+
+    source = str(folder or section.llm.name)
+    try:
+        processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        raise ModelError(
+            f"model.pretrained: no processor in {quoted(source)}: {load_reason(source, error)}"
+        ) from None
+    if not hasattr(processor, "image_processor") or not processor.chat_template:
+        raise ModelError(
+            f"model.pretrained: {quoted(source)} needs the processor of a chat model, with its "
+            "preprocessor_config.json and chat_template.jinja"
+        )
+    _bound_pixels(processor, section.tower)
+    return processor
+
+
+def _bound_pixels(processor: Any, tower: NativeTower) -> None:
+    """Sets the least and most pixels of an image, as the image processors of Qwen-VL take them."""
+    bounds = {"shortest_edge": tower.min_pixels, "longest_edge": tower.max_pixels}
+    given = {key: pixels for key, pixels in bounds.items() if pixels is not None}
+    if not given:
+        return
+    images = processor.image_processor
+    if "min_pixels" not in getattr(type(images).valid_kwargs, "__annotations__", {}):
+        raise ModelError(
+            f"model.min_pixels, max_pixels: a {type(images).__name__} takes no bounds of pixels; "
+            "leave them out"
+        )
+    size = {key: images.size[key] for key in bounds} | given
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise ModelError(
+            f"model.min_pixels, max_pixels: at least {size['shortest_edge']} and at most "
+            f"{size['longest_edge']} pixels, the checkpoint's own where the recipe has none"
+        )
+    images.size = type(images.size)(**size)
+
+
+def renderer(processor: Any) -> Render:
+    """Runs a processor's chat template. Its function raises `DataError` where that refuses."""
+    from jinja2 import TemplateError
+
+    def render(messages: list[dict[str, Any]], opened: bool) -> str:
+        try:
+            return processor.apply_chat_template(
+                messages, add_generation_prompt=opened, tokenize=False
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise refusal(reason_of(error)) from None
+
+    return render
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The texts of a tokenizer's special tokens."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return list(dict.fromkeys([*added, *map(str, tokenizer.all_special_tokens)]))
+
+
+def template_of(processor: Any) -> ChatTemplate:
+    """A processor's own chat template. Raises `DataError` if it can't be taken apart."""
+    tokenizer = processor.tokenizer
+    return own_template(
+        renderer(processor), special_tokens(tokenizer), tokenizer.bos_token, processor.chat_template
+    )
+
+
+def recipe_template(recipe: Recipe, section: AnySection) -> ChatTemplate:
+    """The recipe's chat format; the checkpoint's own where a native model's recipe wants that."""
+    if isinstance(section, NativeSection) and recipe.data.template == OWN_TEMPLATE:
+        return template_of(load_native_processor(section, None))
+    return load_template(recipe.data.template)
+
+
+def native_images(processor: Any) -> NativeImages:
+    """Prepares images by a native model's own processor.
+
+    Raises `ModelError` if it makes of several images another thing than of each by itself.
+    """
+    text = image_text(renderer(processor))
+    images = _tried_images()
+    try:
+        alone = [prepared_images(processor, [text], [image]) for image in images]
+        together = prepared_images(processor, [text * len(images)], images)
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
+        raise ModelError(
+            f"a {type(processor).__name__} can't be used here: {reason_of(error)}"
+        ) from None
+    ids = [token for one in alone for token in one["input_ids"][0].tolist()]
+    if together["input_ids"][0].tolist() != ids or not _same(alone, together):
+        raise ModelError(
+            f"a {type(processor).__name__} makes of two images in a row another thing than of each "
+            "by itself, so images can't be prepared one by one"
+        )
+    special = set(special_tokens(processor.tokenizer))
+    names = processor.tokenizer.convert_ids_to_tokens(sorted(set(ids)))
+    return NativeImages(
+        size=TRIED[0][0],
+        processor=processor,
+        text=text,
+        controls=tuple(name for name in names if name in special),
+    )
+
+
+def _same(alone: Sequence[Any], together: Any) -> bool:
+    """Whether the tensors of images by themselves, joined, are those of all together."""
+    inputs = [{name: one[name] for name in one if name not in OF_TEXT} for one in alone]
+    shapes = [{name: value.shape[1:] for name, value in one.items()} for one in inputs]
+    if any(each != shapes[0] for each in shapes):
+        return False
+    joined = joined_inputs(inputs)
+    return all(
+        value.shape == together[name].shape and bool((value == together[name]).all())
+        for name, value in joined.items()
+    )
+
+
+def _tried_images() -> list[Image]:
+    from PIL import Image
+
+    return [Image.radial_gradient("L").resize(size).convert("RGB") for size in TRIED]
+
+
+def check_own_template(processor: Processor, native: Any) -> None:
+    """Compares the ids of conversations with those of a native model's own processor.
+
+    Raises `DataError` where they differ.
+    """
+    for row in _tried_rows(system=bool(processor.template.system)):
+        (example,) = processor.examples(row)
+        trained = [*example.input_ids.tolist(), int(example.labels[-1])]
+        _compare(trained, _their_ids(native, row.messages, opened=False)[: len(trained)])
+        _compare(
+            processor.prompt(row).input_ids.tolist(),
+            _their_ids(native, row.messages[:-1], opened=True),
+        )
+
+
+def _compare(ours: list[int], theirs: list[int]) -> None:
+    if ours != theirs:
+        pairs = enumerate(zip(ours, theirs, strict=False))
+        place = next((place for place, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+        raise refusal(f"token {place} of a conversation would be another than the processor's")
+
+
+def _their_ids(native: Any, messages: Sequence[Message], *, opened: bool) -> list[int]:
+    turns = [message(turn.role, *map(_decoded, turn.parts)) for turn in messages]
+    given = native.apply_chat_template(
+        turns, add_generation_prompt=opened, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return given["input_ids"][0].tolist()
+
+
+def _decoded(part: str | Media) -> Any:
+    return part if isinstance(part, str) else decode_image(encoded_bytes(part))
+
+
+def _tried_rows(*, system: bool) -> list[Conversation]:
+    """Conversations with images at several places, white space and system text."""
+    images = [Media(_encoded(image)) for image in _tried_images()]
+    question = Message("user", (images[0], "What is it?"))
+    answer = Message("assistant", ("A wide one.",))
+    compared = Message("user", ("And is ", images[0], " like ", images[1], " here?"))
+    words = Message("user", (" What else? ",))
+    rows = [
+        (question, answer),
+        (question, answer, compared, Message("assistant", ("No: one is high.",))),
+        (words, Message("assistant", ("Nothing.",))),
+    ]
+    if system:
+        rows.append((Message("system", ("Be brief.",)), compared, answer, words, answer))
+    return [Conversation(f"tried {number}", turns) for number, turns in enumerate(rows)]
+
+
+def _encoded(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
