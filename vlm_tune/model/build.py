@@ -36,7 +36,7 @@ from vlm_tune.model.connectors.instruction import Reader
 from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.language.base import LanguageModel
-from vlm_tune.model.language.registry import llm_class, wrapped_llm
+from vlm_tune.model.language.registry import wrapped_llm
 from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.precisions import load_dtype, trained_later
 from vlm_tune.model.pretrained.connector_weights import load_words, start_connector
