@@ -47,7 +47,7 @@ SIDES = Sides(
 )
 """TRL's bf16 is autocast over fp32 weights; or its weights are bf16.
 
-Its eager attention was the slower in every trial of `benchmarks.preferences`.
+In bf16 its eager attention is the slower one: `benchmarks.preferences` tries both.
 """
 
 TOLERANCE = 0.1

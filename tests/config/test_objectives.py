@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.tiny_models import parsed, with_tune
-from vlm_tune.config.load import check_command
+from vlm_tune.config.load import check_command, dump_recipe, parse_recipe
+from vlm_tune.config.objectives import parts_of
 from vlm_tune.errors import RecipeError
 
 LORA = """
@@ -95,6 +96,47 @@ def test_settings_that_samples_are_not_for(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe(tiny_recipe, {"kind": "grpo"} | objective, **changes)
+
+
+MATCH = {"kind": "matching"}
+LANGUAGE = {"kind": "language_modeling"}
+CAPTIONS = {"kind": "contrastive"}
+
+
+@pytest.mark.parametrize(
+    ("objectives", "changes", "message"),
+    [
+        ([LANGUAGE, {"kind": "dpo"}], {}, "dpo adds losses by its own settings"),
+        ([LANGUAGE, {"kind": "grpo"}], {}, "grpo trains on answers that it samples"),
+        ([LANGUAGE, {"kind": "span_corruption"}], {"kind": "seq2seq"}, "masks all rows of a stage"),
+        ([LANGUAGE, LANGUAGE], {}, "objective.1.kind|language_modeling is in the list twice"),
+        ([CAPTIONS, MATCH], {}, "train them in stages one after the other"),
+        ([LANGUAGE, MATCH], {}, "each source names the objective that it trains"),
+        ([LANGUAGE, CAPTIONS], {}, "a contrastive objective compares images"),
+        ([LANGUAGE], {"data__train.0.objective": "language_modeling"}, "all rows train all"),
+        (LANGUAGE, {"data__train.0.objective": "language_modeling"}, "has one objective"),
+        (LANGUAGE | {"weight": 2.0}, {}, "weight is of an objective among several"),
+        ([LANGUAGE | {"weight": 0}], {}, "objective.0.weight: .*greater than 0"),
+        ([{"kind": "contrast"}], {}, "did you mean contrastive"),
+        ([], {}, "objective: expected 1 or more entries"),
+        ([{"kind": "language_modeling", "temperature": 1}], {}, "unknown key 'temperature'"),
+    ],
+)
+def test_objectives_that_a_list_does_not_take(
+    tiny_recipe: Callable[..., str], objectives: Any, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(tiny_recipe, objectives, **changes)
+
+
+def test_a_list_of_objectives_is_written_and_read_as_a_list(
+    tiny_recipe: Callable[..., str],
+) -> None:
+    mixed = recipe(tiny_recipe, [LANGUAGE, CAPTIONS | {"weight": 0.1}], data__group="image")
+    again = parse_recipe(dump_recipe(mixed))
+    assert again.objective == mixed.objective and again == mixed
+    assert [part.kind for part in parts_of(again.objective)] == ["language_modeling", "contrastive"]
+    check_command(again, "sft")
 
 
 def test_rewards_without_a_divergence_need_no_reference(tiny_recipe: Callable[..., str]) -> None:

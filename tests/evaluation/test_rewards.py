@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.policy_samples import policy_recipe
-from vlm_tune.config.objectives import Grpo
+from vlm_tune.config.grpo import Grpo
 from vlm_tune.config.train import REWARDS
 from vlm_tune.data.types import Conversation, Media, Message, References
 from vlm_tune.errors import RecipeError, TrainingError

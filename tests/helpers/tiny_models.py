@@ -25,8 +25,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from vlm_tune.config.data import DataSection, FileSource
+from vlm_tune.config.grpo import Grpo
 from vlm_tune.config.load import parse_recipe
-from vlm_tune.config.objectives import Grpo
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.collate import collate

@@ -88,10 +88,16 @@ def _stage_changes(old: Recipe, new: Recipe) -> Iterator[Change]:
     yield from _changes(
         before["train"]["precision"], after["train"]["precision"], "train.precision"
     )
-    for key in ("kind", "loss", "reference", "scored_by"):
-        was, now = (objective["objective"].get(key) for objective in (before, after))
-        yield from _changes(was, now, f"objective.{key}")
+    was, now = (_fixed_of_objective(recipe["objective"]) for recipe in (before, after))
+    yield from _changes(was, now, "objective")
     yield from _changes(before["data"]["streaming"], after["data"]["streaming"], "data.streaming")
+
+
+def _fixed_of_objective(objective: Any) -> Any:
+    """The settings of a recipe's objective, or of those of a list, that a stage keeps."""
+    if isinstance(objective, list):
+        return [_fixed_of_objective(each) for each in objective]
+    return {key: objective.get(key) for key in ("kind", "loss", "reference", "scored_by")}
 
 
 def _changes(old: Any, new: Any, name: str) -> Iterator[Change]:

@@ -38,6 +38,10 @@ class Source(Config):
         description="the task of its rows, by which scores are listed; the source's name by "
         "default",
     )
+    objective: Literal["language_modeling", "contrastive", "matching"] | None = Field(
+        default=None,
+        description="which objective of a list its rows train, where these read other rows",
+    )
     template: HomePath | None = Field(
         default=None, description="a chat format; data.template by default"
     )
@@ -47,7 +51,7 @@ class Source(Config):
     )
 
 
-SHARES = {"weight", "count", "loss_weight", "task_name"}
+SHARES = {"weight", "count", "loss_weight", "task_name", "objective"}
 """Options of a source that say how its rows are used, and change none of them."""
 
 SOURCE_NAME = Field(

@@ -133,6 +133,9 @@ def _share_contradictions(data: dict[str, Any]) -> list[Fault]:
             if part != "train" and value_at(source, "loss_weight") is not None:
                 message = f"loss_weight is of training; {part} is scored row by row"
                 faults.append((("data", part, index, "loss_weight"), message))
+            if part != "train" and value_at(source, "objective") is not None:
+                message = f"a source of {part} names no objective: the first one scores all rows"
+                faults.append((("data", part, index, "objective"), message))
     return faults + _mixture_contradictions(data)
 
 

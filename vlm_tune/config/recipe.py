@@ -11,7 +11,7 @@ from vlm_tune.config.base import Config, HomePath, Places
 from vlm_tune.config.data import DataSection
 from vlm_tune.config.engine import AnyEngine, AutoEngine
 from vlm_tune.config.model import AnyModel, ModelSection, Scratch
-from vlm_tune.config.objectives import AnyObjective, LanguageModeling
+from vlm_tune.config.objectives import LanguageModeling, ObjectiveField
 from vlm_tune.config.train import EvaluateSection, TrainSection
 from vlm_tune.config.tune import TuneRule
 from vlm_tune.config.yaml_source import Located, Path
@@ -23,7 +23,7 @@ class Stage(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     data: dict[str, Any] = Field(default={})
     tune: Annotated[list[TuneRule], Field(min_length=1)] | None = None
-    objective: Annotated[AnyObjective, Field(discriminator="kind")] | None = None
+    objective: ObjectiveField | None = None
     train: dict[str, Any] = Field(default={})
     evaluate: dict[str, Any] = Field(default={})
 
@@ -37,7 +37,7 @@ class Recipe(Config):
     model: AnyModel
     data: DataSection
     tune: list[TuneRule] = Field(min_length=1)
-    objective: Annotated[AnyObjective, Field(discriminator="kind")] = LanguageModeling()
+    objective: ObjectiveField = LanguageModeling()
     train: TrainSection
     evaluate: EvaluateSection = EvaluateSection()
     engine: Annotated[AnyEngine, Field(discriminator="kind")] = AutoEngine()

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_tune.config.data_rules import data_contradictions
 from vlm_tune.config.faults import Fault, broken
+from vlm_tune.config.mixture_rules import lone_objective_contradictions, mixture_contradictions
 from vlm_tune.config.model import ModelSection
 from vlm_tune.config.native_rules import native_contradictions
 from vlm_tune.config.objective_rules import objective_contradictions
@@ -27,8 +28,23 @@ LENGTHS = ("epochs", "steps")
 def contradictions(raw: Any) -> list[Fault]:
     """Returns faults between keys that are each valid alone, as (path, message).
 
-    It works on raw values, so it also runs on a recipe with schema errors.
+    It works on raw values, so it also runs on a recipe with schema errors. Of several objectives
+    each has to suit the other keys.
     """
+    objectives = value_at(raw, "objective")
+    if not isinstance(objectives, list):
+        return [*_contradictions(raw), *lone_objective_contradictions(raw)]
+    faults = mixture_contradictions(raw, objectives)
+    for place, objective in enumerate(objectives):
+        faults += [
+            (("objective", place, *path[1:]) if path[:1] == ("objective",) else path, message)
+            for path, message in _contradictions({**raw, "objective": objective})
+        ]
+    return list(dict.fromkeys(faults))
+
+
+def _contradictions(raw: Any) -> list[Fault]:
+    """Returns the faults of a recipe of one objective."""
     return [
         *_length_contradictions(raw),
         *_llm_contradictions(raw),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.yaml_source import Located, Path, dotted_name, value_at
@@ -275,6 +275,8 @@ def _alternatives(annotation: Any) -> Iterator[Any]:
     elif origin in (typing.Union, types.UnionType):
         for part in typing.get_args(annotation):
             yield from _alternatives(part)
+    elif isinstance(annotation, type) and issubclass(annotation, RootModel):
+        yield from _alternatives(annotation.model_fields["root"].annotation)
     else:
         yield annotation
 

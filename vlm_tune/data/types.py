@@ -315,6 +315,7 @@ class Batch:
         reference: float32[A], as in `Example`.
         task: The task whose adapters its rows train; None where all tasks have the same.
         loss_weight: The factor of its rows' losses.
+        objective: The objective of a mixture that its rows train; None where they train all.
         prompts: The prompts of the rows, where their answers are to be sampled: the batch has
             their examples, and of each row one list of prompts.
         completions: What was sampled for a batch of prompts.
@@ -343,6 +344,7 @@ class Batch:
     task: str | None = None
     loss_weight: float = 1.0
     native: NativeInputs = field(default_factory=dict)
+    objective: str | None = None
     prompts: list[list[Prompt]] = field(init=False, default_factory=list)
     completions: Completions | None = field(init=False, default=None)
     slots: torch.Tensor = field(init=False)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from vlm_tune.config.objectives import AnyObjective, Contrastive, Matching
+from vlm_tune.config.objectives import AnyObjective, Contrastive, Matching, parts_of
 from vlm_tune.config.train import EvaluateSection
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.images.decode import PixelCache
@@ -121,14 +121,15 @@ def _with_losses(
 def score_options(settings: EvaluateSection, objective: AnyObjective | None) -> dict[str, Any]:
     """The arguments of `score` that evaluation settings and a training objective ask for.
 
-    With `ranks` all rows have to be scored together.
+    Of a mixture it is the first one that asks. With `ranks` all rows have to be scored together.
     """
-    contrastive = isinstance(objective, Contrastive)
+    first = None if objective is None else parts_of(objective)[0]
+    contrastive = isinstance(first, Contrastive)
     temperature = None
-    if isinstance(objective, Contrastive) and not objective.learns_scale:
-        temperature = objective.temperature
+    if isinstance(first, Contrastive) and not first.learns_scale:
+        temperature = first.temperature
     answering = "retrieve" if contrastive else settings.answering
-    if isinstance(objective, Matching):
+    if isinstance(first, Matching):
         answering = "likelihood"
     names = settings.metrics or ()
     return {

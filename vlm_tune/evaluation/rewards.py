@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_tune.config.objectives import AnyObjective, Grpo, RewardFunction
+from vlm_tune.config.grpo import Grpo, RewardFunction
+from vlm_tune.config.objectives import AnyObjective
 from vlm_tune.config.train import REWARDS
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import Problem, RecipeError, TrainingError

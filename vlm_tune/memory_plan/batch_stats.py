@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm_tune.config.objectives import Grpo
+from vlm_tune.config.grpo import Grpo
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.collate import collate
@@ -101,7 +101,7 @@ def _read(
         prepared = prepare(
             data, data.train, variant, seed=stage.seed, stop=lambda: time.monotonic() > until
         )
-        check_forms(stage.objective, prepared.readers, "train")
+        check_forms(stage.objective, prepared, "train")
         feed = _feed(stage, prepared, variant, processes)
     except Interrupted:
         return Reading(

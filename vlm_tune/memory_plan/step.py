@@ -13,6 +13,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vlm_tune.config.objectives import parts_of
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.memory_plan.cuda import cuda_autocast, recomputed
@@ -95,7 +96,14 @@ def _loss(model: VisionLanguageNetwork, stage: Recipe, batch: Batch) -> torch.Te
     if stage.objective.reference_model in ("adapter_off", "copy"):
         with torch.no_grad():
             model(batch, by_answer=by_answer)
-    output = model(batch, align=stage.objective.kind == "contrastive", by_answer=by_answer)
+    kinds = [part.kind for part in parts_of(stage.objective)]
+    aligns = [kind == "contrastive" for kind in kinds if batch.objective in (None, kind)]
+    losses = [_summed(model(batch, align=align, by_answer=by_answer)) for align in aligns]
+    return torch.stack(losses).sum()
+
+
+def _summed(output: Any) -> torch.Tensor:
+    """The scalar that a forward pass ends in."""
     match output:
         case Alignment():
             return output.images.sum() + output.captions.sum()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vlm_tune.config.objectives import AnyObjective, Contrastive
+from vlm_tune.config.objectives import AnyObjective, Contrastive, part_of
 from vlm_tune.config.tune import TuneRule
 from vlm_tune.model.language.virtual_tokens import KINDS, TOKENS
 from vlm_tune.model.layer_index import columns, depths
@@ -92,15 +92,16 @@ def tune_similarity(
     One of an earlier stage with the same loss is trained on. Under other objectives it stays as it
     is. It has no weight decay.
     """
-    if not isinstance(objective, Contrastive) or not objective.learns_scale:
+    contrastive = part_of(objective, Contrastive)
+    if contrastive is None or not contrastive.learns_scale:
         if model.similarity is not None:
             model.similarity.requires_grad_(False)
         return
-    bias = objective.first_bias
+    bias = contrastive.first_bias
     present = model.similarity
     if present is None or (present.logit_bias is None) != (bias is None):
         device = next(model.connector.parameters()).device
-        model.similarity = present = Similarity(objective.temperature, bias).to(device)
+        model.similarity = present = Similarity(contrastive.temperature, bias).to(device)
     present.requires_grad_(True)
     named = dict(present.named_parameters())
     tuned.groups.append({"params": list(named.values()), "lr": learning_rate, "weight_decay": 0.0})

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import gather_object
 
+from vlm_tune.config.objectives import parts_of
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.types import Conversation, Media, distinct_media
@@ -130,7 +131,7 @@ def _add_baselines(
     One that fails, or that the run is asked to stop in, is left out with a note.
     """
     settings = recipe.evaluate
-    if settings.baselines == [] or recipe.objective.kind == "contrastive":
+    if settings.baselines == [] or parts_of(recipe.objective)[0].kind == "contrastive":
         return
     log.info("computing baselines")
     few = settings.baselines == "auto"

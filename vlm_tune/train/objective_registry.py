@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from vlm_tune.config.grpo import Grpo
 from vlm_tune.config.objectives import (
     AnyObjective,
     Contrastive,
-    Grpo,
     Kto,
     LanguageModeling,
     Matching,
+    Mixture,
     SpanCorruption,
+    parts_of,
 )
 from vlm_tune.train.contrastive import ByRank, PairedObjective, single_rank
 from vlm_tune.train.matching import MatchingObjective
+from vlm_tune.train.mixture import MixtureObjective
 from vlm_tune.train.objectives import (
     ContrastiveObjective,
     LanguageModelingObjective,
@@ -41,6 +44,9 @@ def build_objective(
         device: The device of the training.
         by_rank: Gathers figures of all ranks.
     """
+    if isinstance(config, Mixture):
+        parts = [build_objective(each, None, summed, device, by_rank) for each in parts_of(config)]
+        return MixtureObjective(config, parts, by_rank, device)
     if isinstance(config, LanguageModeling | SpanCorruption):
         return LanguageModelingObjective(config)
     if isinstance(config, Contrastive):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlm_tune.config.objectives import Grpo
+from vlm_tune.config.grpo import Grpo
 
 LEAST_DEVIATION = 1e-4
 """What TRL adds to a standard deviation before it divides by it."""

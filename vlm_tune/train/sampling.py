@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 import xxhash
 
-from vlm_tune.config.objectives import Grpo
+from vlm_tune.config.grpo import Grpo
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.packing import completed, group_layout, numbered, trees

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from vlm_tune.config.objectives import Grpo
+from vlm_tune.config.grpo import Grpo
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.bounds import stream_bounds, unkept_bounds
@@ -137,7 +137,7 @@ def read_stage(
             note=lambda text: report(Note(text)),
         )
         for prepared in parts[part]:
-            check_forms(recipe.objective, prepared.readers, part)
+            check_forms(recipe.objective, prepared, part)
             _tell_left_out(prepared, part, report)
             if data.on_bad_row == "quarantine" and quarantine and prepared.part == part:
                 _quarantine(prepared, quarantine)

@@ -234,7 +234,8 @@ class PreparedFeed:
             ((unit, *_), *_) = epoch.units_of(row[:1])
             groups = [[blank(self.unit(unit))]]
         batch = self._collate(groups, position.epoch)
-        batch.task, batch.loss_weight = self.plan.kinds[epoch.kind(step, number, self.ranks)]
+        kind = self.plan.kinds[epoch.kind(step, number, self.ranks)]
+        batch.task, batch.loss_weight, batch.objective = kind
         return batch
 
     def unit(self, number: int) -> Group:

@@ -17,16 +17,18 @@ class RowKind(NamedTuple):
     Attributes:
         task: The task whose adapters they train; None where all tasks have the same.
         loss_weight: The factor of their losses.
+        objective: The objective of a mixture that they train; None where they train all.
     """
 
     task: str | None = None
     loss_weight: float = 1.0
+    objective: str | None = None
 
 
 def row_kinds(sources: Sequence[Source], *, by_task: bool) -> list[RowKind]:
     """The kind of each source's rows; with `by_task` tasks are kept apart."""
     return [
-        RowKind(task if by_task else None, source.loss_weight or 1.0)
+        RowKind(task if by_task else None, source.loss_weight or 1.0, source.objective)
         for source, task in zip(sources, task_names(sources), strict=True)
     ]
 

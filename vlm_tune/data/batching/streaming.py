@@ -252,7 +252,7 @@ class StreamFeed:
             changed = Augmented(fetch, self.data.augment, self.seed, step)
             owners = [example.id for example in examples]
             batch = collate(examples, spec, fetch_for=changed, owners=owners)
-        batch.task, batch.loss_weight = self.kinds[part[0][0]]
+        batch.task, batch.loss_weight, batch.objective = self.kinds[part[0][0]]
         return batch
 
     def _usable(

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from vlm_tune.config.objectives import COMMANDS, JUDGED_FORMS, AnyObjective
+from vlm_tune.config.objectives import COMMANDS, JUDGED_FORMS, AnyObjective, OneObjective, parts_of
+from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.job import PartName
-from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.preferences import PREFERENCE_FORMS
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import name_list
 
 
-def check_forms(objective: AnyObjective, readers: Iterable[SourceReader], part: PartName) -> None:
+def check_forms(objective: AnyObjective, prepared: Prepared, part: PartName) -> None:
     """Raises `DataError` for a source whose rows the objective can't train on or be scored by."""
-    for reader in readers:
-        fault = form_fault(objective, reader.form, part)
+    for source, reader in zip(prepared.sources, prepared.readers, strict=True):
+        fault = form_fault(objective, reader.form, part, source.objective)
         if fault is not None:
             raise DataError(fault, source=reader.name, kind="form")
 
 
-def form_fault(objective: AnyObjective, form: str, part: PartName) -> str | None:
-    """The reason why the objective can't train on rows of a form, or be scored; else None."""
+def form_fault(
+    objective: AnyObjective, form: str, part: PartName, trained: str | None = None
+) -> str | None:
+    """The reason why the objective can't train on rows of a form, or be scored; else None.
+
+    Of a mixture, rows train the one that is `trained`, or all; they are scored as the first one's.
+    """
+    parts = [each for each in parts_of(objective) if trained in (None, each.kind)]
+    read = parts if part == "train" else parts_of(objective)[:1]
+    return next((fault for each in read if (fault := _fault_of(each, form, part))), None)
+
+
+def _fault_of(objective: OneObjective, form: str, part: PartName) -> str | None:
+    """`form_fault` of one objective."""
     if part == "test" and objective.kind == "span_corruption":
         return (
             "span_corruption has a loss and no answers to score; leave test out, or add a stage "
