@@ -22,7 +22,7 @@ from tests.helpers.policy_samples import (
     sampler_of,
 )
 from tests.helpers.preference_samples import awake, objective_of
-from tests.helpers.tiny_models import assert_close, batch_of
+from tests.helpers.tiny_models import assert_close, batch_of, largest, tensors_of
 from vlm_tune.api import grpo
 from vlm_tune.data.packing import completed
 from vlm_tune.data.types import Batch
@@ -136,8 +136,11 @@ def test_branches_are_rows_and_micro_batches_are_one(
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one(tiny_recipe: Callable[..., str], tmp_path: Path) -> None:
-    def recipe(output: str, size: int) -> Any:
+@pytest.mark.parametrize("engine", [{"kind": "ddp"}, {"kind": "deepspeed", "stage": 2}], ids=str)
+def test_two_ranks_train_as_one(
+    engine: dict[str, Any], tiny_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    def recipe(output: str, size: int, **changes: Any) -> Any:
         return policy_recipe(
             tiny_recipe,
             "causal",
@@ -151,6 +154,7 @@ def test_two_ranks_train_as_one(tiny_recipe: Callable[..., str], tmp_path: Path)
             train__steps=4,
             train__batch_size=size,
             data__validation=[],
+            **changes,
         )
 
     def logged(output: str) -> list[dict[str, Any]]:
@@ -158,9 +162,13 @@ def test_two_ranks_train_as_one(tiny_recipe: Callable[..., str], tmp_path: Path)
         return [event for event in map(json.loads, lines) if event["event"] == "train"]
 
     grpo(recipe("one", 4))
-    pids = start(partial(grpo, recipe("two", 2)), tmp_path / "ranks.txt", ranks=2)
-    assert ended(pids) == [0, 0], (tmp_path / "ranks.txt").read_text()
+    together = recipe("two", 2, engine=engine)
+    pids = start(partial(grpo, together), tmp_path / "ranks.txt", ranks=2)
+    assert ended(pids) == [0, 0], (tmp_path / "ranks.txt.0").read_text()
     assert len(logged("one")) == len(logged("two")) == 4
-    for alone, together in zip(logged("one"), logged("two"), strict=True):
-        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3, abs=1e-6)
-        assert together["metrics"] == pytest.approx(alone["metrics"], rel=1e-3, abs=1e-5)
+    for alone, both in zip(logged("one"), logged("two"), strict=True):
+        assert both["loss"] == pytest.approx(alone["loss"], rel=1e-3, abs=1e-6)
+        assert both["metrics"] == pytest.approx(alone["metrics"], rel=1e-3, abs=1e-5)
+    first, second = (tensors_of(tmp_path / output / "model") for output in ("one", "two"))
+    assert first.keys() == second.keys()
+    assert max(largest(value, second[name]) for name, value in first.items()) <= 3e-4
