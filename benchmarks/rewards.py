@@ -50,8 +50,8 @@ SIDES = Sides(
 In bf16 its eager attention is the slower one: `benchmarks.preferences` tries both.
 """
 
-TOLERANCE = 0.1
-"""Relative difference of the lengths of completions of the two sides."""
+TOLERANCE = 0.3
+"""Relative difference of the mean lengths of the two sides' few first completions."""
 
 
 def start(comparison: Comparison) -> dict[str, Any]:
