@@ -44,10 +44,33 @@ def test_gathered_vectors_have_the_gradients_of_all_ranks(tmp_path: Path) -> Non
     assert not first[2:].any() and not second[:2].any()
 
 
+OBJECTIVES: dict[str, Any] = {
+    "views": {
+        "objective": {"kind": "contrastive", "loss": "clip", "views": "both"},
+        "data__augment": {"flip": 0.5, "shift": 0.2},
+    },
+    "mixture": {
+        "objective": [
+            {"kind": "language_modeling"},
+            {"kind": "contrastive", "loss": "clip", "weight": 0.5},
+        ],
+        "tune": [{"match": "tower.*", "how": "frozen"}, {"match": "*", "how": "full"}],
+    },
+}
+"""Settings of runs of other objectives with CLIP's loss."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "engine"),
-    [("clip", "ddp"), ("siglip", "ddp"), ("siglip", "fsdp"), ("siglip", "deepspeed")],
+    [
+        ("clip", "ddp"),
+        ("siglip", "ddp"),
+        ("siglip", "fsdp"),
+        ("siglip", "deepspeed"),
+        ("views", "ddp"),
+        ("mixture", "ddp"),
+    ],
 )
 def test_two_ranks_train_as_one(
     loss: str, engine: str, tiny_recipe: Callable[..., str], tmp_path: Path
@@ -57,6 +80,7 @@ def test_two_ranks_train_as_one(
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:7]))
 
     def recipe(output: str, size: int, **changes: Any) -> Any:
+        changes |= OBJECTIVES.get(loss, {})
         return contrastive_recipe(
             tiny_recipe,
             tmp_path,

@@ -73,7 +73,8 @@ def _group_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
 
 def _contrastive_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
     """Returns settings that a contrastive objective can't train on: it compares single images."""
-    return broken(
+    two_views = value_at(raw, "objective", "views") in TWO_VIEWS
+    return _view_faults(raw, data) + broken(
         (
             data.get("group") in (None, "none"),
             ("data", "group"),
@@ -99,7 +100,7 @@ def _contrastive_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
             "must be equal",
         ),
         (
-            value_at(raw, "objective", "loss") in ("clip", "siglip")
+            (value_at(raw, "objective", "loss") in ("clip", "siglip") or two_views)
             and value_at(raw, "train", "batch_size") == 1,
             ("train", "batch_size"),
             "a contrastive objective compares the rows of a micro-batch, and one row has no "
@@ -110,6 +111,40 @@ def _contrastive_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
             and value_at(raw, "objective", "loss") != "siglip",
             ("objective", "bias"),
             "bias is of loss: siglip",
+        ),
+    )
+
+
+TWO_VIEWS = ("image_image", "both")
+"""The `views` of a contrastive objective that read two augmentations of an image."""
+
+
+def _view_faults(raw: Any, data: dict[str, Any]) -> list[Fault]:
+    """Returns faults of a contrastive objective of two views of an image."""
+    views = value_at(raw, "objective", "views")
+    if views not in TWO_VIEWS:
+        return []
+    alone = views == "image_image"
+    return broken(
+        (
+            not isinstance(data.get("augment"), dict),
+            ("objective", "views"),
+            f"views: {views} compares two augmentations of an image: set data.augment",
+        ),
+        (
+            alone and value_at(raw, "objective", "loss") in ("clip", "siglip"),
+            ("objective", "loss"),
+            "loss is of images and captions, which views: image_image does not compare; leave it "
+            "out, or use views: both",
+        ),
+        *(
+            (
+                alone and bool(data.get(part)),
+                ("data", part),
+                "views: image_image brings no words together, so there are no answers to score; "
+                f"set data.{part}: [], or use views: both",
+            )
+            for part in ("validation", "test")
         ),
     )
 

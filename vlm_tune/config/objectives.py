@@ -29,7 +29,8 @@ class LanguageModeling(ObjectiveSection):
 class Contrastive(ObjectiveSection):
     """Contrastive loss in the LLM's embedding space: images and captions that belong together.
 
-    The negatives are the other rows of a micro-batch; with clip and siglip those of all processes.
+    Or two augmented views of an image. The negatives are the other rows of a micro-batch; with
+    clip, siglip and views those of all processes.
     """
 
     kind: Literal["contrastive"]
@@ -39,9 +40,15 @@ class Contrastive(ObjectiveSection):
         "clip: CLIP's softmax loss, images among captions and captions among images; siglip: "
         "SigLIP's sigmoid loss of each pair",
     )
+    views: Literal["image_text", "image_image", "both"] = Field(
+        default="image_text",
+        description="what is brought together; image_text: an image and its caption, image_image: "
+        "two augmentations of an image (SimCLR), both: the sum of the two losses",
+    )
     temperature: PositiveFloat = Field(
         default=0.07,
-        description="what similarities are divided by; learned from here on with clip and siglip",
+        description="what similarities are divided by; learned from here on with clip and siglip, "
+        "between images and captions",
     )
     bias: Annotated[float, Field(ge=-1e3, le=1e3)] | None = Field(
         default=None,
@@ -52,7 +59,12 @@ class Contrastive(ObjectiveSection):
     @property
     def learns_scale(self) -> bool:
         """Whether the temperature is learned."""
-        return self.loss != "captions"
+        return self.loss != "captions" and self.views != "image_image"
+
+    @property
+    def two_views(self) -> bool:
+        """Whether a second augmentation of each image is read."""
+        return self.views != "image_text"
 
     @property
     def first_bias(self) -> float | None:
@@ -250,7 +262,9 @@ OneObjective = LanguageModeling | Contrastive | Matching | SpanCorruption | Pref
 TaggedObjective = Annotated[OneObjective, Field(discriminator="kind")]
 
 
-class Mixture(ObjectiveTraits, RootModel[Annotated[list[TaggedObjective], Field(min_length=1)]]):
+class ObjectiveMixture(
+    ObjectiveTraits, RootModel[Annotated[list[TaggedObjective], Field(min_length=1)]]
+):
     """Objectives whose losses are added, each a mean over its own items and times its weight.
 
     Validation and test are scored as the first one's.
@@ -264,16 +278,16 @@ class Mixture(ObjectiveTraits, RootModel[Annotated[list[TaggedObjective], Field(
         return "mixture"
 
 
-AnyObjective = OneObjective | Mixture
+AnyObjective = OneObjective | ObjectiveMixture
 
 
 def _number(objective: Any) -> str:
     """The tag of an objective's form in a recipe: a list, or one objective."""
-    return "several" if isinstance(objective, list | Mixture) else "one"
+    return "several" if isinstance(objective, list | ObjectiveMixture) else "one"
 
 
 ObjectiveField = Annotated[
-    Annotated[TaggedObjective, Tag("one")] | Annotated[Mixture, Tag("several")],
+    Annotated[TaggedObjective, Tag("one")] | Annotated[ObjectiveMixture, Tag("several")],
     Discriminator(_number),
 ]
 """An objective of a recipe: one, or a list of several."""
@@ -281,7 +295,7 @@ ObjectiveField = Annotated[
 
 def parts_of(objective: AnyObjective) -> Sequence[OneObjective]:
     """The objectives of a mixture; of another objective itself."""
-    return objective.root if isinstance(objective, Mixture) else (objective,)
+    return objective.root if isinstance(objective, ObjectiveMixture) else (objective,)
 
 
 Part = TypeVar("Part", bound=ObjectiveSection)

@@ -316,6 +316,7 @@ class Batch:
         task: The task whose adapters its rows train; None where all tasks have the same.
         loss_weight: The factor of its rows' losses.
         objective: The objective of a mixture that its rows train; None where they train all.
+        views: uint8[U, 3, H, W], the images of `pixels` augmented otherwise, if asked for.
         prompts: The prompts of the rows, where their answers are to be sampled: the batch has
             their examples, and of each row one list of prompts.
         completions: What was sampled for a batch of prompts.
@@ -345,6 +346,7 @@ class Batch:
     loss_weight: float = 1.0
     native: NativeInputs = field(default_factory=dict)
     objective: str | None = None
+    views: torch.Tensor | None = None
     prompts: list[list[Prompt]] = field(init=False, default_factory=list)
     completions: Completions | None = field(init=False, default=None)
     slots: torch.Tensor = field(init=False)
@@ -383,7 +385,7 @@ class Batch:
             self.host = None
         elif self.host is None and self.input_ids.device.type == "cpu":
             self.host = copy(self)
-            self.host.pixels = self.host.features = None
+            self.host.pixels = self.host.features = self.host.views = None
             self.host.native = {}
         self._replace_tensors(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
         return self

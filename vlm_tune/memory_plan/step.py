@@ -13,7 +13,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlm_tune.config.objectives import parts_of
+from vlm_tune.config.objectives import Contrastive, part_of, parts_of
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.memory_plan.cuda import cuda_autocast, recomputed
@@ -61,7 +61,9 @@ def traced(
             | ({"context_fn": recomputed} if gpu else {})
         )
     half = DTYPES[stage.train.precision]
-    model_batch = _with_images(batch, model.tower, features, half, fake)
+    contrastive = part_of(stage.objective, Contrastive)
+    two_views = contrastive is not None and contrastive.two_views
+    model_batch = _with_images(batch, model.tower, features, half, fake, two_views=two_views)
     vocabulary = model.llm.vocabulary
     accumulating = stage.train.gradient_accumulation > 1
     idle = [0]
@@ -106,7 +108,8 @@ def _summed(output: Any) -> torch.Tensor:
     """The scalar that a forward pass ends in."""
     match output:
         case Alignment():
-            return output.images.sum() + output.captions.sum()
+            views = 0 if output.views is None else output.views.sum()
+            return output.images.sum() + output.captions.sum() + views
         case AnswerLogprobs():
             return output.sums.sum()
     return output.sum
@@ -118,6 +121,8 @@ def _with_images(
     features: tuple[int, int] | None,
     half: torch.dtype,
     fake: FakeTensorMode,
+    *,
+    two_views: bool,
 ) -> Batch:
     """The batch with fake tensors for its images: pixels, or the features of this shape.
 
@@ -130,7 +135,8 @@ def _with_images(
             shown = torch.empty(count, *features, dtype=stored_dtype(tower, half))
         elif count:
             shown = torch.empty(count, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
-    return replace(batch, **{"features" if features else "pixels": shown})
+    views = shown if two_views else None
+    return replace(batch, **{"features" if features else "pixels": shown, "views": views})
 
 
 def _counted(module: nn.Module) -> list[nn.Module]:

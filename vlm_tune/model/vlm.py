@@ -66,13 +66,15 @@ class VisionLanguageConfig(Config):
 class Alignment:
     """Unit vectors of each row's image and caption in the LLM's embedding space, fp32[B, E].
 
-    `scale` and `bias`, fp32[1], are those of their similarities, where they are learned.
+    `scale` and `bias`, fp32[1], are those of their similarities, where they are learned. `views`
+    are the vectors of the images' second views, where the batch has them.
     """
 
     images: torch.Tensor
     captions: torch.Tensor
     scale: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    views: torch.Tensor | None = None
 
 
 _mode_lock = threading.Lock()
@@ -277,7 +279,18 @@ class VisionLanguageNetwork(nn.Module):
             raise DataError("a contrastive objective needs exactly one image a row")
         scale, bias = (None, None) if self.similarity is None else self.similarity()
         images = self.image_vectors(connected)
-        return Alignment(images, self.caption_vectors(batch.labels), scale, bias)
+        captions = self.caption_vectors(batch.labels)
+        return Alignment(images, captions, scale, bias, self._second_views(batch))
+
+    def _second_views(self, batch: Batch) -> torch.Tensor | None:
+        """The vectors fp32[B, E] of the second views of a batch's images, if it has them."""
+        if batch.views is None:
+            return None
+        other = copy.copy(batch)
+        other.pixels = batch.views
+        connected = self.media(other)
+        assert connected is not None
+        return self.image_vectors(connected)
 
     def _align_prompts(self, batch: Batch) -> Alignment:
         """Mean features of each row's images, and its words' summed embeddings less the rows' mean.

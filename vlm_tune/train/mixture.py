@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_tune.config.objectives import Mixture, parts_of
+from vlm_tune.config.objectives import ObjectiveMixture, parts_of
 from vlm_tune.data.types import Batch
 from vlm_tune.train.contrastive import ByRank
 from vlm_tune.train.objectives import Counts, Loss, Metrics, Objective
@@ -23,7 +23,7 @@ class MixtureObjective:
 
     def __init__(
         self,
-        config: Mixture,
+        config: ObjectiveMixture,
         objectives: Sequence[Objective],
         by_rank: ByRank,
         device: torch.device,

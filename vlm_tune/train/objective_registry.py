@@ -11,11 +11,11 @@ from vlm_tune.config.objectives import (
     Kto,
     LanguageModeling,
     Matching,
-    Mixture,
+    ObjectiveMixture,
     SpanCorruption,
     parts_of,
 )
-from vlm_tune.train.contrastive import ByRank, PairedObjective, single_rank
+from vlm_tune.train.contrastive import ByRank, PairedObjective, ViewsObjective, single_rank
 from vlm_tune.train.matching import MatchingObjective
 from vlm_tune.train.mixture import MixtureObjective
 from vlm_tune.train.objectives import (
@@ -44,15 +44,13 @@ def build_objective(
         device: The device of the training.
         by_rank: Gathers figures of all ranks.
     """
-    if isinstance(config, Mixture):
+    if isinstance(config, ObjectiveMixture):
         parts = [build_objective(each, None, summed, device, by_rank) for each in parts_of(config)]
         return MixtureObjective(config, parts, by_rank, device)
     if isinstance(config, LanguageModeling | SpanCorruption):
         return LanguageModelingObjective(config)
     if isinstance(config, Contrastive):
-        if config.learns_scale:
-            return PairedObjective(config, by_rank)
-        return ContrastiveObjective(config)
+        return _contrastive(config, by_rank)
     if isinstance(config, Matching):
         return MatchingObjective(config)
     if isinstance(config, Kto):
@@ -61,3 +59,12 @@ def build_objective(
     if isinstance(config, Grpo):
         return GrpoObjective(config, reference, summed, device)
     return PairObjective(config, reference)
+
+
+def _contrastive(config: Contrastive, by_rank: ByRank) -> Objective:
+    """The objective of images and captions, of two views of images, or of both."""
+    if config.views == "image_image":
+        return ViewsObjective(config, None, by_rank)
+    learns = config.learns_scale
+    text = PairedObjective(config, by_rank) if learns else ContrastiveObjective(config)
+    return ViewsObjective(config, text, by_rank) if config.two_views else text

@@ -19,6 +19,7 @@ from vlm_tune.config.objectives import (
     SpanCorruption,
 )
 from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.model.vlm import Alignment
 from vlm_tune.transfer import to_device
 
 
@@ -124,7 +125,10 @@ class ContrastiveObjective:
         """Computes nothing: the negatives are those of the micro-batch."""
 
     def __call__(self, model: Any, batch: Batch, totals: Counts | None = None) -> Loss:
-        vectors = model(batch, align=True)
+        return self.of_vectors(model(batch, align=True), batch)
+
+    def of_vectors(self, vectors: Alignment, batch: Batch) -> Loss:
+        """The loss of a batch's vectors."""
         captions = [
             (category, tuple(row[row != IGNORE_INDEX].tolist()))
             for category, row in zip(batch.categories, batch.on_host.labels, strict=True)

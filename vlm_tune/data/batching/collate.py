@@ -30,6 +30,7 @@ def collate(
     *,
     fetch: Fetch | None = None,
     fetch_for: FetchFor | None = None,
+    fetch_view: FetchFor | None = None,
     owners: Sequence[str] | None = None,
     cached: bool = False,
     pad_left: bool = False,
@@ -42,6 +43,7 @@ def collate(
         fetch: Returns a media item's pixels, or its features if `cached`.
         fetch_for: Used in place of `fetch` for augmented images: each item is fetched once for each
             owner.
+        fetch_view: Returns another augmentation of each item, for `Batch.views`.
         owners: The sample id that each row's images are augmented for; needed with `fetch_for`.
         cached: Whether `fetch` returns features.
         pad_left: Pads on the left, for generation with a decoder.
@@ -66,7 +68,9 @@ def collate(
             max(max(len(example.labels) for example in examples), 1),
         )
     )
-    index, stacked, native = _media(examples, owners or [""] * len(examples), fetch, fetch_for)
+    named = owners or [""] * len(examples)
+    index, stacked, native = _media(examples, named, fetch, fetch_for)
+    views = _media(examples, named, None, fetch_view)[1] if fetch_view else None
     return Batch(
         ids=[example.id for example in examples],
         input_ids=inputs.padded([example.input_ids for example in examples], spec.pad_id),
@@ -80,6 +84,7 @@ def collate(
         questions=sum(example.questions for example in examples),
         cached=cached,
         native=native,
+        views=views,
         **_joined(examples, inputs, outputs),
         **_preferences(examples, outputs),
     )

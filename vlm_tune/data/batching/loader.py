@@ -123,7 +123,7 @@ class PreparedFeed:
     `augment` configures random changes of the pixels. `workers` processes, if any, make batches
     ahead, started by the method `start` of multiprocessing; a thread puts them into pinned memory
     if `pinned`. With `mismatches` each prompt of preferences also has an answer of the unit before
-    its own; `corruption` masks spans of answers.
+    its own; with `two_views` each image is augmented twice; `corruption` masks spans of answers.
 
     Attributes:
         references: The reference model's log-probabilities of the units' answers, if stored.
@@ -144,9 +144,11 @@ class PreparedFeed:
         start: Literal["fork", "forkserver"] = "fork",
         pinned: bool = False,
         mismatches: bool = False,
+        two_views: bool = False,
         corruption: Corruption | None = None,
     ) -> None:
         self.mismatches = mismatches
+        self.two_views = two_views
         self.corruption = corruption
         self.references: StoredReferences | None = None
         self.ranks = ranks or plan.sizes.ranks
@@ -262,12 +264,9 @@ class PreparedFeed:
             for row, row_examples in zip(rows, joined_rows, strict=True)
             for _ in row_examples
         ]
-        return collate(
-            examples,
-            self.spec,
-            fetch_for=Augmented(self.fetch, self.augment, self.plan.seed, epoch),
-            owners=owners,
-        )
+        changed = Augmented(self.fetch, self.augment, self.plan.seed, epoch)
+        other = replace(changed, view=1) if self.two_views else None
+        return collate(examples, self.spec, fetch_for=changed, fetch_view=other, owners=owners)
 
     def windows(self, position: Position) -> Iterator[list[Batch]]:
         """Yields this process's micro-batches of each step; workers, if any, prefetch them."""
@@ -326,18 +325,24 @@ class PreparedFeed:
 
 @dataclass(frozen=True)
 class Augmented:
-    """Fetches pixels and augments them; the random numbers depend on (seed, epoch, sample id)."""
+    """Fetches pixels and augments them; the random numbers depend on (seed, epoch, sample id).
+
+    Another `view` of the same is augmented otherwise.
+    """
 
     fetch: Fetch
     augment: Augment
     seed: int
     epoch: int
+    view: int = 0
 
     def __call__(self, media: Media, sample: str) -> torch.Tensor:
         """uint8[3, H, W]."""
         pixels = self.fetch(media)
         assert not isinstance(pixels, dict)  # a native model's recipe has no augmentation
         key = (self.seed, self.epoch, zlib.crc32(sample.encode()))
+        if self.view:
+            key = (*key, self.view)
         return draw_augmentation(self.augment, key, *pixels.shape[-2:]).pixels(pixels)
 
 
