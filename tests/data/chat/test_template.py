@@ -263,6 +263,7 @@ def test_the_processors_chat_template_gives_the_same_ids(name: str, kind: Kind) 
         ((IMAGE, "\nWhat is it?"), "@\nWhat is it?"),
         (("Look: ", IMAGE, IMAGE, " same?"), "Look: @\n@\n same?"),
         (("Look: ", IMAGE), "Look: @\n"),
+        ((), ""),
     ],
 )
 def test_what_ends_an_image_stands_once_behind_it(

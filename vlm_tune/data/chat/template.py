@@ -153,7 +153,8 @@ class ChatTemplate(BaseModel):
     def _images_ended(self, parts: Sequence[str | Media]) -> list[str | Media]:
         """A turn's parts with `after_image` behind each image whose next text lacks it."""
         ended: list[str | Media] = []
-        for part, following in zip(parts, [*parts[1:], ""], strict=True):
+        for place, part in enumerate(parts, 1):
+            following = parts[place] if place < len(parts) else ""
             ended.append(part)
             begins = isinstance(following, str) and following.startswith(self.after_image)
             if isinstance(part, Media) and not begins:
