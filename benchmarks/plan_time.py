@@ -44,6 +44,28 @@ def write_llava(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def write_llava_next(folder: Path) -> None:
+    """Writes the configs of LLaVA-1.6 over Mistral-7B."""
+    from transformers import LlavaNextConfig, LlavaNextImageProcessorPil
+
+    text = {
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "sliding_window": None,
+        "vocab_size": 32064,
+    }
+    config = LlavaNextConfig(text_config=text, tie_word_embeddings=False)
+    config.save_pretrained(folder)
+    LlavaNextImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    ).save_pretrained(folder)
+
+
 def write_smolvlm(folder: Path) -> None:
     """Writes the configs of SmolVLM-256M."""
     from transformers import Idefics3Config, Idefics3ImageProcessorPil

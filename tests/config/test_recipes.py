@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.plan_time import write_instructblip, write_internvl, write_llava, write_smolvlm
+from benchmarks.plan_time import (
+    write_instructblip,
+    write_internvl,
+    write_llava,
+    write_llava_next,
+    write_smolvlm,
+)
 from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.template import load_template
@@ -138,6 +144,22 @@ def test_llava_1_5_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None
         "tower.*": 0,
         "connector.*": projector,
         "llm.*": 32 * 64 * layer,
+    }
+
+
+def test_llava_1_6_mistral_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
+    """CLIP ViT-L/14 at 336 pixels, Mistral-7B, and 4,096 numbers at the ends of rows."""
+    write_llava_next(tmp_path)
+    recipe = load_recipe(
+        RECIPES / "llava-1.6-mistral-7b-qlora.yaml", {"model.pretrained": str(tmp_path)}
+    )
+    model, measured = bare_model(recipe)
+    assert (measured, model.processor.spec.tokens_per_image) == ((576, 1024), 576)
+    layer = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    assert trained(tuned(model, recipe)) == {
+        "tower.*": 0,
+        "connector.*": (1024 + 1) * 4096 + (4096 + 1) * 4096 + 4096,
+        "llm.*": 32 * 16 * layer,
     }
 
 

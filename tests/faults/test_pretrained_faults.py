@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.tiled_samples import save_internvl
+from tests.helpers.tiled_samples import save_internvl, save_llava_next
 from tests.helpers.tiny_models import built, parsed, rows_of
 from tests.helpers.vlm_samples import (
     save_blip,
@@ -119,7 +119,12 @@ def test_fault_28_pickled_weights_of_an_existing_model_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llava_next"}, "is no vision-language model of a known kind"),
+        ({"model_type": "llava_next_video"}, "is no vision-language model of a known kind"),
+        (
+            {"model_type": "llava_next"},
+            "has a CLIPImageProcessor for its images.* expected an image processor with "
+            "image_grid_pinpoints",
+        ),
         (
             {"vision_feature_layer": [-2, -5]},
             r"features of the layers \[-2, -5\] joined .* expected one layer",
@@ -185,6 +190,33 @@ def test_internvl_of_another_kind_is_refused(
     recipe = parsed(with_pretrained(tiny_recipe("causal"), tmp_path / "vlm", "internvl"))
     with pytest.raises(ModelError, match=message):
         build_processor(recipe, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resample": 2}, "or not bicubically.* expected resample: 3"),
+        ({"crop_size": {"height": 16, "width": 16}}, "expected 32, the tower's image_size"),
+        ({"image_grid_pinpoints": [[32, 64]]}, "expected one list in both of its configs"),
+        ({"vision_feature_layer": [-2, -1]}, r"layers \[-2, -1\] joined"),
+        ({"vision_feature_select_strategy": "full"}, "expected default"),
+        ({"multimodal_projector_bias": False}, "multimodal_projector_bias: False.* expected True"),
+    ],
+)
+def test_llava_next_of_another_kind_is_refused(
+    changes: dict[str, Any], message: str, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    (key,) = changes
+    of_images = key in ("resample", "crop_size", "image_grid_pinpoints")
+    save_llava_next(tmp_path / "vlm", **({} if of_images else changes))
+    if of_images:
+        file = tmp_path / "vlm" / "processor_config.json"
+        written = json.loads(file.read_text())
+        written["image_processor"] |= changes
+        file.write_text(json.dumps(written))
+    text = with_pretrained(tiny_recipe("causal"), tmp_path / "vlm", "llava_mistral")
+    with pytest.raises(ModelError, match=message):
+        model_section(parsed(text))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tiny whole models that see images as tiles, as transformers writes them: InternVL."""
+"""Tiny whole models that see images as tiles, as transformers writes them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.helpers.chat_samples import TEXTS, turns
-from tests.helpers.tiny_models import LLAMA
-from tests.helpers.vlm_samples import VISION, stir
+from tests.helpers.tiny_models import CLIP, LLAMA
+from tests.helpers.vlm_samples import VISION, stir, text_tokenizer
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.types import Conversation
 from vlm_tune.model.pretrained.tokenizer import SPECIALS, train_tokenizer
@@ -51,6 +51,67 @@ def internvl_tokenizer() -> Any:
         extra_special_tokens=INTERNVL_TOKENS,
         **SPECIALS,
     )
+
+
+LLAVA_NEXT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{{ ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'][0]['text'] + '</s> ' }}{% endif %}{% endfor %}"
+)
+"""The chat template of llava-hf/llava-v1.6-mistral-7b-hf, but for images where they stand.
+
+That one writes a turn's images first. It has no system turns here.
+"""
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [SIDE, 3 * SIDE]]
+
+
+@cache
+def llava_next_tokenizer() -> Any:
+    """A tokenizer with a start token before a text, as Mistral's, and the image's token."""
+    rows = [Conversation("", turns(text, text)) for text in TEXTS]
+    tokenizer = text_tokenizer(rows, "llava_mistral", "<s> $A")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    return tokenizer
+
+
+def save_llava_next(folder: Path, *, tied: bool = False, **changes: Any) -> Any:
+    """A tiny LLaVA-NeXT with its processor; a frame has 4 x 4 tokens."""
+    import transformers
+
+    tokenizer = llava_next_tokenizer()
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    torch.manual_seed(3)
+    language = {"model_type": "mistral", **LLAMA, **ids, "vocab_size": len(tokenizer) + 3}
+    settings: dict[str, Any] = {
+        "vision_config": {"model_type": "clip_vision_model", **CLIP, "patch_size": 8},
+        "text_config": language | {"sliding_window": None, "max_position_embeddings": 512},
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "image_grid_pinpoints": PINPOINTS,
+        "tie_word_embeddings": tied,
+    }
+    config = transformers.LlavaNextConfig(**(settings | changes))
+    theirs = stir(transformers.LlavaNextForConditionalGeneration(config))
+    theirs.save_pretrained(folder)
+    images = transformers.LlavaNextImageProcessor(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=PINPOINTS,
+    )
+    processor = transformers.LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_NEXT_TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+    return theirs
 
 
 def save_internvl(
@@ -105,6 +166,16 @@ PROJECTOR = [
 ]
 
 
+LLAVA_NEXT = {
+    "model.vision_tower.": "tower.model.",
+    "model.multi_modal_projector.linear_1.": "connector.layers.0.",
+    "model.multi_modal_projector.linear_2.": "connector.layers.2.",
+    "model.image_newline": "connector.newline",
+    "model.language_model.": "llm.model.model.",
+    "lm_head.": "llm.model.lm_head.",
+}
+
+
 @dataclass(frozen=True)
 class Sample:
     """A tiny checkpoint: how it is saved, its chat format, and our names of its tensors.
@@ -128,6 +199,7 @@ class Sample:
 
 
 SAMPLES = {
+    "llava_next": Sample(save_llava_next, "llava_mistral", LLAVA_NEXT, [3, 6, 3, 0], PROJECTOR[1:]),
     # An image of 3 x 1 tiles and itself; one of 1 x 4 and one too small to be cut.
     "internvl": Sample(save_internvl, "internvl", INTERNVL, [4, 6, 1, 0], PROJECTOR),
     # InternVL3, and InternViT-6B's norms.

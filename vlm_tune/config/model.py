@@ -35,7 +35,23 @@ class Gemma3Split(Config):
     kind: Literal["gemma3"]
 
 
-AnySplit = Annotated[Idefics3Split | InternVLSplit | Gemma3Split, Field(discriminator="kind")]
+Grid = Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(min_length=2, max_length=2)]
+
+
+class LlavaNextSplit(Config):
+    """The whole image, then tiles that are joined again without padding (LLaVA-NeXT)."""
+
+    kind: Literal["llava_next"]
+    grids: list[Grid] = Field(
+        min_length=1,
+        description="candidate grids [columns, rows] of tiles; the one that shows most of an image"
+        " is taken",
+    )
+
+
+AnySplit = Annotated[
+    Idefics3Split | InternVLSplit | Gemma3Split | LlavaNextSplit, Field(discriminator="kind")
+]
 
 
 class Tower(Config):
@@ -50,9 +66,7 @@ class Tower(Config):
     grid: Side | None = Field(
         default=None, description="average-pool the patch features to grid x grid tokens"
     )
-    tiles: list[
-        Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(min_length=2, max_length=2)]
-    ] = Field(
+    tiles: list[Grid] = Field(
         default=[],
         description="anyres: candidate grids [columns, rows] of tiles; the whole image plus "
         "the tiles of the best grid",
@@ -178,10 +192,18 @@ class Projector(Config):
     )
 
 
+NEWLINE = Field(
+    default=False,
+    description="a learned token at the end of each row of an image's joined tiles, with"
+    " model.tower.split: {kind: llava_next}",
+)
+
+
 class LinearConnector(Projector):
     """One linear projection from the tower's width to the LLM's."""
 
     kind: Literal["linear"]
+    newline: bool = NEWLINE
 
 
 class MlpConnector(Projector):
@@ -189,6 +211,7 @@ class MlpConnector(Projector):
 
     kind: Literal["mlp"]
     depth: Annotated[int, Field(ge=2, le=8)] = 2
+    newline: bool = NEWLINE
 
 
 Depth = Annotated[int, Field(ge=1, le=8)]

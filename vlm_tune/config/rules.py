@@ -149,6 +149,22 @@ def _tower_contradictions(raw: Any) -> list[Fault]:
             "the markers of model.tower.split stand between the tiles of an image, and text after "
             "them would see the last tile alone: set images: all",
         ),
+        (
+            (value_at(split, "kind") == "llava_next") != (value_at(connector, "newline") is True),
+            ("model", "connector", "newline"),
+            "the rows of the joined tiles of model.tower.split: {kind: llava_next} end with a "
+            "learned token, those of no other image do: give both, or neither",
+        ),
+        (
+            value_at(connector, "base", "newline"),
+            ("model", "connector", "base", "newline"),
+            "a base of another connector joins no tiles",
+        ),
+        (
+            value_at(split, "kind") == "llava_next" and value_at(tower, "class_token"),
+            ("model", "tower", "class_token"),
+            "tiles are joined by their patches: leave the class token out",
+        ),
     )
     pair = value_at(tower, "towers")
     towers: list[tuple[Path, Any]] = [(("model", "tower"), tower)]

@@ -48,12 +48,17 @@ class Slice:
 
 @dataclass(frozen=True)
 class Tile:
-    """One cell of an image that is cut into a grid: its position, from 0, and the grid's size."""
+    """One cell of an image that is cut into a grid: its position, from 0, and the grid's size.
+
+    `size` is the image's (width, height) where the tiles are joined again, without the padding
+    around the image (`vlm_tune/data/media_slots.py`).
+    """
 
     column: int
     row: int
     columns: int
     rows: int
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -320,6 +325,8 @@ class Batch:
         prompts: The prompts of the rows, where their answers are to be sampled: the batch has
             their examples, and of each row one list of prompts.
         completions: What was sampled for a batch of prompts.
+        slot_tokens: int64[P], which of all connected tokens of the media places, one after the
+            other, fills each slot (`media_slots`); None where they fill them in order.
         host: Of a batch on another device, the batch as it was on the CPU, without images. What
             the host has to know is read there.
         native: The tensors that a native model takes of its images, by name, in place of pixels.
@@ -342,6 +349,7 @@ class Batch:
     cached: bool = False
     answers: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+    slot_tokens: torch.Tensor | None = None
     task: str | None = None
     loss_weight: float = 1.0
     native: NativeInputs = field(default_factory=dict)

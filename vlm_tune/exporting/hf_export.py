@@ -17,6 +17,7 @@ from vlm_tune.exporting.hf_layout import Target, written_model
 from vlm_tune.exporting.idefics3_layout import IDEFICS3, SMOLVLM
 from vlm_tune.exporting.internvl_layout import INTERNVL
 from vlm_tune.exporting.llava_layout import LLAVA
+from vlm_tune.exporting.llava_next_layout import LLAVA_NEXT
 from vlm_tune.exporting.merge import check_output
 from vlm_tune.exporting.source import (
     Expected,
@@ -48,14 +49,15 @@ PIXEL = 1e-3
 TARGETS = {"idefics3_vision": IDEFICS3, "smolvlm_vision": SMOLVLM, "internvl_vision": INTERNVL}
 """The layouts of models that have one of their own, by transformers' type of their tower."""
 
-TARGETS_BY_CONNECTOR = {"gemma3": GEMMA3}
-"""The layouts of models whose tower is another family's too, by the kind of their connector."""
+TARGETS_BY_SPLIT = {"gemma3": GEMMA3, "llava_next": LLAVA_NEXT}
+"""The layouts of models whose tower is another family's too, by how they cut images."""
 
 
 def target_of(config: VisionLanguageConfig) -> Target:
-    """The layout that a model is written in: that of its connector or tower, or LLaVA's."""
-    if config.model.connector.kind in TARGETS_BY_CONNECTOR:
-        return TARGETS_BY_CONNECTOR[config.model.connector.kind]
+    """The layout that a model is written in: that of its tower or its tiles, or LLaVA's."""
+    split = config.model.tower.split
+    if split is not None and split.kind in TARGETS_BY_SPLIT:
+        return TARGETS_BY_SPLIT[split.kind]
     return TARGETS.get(config.tower_rebuild.get("vision_config", {}).get("model_type"), LLAVA)
 
 
@@ -230,6 +232,8 @@ def _check_pixels(exported: torch.Tensor, model: VisionLanguageNetwork, example:
     pixels = torch.stack([images(frame) for frame in example.media]).to(model.device)
     trained = pixels.float() * model.tower.scale - model.tower.offset
     frames = exported.flatten(0, -4)
+    # LLaVA-NeXT's processor pads images of fewer tiles with frames of zeros.
+    frames = frames[frames.flatten(1).any(1)]
     if trained.shape != frames.shape or float((trained - frames).abs().max()) > PIXEL:
         names = ", ".join(dict.fromkeys(frame.name for frame in example.media))
         raise ModelError(

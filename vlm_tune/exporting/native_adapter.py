@@ -15,7 +15,7 @@ from vlm_tune.exporting.source import ExportReport, expected_of
 from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.build import CONNECTOR, TOWER
 from vlm_tune.model.checkpoint import load_model
-from vlm_tune.model.families.base import Vlm
+from vlm_tune.model.families.base import Vlm, part_tensors
 from vlm_tune.model.hub import config_source, read_json
 from vlm_tune.model.lora import PREFIX
 from vlm_tune.model.pretrained.tokenizer import pin_tokenizer
@@ -25,6 +25,10 @@ from vlm_tune.model.weights import read_safetensors, write_safetensors
 Tensors = dict[str, torch.Tensor]
 TOWER_TRAINED = "the tower is trained too, and the adapter is that of the language model"
 WORDS_ADDED = "the checkpoint lacks rows for model.llm.added_tokens"
+NEWLINE_TRAINED = (
+    "connector.newline is trained too, and PEFT's adapters have no place for a single parameter: "
+    'begin tune with {match: "connector.newline", how: frozen}'
+)
 """The reasons why what was trained over a whole model is no adapter."""
 
 
@@ -58,7 +62,7 @@ def write_native_adapter(
         raise ModelError(f"{WORDS_ADDED}: use merge, or --format transformers")
     config = read_json(source / ADAPTERS["llm"] / "adapter_config.json")
     lora = _renamed(vlm, read_safetensors(source / ADAPTERS["llm"] / "adapter_model.safetensors"))
-    whole = _renamed(vlm, _trained_whole(source))
+    whole = _renamed(vlm, _without_newline(vlm, _trained_whole(source)))
     config |= {
         "base_model_name_or_path": vlm.name,
         # By full names: the tower's layers have the same last names as the LLM's.
@@ -99,6 +103,19 @@ def _trained_whole(source: Path) -> Tensors:
     }
     if (source / BESIDE).is_file():
         tensors |= read_safetensors(source / BESIDE)
+    return tensors
+
+
+def _without_newline(vlm: Vlm, tensors: Tensors) -> Tensors:
+    """The tensors without the token for rows' ends, which is a parameter of no module of its own.
+
+    Raises `ModelError` if it is not the checkpoint's.
+    """
+    newline = tensors.pop("connector.newline", None)
+    if newline is not None:
+        untrained = part_tensors(vlm, "connector")["newline"]
+        if not torch.equal(newline.float(), untrained.float()):
+            raise ModelError(f"{NEWLINE_TRAINED}, or use merge, or --format transformers")
     return tensors
 
 

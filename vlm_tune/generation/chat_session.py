@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.chat.image_marks import escaped_marks
 from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.media_slots import owners, slots_of
 from vlm_tune.data.packing import Tree
 from vlm_tune.data.types import Conversation, Example, Media, Message
 from vlm_tune.errors import ArgumentError
@@ -253,9 +255,12 @@ class _Prefix:
 
 def _keys(prompt: Example, tokens_per_image: int) -> list[tuple[int, Any]]:
     keys: list[tuple[int, Any]] = [(token, None) for token in prompt.input_ids.tolist()]
-    for slot, place in enumerate(prompt.image_mask.nonzero()[0].tolist()):
-        image = prompt.media[slot // tokens_per_image]
-        keys[place] = (slot % tokens_per_image, (image.source, image.tile))
+    frames = owners(prompt.media, tokens_per_image)
+    numbers = np.arange(len(frames)) - np.searchsorted(frames, frames)
+    slots = prompt.image_mask.nonzero()[0]
+    for place, frame, number in zip(slots, frames, numbers, strict=True):
+        image = prompt.media[frame]
+        keys[place] = (int(number), (image.source, image.tile))
     return keys
 
 
@@ -267,7 +272,9 @@ def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 def prompt_rest(prompt: Example, start: int, tokens_per_image: int) -> Example:
     """The prompt without its first `start` tokens and their images."""
-    images = int(prompt.image_mask[:start].sum()) // tokens_per_image
+    slots = np.cumsum([slots_of(frame, tokens_per_image) for frame in prompt.media])
+    # Tiles without slots of their own go with the frame before them.
+    images = int((slots <= prompt.image_mask[:start].sum()).sum())
     return replace(
         prompt,
         input_ids=prompt.input_ids[start:],

@@ -309,7 +309,7 @@ class VisionLanguageNetwork(nn.Module):
 
     def image_vectors(self, connected: torch.Tensor) -> torch.Tensor:
         """Unit vectors fp32[M, E] of media, by the connector's outputs [M, N, E]: their means."""
-        return normalize(connected.float().mean(1), dim=-1)
+        return normalize(self.connector.shown(connected).float().mean(1), dim=-1)
 
     def caption_vectors(self, labels: torch.Tensor) -> torch.Tensor:
         """Unit vectors fp32[B, E] of captions: the sums of the embeddings of labels int64[B, T].

@@ -170,7 +170,11 @@ def named_model(model: str, tower: str | None) -> ModelChoice:
 
 
 def whole_template(vlm: Vlm) -> str:
-    """The chat format of a vision-language model, by the control tokens that its tokenizer has."""
+    """The chat format of a vision-language model, by its LLM or its tokenizer's control tokens."""
+    by_language = vlm.family.by_language
+    language = vlm.config.get("text_config", {}).get("model_type")
+    if language in by_language:
+        return by_language[language]
     *others, last = vlm.family.templates
     if not others:
         return last

@@ -16,6 +16,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from vlm_tune.data.images.decode import encoded_bytes
+from vlm_tune.data.media_slots import owners
 from vlm_tune.data.types import Example, Media
 from vlm_tune.model.language.row_buffers import Prefix
 
@@ -148,7 +149,7 @@ def beginning_of(prompt: Example, tokens_per_image: int, digests: dict[Media, by
     """The whole of a prompt as a `Beginning`; `digests` are those of its images."""
     ids = prompt.input_ids.astype(np.int64)
     slots = prompt.image_mask.nonzero()[0]
-    ids[slots] = -1 - np.arange(len(slots)) // tokens_per_image
+    ids[slots] = -1 - owners(prompt.media, tokens_per_image)
     return Beginning(ids.tobytes(), tuple(digests[media] for media in prompt.media))
 
 

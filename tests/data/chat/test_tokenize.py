@@ -248,6 +248,6 @@ def test_a_row_whose_images_alone_would_fill_the_memory_is_refused_before(layout
     question = Message("user", (IMAGE, "what is it?"))
     row = Conversation("m", (question, Message("assistant", ("red",))))
     for lay_out in (chat_processor.examples, chat_processor.prompt):
-        with pytest.raises(DataError, match="1 x 146,991,376 tokens") as error:
+        with pytest.raises(DataError, match="its images take 146,991,376 tokens") as error:
             lay_out(row)
         assert error.value.kind == "overlong"

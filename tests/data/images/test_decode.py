@@ -24,10 +24,10 @@ from vlm_tune.data.images.decode import (
     FORMATS,
     ImageProcessor,
     PixelCache,
-    best_grid,
     decode_image,
     image_size,
 )
+from vlm_tune.data.images.split import best_grid
 from vlm_tune.data.types import Media, Slice, Tile
 from vlm_tune.errors import DataError
 

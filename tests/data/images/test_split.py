@@ -17,7 +17,7 @@ from vlm_tune.config.load import parse_recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.images.decode import ImageProcessor
-from vlm_tune.data.images.split import Idefics3Frames, InternVLFrames
+from vlm_tune.data.images.split import Idefics3Frames, InternVLFrames, LlavaNextFrames
 from vlm_tune.data.types import Conversation, InputSpec, Media, Message
 from vlm_tune.errors import DataError, RecipeError
 
@@ -86,6 +86,32 @@ def test_internvls_frames_are_those_of_transformers(width: int, height: int, mos
     assert expanded[-1].tile is None and len(expanded) <= images.most_frames
     tiles = [frame.tile for frame in expanded[:-1]]
     assert all(tile and tile.columns * tile.rows == len(tiles) for tile in tiles)
+
+
+@given(st.integers(1, 120), st.integers(1, 120))
+@settings(max_examples=60, deadline=None)
+def test_llava_nexts_frames_are_those_of_transformers(width: int, height: int) -> None:
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
+
+    image = photo(width, height)
+    grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    images = ImageProcessor(SIDE, split=LlavaNextFrames(grids))
+    expanded = images.expand(media(image))
+    pixels = torch.stack([images(frame) for frame in expanded]).float() / 255
+    processor: Any = LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=[[rows * SIDE, columns * SIDE] for columns, rows in grids],
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    theirs = processor([image], return_tensors="pt")["pixel_values"][0]
+    assert pixels.shape == theirs.shape
+    assert float(((pixels - 0.5) / 0.5 - theirs).abs().max()) <= 1e-6
+    assert expanded[0].tile is None and len(expanded) <= images.most_frames
+    assert all(frame.tile and frame.tile.size == (width, height) for frame in expanded[1:])
 
 
 def test_an_images_frames_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +238,19 @@ train: {steps: 1, batch_size: 1, learning_rate: 1.0e-3}
         ("tune:", "objective: {kind: contrastive}\ntune:", "so no tiles"),
         ("longest_edge: 64", "longest_edge: 5000", "less than or equal to 4096"),
         ("idefics3,", "other,", "idefics3"),
+        ("idefics3, longest_edge: 64", "llava_next, grids: [[1, 2]]", "end with a learned token"),
+        ("  llm:", "  connector: {kind: mlp, newline: true}\n  llm:", "give both, or neither"),
+        (
+            "  llm:",
+            "  connector: {kind: fusion, how: gate, base: {kind: mlp, newline: true}}\n  llm:",
+            "joins no tiles",
+        ),
+        (
+            "idefics3, longest_edge: 64}",
+            "llava_next, grids: [[1, 2]]}\n    class_token: true\n  connector: "
+            "{kind: mlp, newline: true}",
+            "leave the class token out",
+        ),
     ],
 )
 def test_settings_that_contradict_a_split(old: str, new: str, message: str) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from tests.helpers.answered_jobs import job_of
+from tests.helpers.talkative import talkative
 from tests.helpers.tiled_samples import SAMPLES, Sample, save_internvl
 from tests.helpers.tiny_models import (
     LORA_TUNE,
@@ -26,7 +31,10 @@ from tests.helpers.tiny_models import (
 )
 from tests.helpers.vlm_samples import with_pretrained
 from tests.model.pretrained.test_idefics3 import logits_of
+from tests.serving.test_scheduler import Driver, assert_same, offline
+from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.prepare.run import prepare
+from vlm_tune.errors import ModelError
 from vlm_tune.exporting import export, possible_exports
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
@@ -35,7 +43,7 @@ from vlm_tune.model.build import build_processor
 from vlm_tune.model.language.decoding import Decoding
 
 Tiny = Callable[..., str]
-FAMILIES = ["internvl"]
+FAMILIES = ["internvl", "llava_next"]
 """The samples that are tuned and written; others differ in their towers and LLMs alone."""
 
 
@@ -59,7 +67,7 @@ def trained(text: str, folder: Path) -> VisionLanguageModel:
     wake_adapters(model, 0.1)
     with torch.no_grad():
         for parameter in model.connector.parameters():
-            parameter.mul_(1.5)
+            parameter.mul_(1.5 if parameter.requires_grad else 1)
     (folder / "run").mkdir()
     model.save_pretrained(folder / "run" / "model")
     (folder / "run" / "recipe.yaml").write_text(text)
@@ -128,8 +136,12 @@ def test_the_adapter_has_the_whole_models_names(
     sample: Sample, recipe_text: str, tmp_path: Path
 ) -> None:
     """Plain PEFT over the checkpoint answers as the model; the tower's layers are left alone."""
-    trained(recipe_text, tmp_path)
-    assert possible_exports(parsed(recipe_text))["adapter"] is None
+    frozen = '\n  - {match: "connector.newline", how: frozen}'
+    text = recipe_text
+    if sample.template == "llava_mistral":
+        text = recipe_text.replace("\ntune:", f"\ntune:{frozen}")
+    model = trained(text, tmp_path)
+    assert possible_exports(parsed(text))["adapter"] is None
     report = export(tmp_path / "run", tmp_path / "adapter", format="adapter")
     assert report.difference is not None and report.allowed is not None and report.same_text
     assert report.difference <= report.allowed and report.rows == 4
@@ -138,6 +150,65 @@ def test_the_adapter_has_the_whole_models_names(
     assert config["modules_to_save"] == sample.saved
     assert len(config["target_modules"]) == 2 * 7
     assert all(name.startswith("model.language_model.layers.") for name in config["target_modules"])
+    if model.connector.newline is None:
+        return
+    # A trained token for rows' ends has no place in it.
+    why = "connector.newline is trained too"
+    assert why in str(possible_exports(parsed(recipe_text))["adapter"])
+    with torch.no_grad():
+        model.connector.newline.add_(1)
+    shutil.rmtree(tmp_path / "run" / "model")
+    model.save_pretrained(tmp_path / "run" / "model")
+    with pytest.raises(ModelError, match=why):
+        export(tmp_path / "run", tmp_path / "other", format="adapter", verify=False)
+
+
+def images_of(colors: list[str]) -> list[bytes]:
+    """Images of several sizes, encoded."""
+    sizes = [(60, 21), (30, 60), (40, 40)]
+    encoded = []
+    for color, size in zip(colors, sizes, strict=True):
+        stream = io.BytesIO()
+        Image.new("RGB", size, color).save(stream, "PNG")
+        encoded.append(stream.getvalue())
+    return encoded
+
+
+def test_a_chat_and_a_server_read_each_image_once(recipe_text: str) -> None:
+    """Their answers are those of the whole prompt without a cache."""
+    model = talkative(recipe_text, data__max_length=1024)
+    wide, high, square = images_of(["red", "blue", "green"])
+    chat = model.start_chat(max_new_tokens=4)
+    for question, images in (("what color is it?", wide), ("<image> and this?", high), ("so?", ())):
+        answer = chat.ask(question, images)
+        whole = model.answer(messages=chat.messages[:-1], max_new_tokens=4)
+        assert whole.ids == answer.ids
+    driver = Driver(model, batch=3)
+    questions = [("what color is it?", wide), ("is it red?", wide), ("what color is it?", square)]
+    jobs = [job_of(question, [image], max_new_tokens=4) for question, image in questions]
+    listening = [driver.submit(job)[0] for job in jobs]
+    driver.finish()
+    # What is remembered of the first image serves a prompt that comes later.
+    later = job_of("is it blue?", [wide], max_new_tokens=4)
+    listening.append(driver.submit(later)[0])
+    driver.finish()
+    for each in listening:
+        assert_same(each, offline(model, each.job))
+
+
+def test_cached_features_give_the_losses_of_pixels(recipe_text: str) -> None:
+    model = built(parsed(recipe_text)).eval()
+    rows = rows_of(parsed(recipe_text))
+    examples = [example for row in rows for example in model.processor.examples(row)]
+    features = {
+        frame: model.tower(model.processor.images(frame)[None])[0].detach()
+        for example in examples
+        for frame in example.media
+    }
+    cached = collate(examples, model.processor.spec, fetch=features.__getitem__, cached=True)
+    with torch.no_grad():
+        ours, expected = model(cached), model(batch_of(model, examples))
+    assert float(ours.sum) == pytest.approx(float(expected.sum), rel=1e-6)
 
 
 def test_a_tied_head_and_a_smaller_frame_are_written(tiny_recipe: Tiny, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_tune.data.images.native import joined_inputs
+from vlm_tune.data.media_slots import slot_tokens
 from vlm_tune.data.packing import numbered_from
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media, NativeInputs
 
@@ -71,6 +72,7 @@ def collate(
     named = owners or [""] * len(examples)
     index, stacked, native = _media(examples, named, fetch, fetch_for)
     views = _media(examples, named, None, fetch_view)[1] if fetch_view else None
+    chosen = slot_tokens([m for each in examples for m in each.media], spec.tokens_per_image)
     return Batch(
         ids=[example.id for example in examples],
         input_ids=inputs.padded([example.input_ids for example in examples], spec.pad_id),
@@ -85,6 +87,7 @@ def collate(
         cached=cached,
         native=native,
         views=views,
+        slot_tokens=None if chosen is None else torch.from_numpy(chosen),
         **_joined(examples, inputs, outputs),
         **_preferences(examples, outputs),
     )

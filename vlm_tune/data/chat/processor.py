@@ -14,6 +14,7 @@ from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.data.chat.template import ChatTemplate, joined_texts, load_template
 from vlm_tune.data.chat.tokenize import LAYOUTS, TextEncoder
 from vlm_tune.data.images.decode import ImageProcessor
+from vlm_tune.data.media_slots import segment_slots
 from vlm_tune.data.packing import numbered, pair_layout
 from vlm_tune.data.types import CHOSEN, REJECTED, Conversation, Example, InputSpec, Media, Segment
 from vlm_tune.errors import DataError
@@ -104,14 +105,10 @@ class Processor:
     def _lay_out(self, conversation: Conversation, *, prompt_only: bool) -> list[Example]:
         turns = self.template.segments(conversation, prompt_only=prompt_only, system=self.system)
         segments = joined_texts(self._framed(turns, conversation))
-        sizes = [
-            self.spec.tokens_per_image if segment.ids is None else len(segment.ids)
-            for segment in segments
-            if segment.kind == "media"
-        ]
-        if sum(sizes) > LONGEST:
+        slots = sum(segment_slots(segment, self.spec.tokens_per_image) for segment in segments)
+        if slots > LONGEST:
             raise DataError(
-                f"its images take {len(sizes)} x {max(sizes):,} tokens; "
+                f"its images take {slots:,} tokens; "
                 f"a row has at most {LONGEST:,}, and data.max_length is "
                 f"{self.spec.max_length:,}. A smaller grid, or fewer queries or tiles, take fewer",
                 source=conversation.source,

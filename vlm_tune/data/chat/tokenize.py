@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm_tune.data.media_slots import slots_of
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, InputSpec, Media, Segment
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
@@ -197,12 +198,12 @@ class TextEncoder:
     def segment(self, segment: Segment, spec: InputSpec, after: str | None = None) -> list[int]:
         """Ids of one segment that follows one of kind `after`.
 
-        A media item gives `tokens_per_image` slots, filled with the padding id, or its own ids.
+        A media item gives its slots, filled with the padding id, or its own ids.
         """
         if segment.ids is not None:
             return list(segment.ids)
-        if segment.kind == "media":
-            return [spec.pad_id] * spec.tokens_per_image
+        if isinstance(segment.payload, Media):
+            return [spec.pad_id] * slots_of(segment.payload, spec.tokens_per_image)
         payload = str(segment.payload)
         return [self.control(payload)] if segment.kind == "control" else self.text(payload, after)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from vlm_tune.data.images.moves import Affine
-from vlm_tune.data.images.split import Split
+from vlm_tune.data.images.split import Split, best_grid
 from vlm_tune.data.types import Media, NativeInputs, Segment, Tile
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import reason_of
@@ -168,24 +168,6 @@ def image_size(media: Media) -> tuple[int, int]:
 
 
 # --- preprocessing ---
-
-
-def best_grid(
-    width: int, height: int, grids: Sequence[tuple[int, int]], size: int
-) -> tuple[int, int]:
-    """The grid (columns, rows) of size x size tiles that shows most of an image's pixels.
-
-    Ties are decided by the least padding. This is the rule of LLaVA-NeXT
-    (https://llava-vl.github.io/blog/2024-01-30-llava-next/): the image is fitted inside the grid,
-    and upscaled pixels do not count.
-    """
-
-    def shown_and_unused(grid: tuple[int, int]) -> tuple[int, int]:
-        scale = min(grid[0] * size / width, grid[1] * size / height)
-        shown = min(int(width * scale) * int(height * scale), width * height)
-        return shown, shown - grid[0] * grid[1] * size * size
-
-    return max(grids, key=shown_and_unused)
 
 
 @dataclass(frozen=True)

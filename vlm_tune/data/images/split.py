@@ -1,14 +1,15 @@
 """How a vision-language model cuts an image into frames of its tower's size, and marks them.
 
-A frame is a tile or the whole image. Each takes the same number of slots; what stands between them
-is text and control tokens. So a row's length is known from the size of its images alone.
+A frame is a tile or the whole image. Each takes the same number of slots, or tiles are joined and
+what is padding takes none (`vlm_tune/data/media_slots.py`); what stands between frames is text and
+control tokens. So a row's length is known from the size of its images alone.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -179,11 +180,75 @@ class InternVLFrames:
         return frames
 
 
-def cut(canvas: Image, columns: int, rows: int, side: int) -> dict[Tile, Image]:
-    """The tiles of a canvas of columns x rows tiles."""
+def best_grid(
+    width: int, height: int, grids: Sequence[tuple[int, int]], size: int
+) -> tuple[int, int]:
+    """The grid (columns, rows) of size x size tiles that shows most of an image's pixels.
+
+    Ties are decided by the least padding. This is the rule of LLaVA-NeXT
+    (https://llava-vl.github.io/blog/2024-01-30-llava-next/): the image is fitted inside the grid,
+    and upscaled pixels do not count.
+    """
+
+    def shown_and_unused(grid: tuple[int, int]) -> tuple[int, int]:
+        scale = min(grid[0] * size / width, grid[1] * size / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - grid[0] * grid[1] * size * size
+
+    return max(grids, key=shown_and_unused)
+
+
+@dataclass(frozen=True)
+class LlavaNextFrames:
+    """The whole image, then the tiles of the grid that shows most of it, which are joined again.
+
+    As transformers' LLaVA-NeXT has it (`image_processing_pil_llava_next.py`): the whole is made
+    square whatever its shape, and the grid is filled from the middle, the rest black.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    markers: tuple[str, ...] = ()
+
+    def most(self, side: int) -> int:
+        return 1 + max(map(math.prod, self.grids))
+
+    def segments(self, media: Media, size: tuple[int, int], side: int) -> list[Segment]:
+        columns, rows = best_grid(*size, self.grids, side)
+        return [
+            Segment("media", media),
+            *(
+                Segment("media", replace(media, tile=Tile(column, row, columns, rows, size)))
+                for row in range(rows)
+                for column in range(columns)
+            ),
+        ]
+
+    def frames(self, image: Image, side: int) -> Mapping[Tile | None, Image]:
+        from PIL import Image as Pil
+
+        columns, rows = best_grid(*image.size, self.grids, side)
+        wide = columns * side
+        high = rows * side
+        by_width = wide / image.width
+        by_height = high / image.height
+        if by_width < by_height:
+            fitted = wide, min(math.ceil(image.height * by_width), high)
+        else:
+            fitted = min(math.ceil(image.width * by_height), wide), high
+        canvas = Pil.new("RGB", (wide, high))
+        place = (wide - fitted[0]) // 2, (high - fitted[1]) // 2
+        canvas.paste(image.resize(fitted, Pil.Resampling.BICUBIC), place)
+        tiles = cut(canvas, columns, rows, side, image.size)
+        return {None: image.resize((side, side), Pil.Resampling.BICUBIC), **tiles}
+
+
+def cut(
+    canvas: Image, columns: int, rows: int, side: int, size: tuple[int, int] | None = None
+) -> dict[Tile, Image]:
+    """The tiles of a canvas of columns x rows tiles; `size` is theirs (`Tile`)."""
     places = [(column, row) for row in range(rows) for column in range(columns)]
     return {
-        Tile(column, row, columns, rows): canvas.crop(
+        Tile(column, row, columns, rows, size): canvas.crop(
             (column * side, row * side, (column + 1) * side, (row + 1) * side)
         )
         for column, row in places
@@ -201,5 +266,6 @@ SPLITS: dict[str, Callable[..., Split]] = {
     "idefics3": Idefics3Frames,
     "internvl": InternVLFrames,
     "gemma3": Gemma3Frames,
+    "llava_next": lambda grids: LlavaNextFrames(tuple(map(tuple, grids))),
 }
 """The ways of cutting images by their kind in a recipe; their options are the recipe's."""

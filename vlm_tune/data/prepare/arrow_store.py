@@ -271,7 +271,9 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
             "size": pa.array([size for _, _, size in places], pa.int64()),
             "tile": _lists(
                 [
-                    () if tile is None else (tile.column, tile.row, tile.columns, tile.rows)
+                    ()
+                    if tile is None
+                    else (tile.column, tile.row, tile.columns, tile.rows, *(tile.size or ()))
                     for tile in tiles
                 ]
             ),
@@ -293,7 +295,8 @@ def media_rows(batch: pa.RecordBatch, folder: Path) -> list[MediaRow]:
         name = os.fsdecode(row["path"])
         path = folder / BLOB if name == BLOB else Path(name)
         source = path if row["offset"] < 0 else Slice(path, row["offset"], row["size"])
-        return Media(source, tile=Tile(*row["tile"]) if row["tile"] else None)
+        place, size = row["tile"][:4], tuple(row["tile"][4:])
+        return Media(source, tile=Tile(*place, size=size or None) if place else None)
 
     names = [field.name for field in fields(ImageInfo)]
     return [

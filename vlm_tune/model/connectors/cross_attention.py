@@ -161,7 +161,7 @@ class CrossAttention(Connector):
         row_media = media.new_zeros(rows, most, *media.shape[1:]).index_put((row, number), media)
         mask = self._visible(batch, row, column, number, most)
         self._show(Seen(row_media.flatten(1, 2), mask.repeat_interleave(media.shape[1], dim=2)))
-        return splice(embeds, connected[:, :1], batch.slots, batch.ids)
+        return splice(embeds, connected[:, 0], batch.slots, batch.ids)
 
     def _visible(
         self, batch: Batch, row: torch.Tensor, column: torch.Tensor, number: torch.Tensor, most: int

@@ -38,8 +38,16 @@ class Connector(nn.Module):
     fills_slots = True
     """Whether the LLM gets image features only through the slots."""
 
+    newline: nn.Parameter | None
+    """A learned token [E] for the ends of the rows of joined tiles, the last token of each media
+    item, if the connector has one. It fills no slot of an image without such tiles."""
+
     reader: Reader | None = None
     """Converter of the instruction to the connector's own vocabulary, if it has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("newline", None)
 
     def tokens(self, tower_tokens: int) -> int:
         """Number of slots of an image in the LLM's input, for a number of tower tokens.
@@ -64,27 +72,49 @@ class Connector(nn.Module):
             return embeds
         if not len(batch.media_index):
             return embeds + 0.0 * connected.sum().to(embeds.dtype)
-        return splice(embeds, connected, batch.slots, batch.ids)
+        return splice(embeds, self.arranged(connected, batch), batch.slots, batch.ids)
+
+    def arranged(self, connected: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The tokens [P, E] of the slots, of connected [M, N', E].
+
+        They are all in order, or those that `batch.slot_tokens` names, of joined tiles.
+        """
+        if batch.slot_tokens is not None:
+            return connected.flatten(0, 1)[batch.slot_tokens]
+        return self.shown(connected).flatten(0, 1)
+
+    def shown(self, connected: torch.Tensor) -> torch.Tensor:
+        """The tokens of connected [M, N', E] that show an image: all but the one for rows' ends."""
+        return connected if self.newline is None else connected[:, :-1]
+
+    def ended(self, connected: torch.Tensor) -> torch.Tensor:
+        """Connected [M, N, E] with the token for rows' ends behind, if the connector has one."""
+        if self.newline is None:
+            return connected
+        ends = self.newline.to(connected.dtype).expand(len(connected), 1, -1)
+        return torch.cat([connected, ends], dim=1)
 
 
 def splice(
     embeds: torch.Tensor, features: torch.Tensor, slots: torch.Tensor, ids: Sequence[str]
 ) -> torch.Tensor:
-    """Puts features [M, N', E] into the slots of embeds [B, L, E], in row order.
+    """Puts features [P, E] into the slots of embeds [B, L, E], in row order.
 
     `slots` int64[P] are their places in the flattened rows. Raises `ModelError` with both counts
     and the sample ids if slots and features differ in number.
     """
-    feature_count = features.shape[0] * features.shape[1]
-    if len(slots) != feature_count:
+    if len(slots) != len(features):
         raise ModelError(
-            f"{len(slots)} image slots and {feature_count} image features in {name_list(ids)}"
+            f"{len(slots)} image slots and {len(features)} image features in {name_list(ids)}"
         )
     length = embeds.shape[1]
     # A view would be another input to a compiled block than those of the blocks after it.
-    return embeds.index_put(
-        (slots // length, slots % length), features.flatten(0, 1).to(embeds.dtype)
-    )
+    return embeds.index_put((slots // length, slots % length), features.to(embeds.dtype))
+
+
+def row_end(newline: bool, llm_width: int) -> nn.Parameter | None:
+    """The learned token at the end of a row, as large as transformers' LLaVA-NeXT draws it."""
+    return nn.Parameter(torch.randn(llm_width) / math.sqrt(llm_width)) if newline else None
 
 
 def entry(config: Projector, width: int) -> nn.Module:
@@ -118,10 +148,11 @@ class Linear(Connector):
         super().__init__()
         self.norm = entry(config, width)
         self.linear = nn.Linear(width, llm_width)
+        self.newline = row_end(config.newline, llm_width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[M, N, D] to [M, N, E]."""
-        return self.linear(self.norm(features))
+        """[M, N, D] to [M, N, E], or with a token for rows' ends to [M, N + 1, E]."""
+        return self.ended(self.linear(self.norm(features)))
 
 
 class Mlp(Connector):
@@ -131,10 +162,11 @@ class Mlp(Connector):
         super().__init__()
         self.norm = entry(config, width)
         self.layers = mlp(width, llm_width, config.depth)
+        self.newline = row_end(config.newline, llm_width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[M, N, D] to [M, N, E]."""
-        return self.layers(self.norm(features))
+        """[M, N, D] to [M, N, E], or with a token for rows' ends to [M, N + 1, E]."""
+        return self.ended(self.layers(self.norm(features)))
 
 
 class PixelShuffle(Connector):

@@ -53,6 +53,7 @@ class Family:
         parts: describes a model's parts as sections of a recipe; raises `ModelError` for a model
             with a part that can't be expressed.
         language: gives transformers' config of a model's LLM.
+        by_language: the chat format by transformers' type of the LLM, where no control token tells.
         modules: the whole model's names of modules in memory, by the beginnings of ours: of the
             LLM's in its own class, and of the connector's after `connector.`. An adapter can be
             exported over models of a family that has them.
@@ -67,6 +68,7 @@ class Family:
     language: Callable[[Vlm], Any]
     modules: Mapping[str, str] = field(default_factory=dict)
     bidirectional: Literal["images"] | None = None
+    by_language: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,15 @@ def decoder_config(vlm: Vlm) -> Any:
     return whole.text_config
 
 
-def image_processor(vlm: Vlm) -> Any:
-    """The checkpoint's image processor, on Pillow. Raises `ModelError` if it is missing."""
+def image_processor(vlm: Vlm, *options: str) -> Any:
+    """The checkpoint's image processor, on Pillow.
+
+    Raises `ModelError` if it is missing, or is of a kind without one of the `options`.
+    """
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(
+        processor: Any = AutoImageProcessor.from_pretrained(
             config_source(vlm.name), backend="pil", trust_remote_code=False
         )
     except (OSError, ValueError) as error:
@@ -139,6 +144,11 @@ def image_processor(vlm: Vlm) -> Any:
             f"model.pretrained: {quoted(vlm.name)} needs its preprocessor_config.json: "
             f"{reason_of(error)}"
         ) from None
+    missing = [name for name in options if getattr(processor, name, None) is None]
+    if missing:
+        kind = type(processor).__name__.removesuffix("Pil")
+        refuse(vlm, f"a {kind} for its images", f"an image processor with {missing[0]}")
+    return processor
 
 
 def check_scaling(vlm: Vlm, processor: Any, resample: int, name: str) -> None:

@@ -26,7 +26,7 @@ LONGEST = 4096
 def _parts(vlm: Vlm) -> VlmParts:
     """The parts of an Idefics3 or SmolVLM; unsupported variants raise `ModelError`."""
     whole = whole_config(vlm)
-    images = image_processor(vlm)
+    images = image_processor(vlm, "do_image_splitting", "max_image_size")
     check_scaling(vlm, images, LANCZOS, "by Lanczos")
     if not images.do_image_splitting:
         refuse(vlm, "images that are not cut in tiles (do_image_splitting)", "true")

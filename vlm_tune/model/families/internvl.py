@@ -24,7 +24,7 @@ BICUBIC = 3
 def _parts(vlm: Vlm) -> VlmParts:
     """The parts of an InternVL; unsupported variants raise `ModelError`."""
     whole = whole_config(vlm)
-    images = image_processor(vlm)
+    images = image_processor(vlm, "min_patches", "max_patches")
     check_scaling(vlm, images, BICUBIC, "bicubically")
     expected = {
         "vision_feature_layer": -1,

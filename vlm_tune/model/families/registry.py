@@ -10,10 +10,12 @@ from vlm_tune.model.families.gemma3 import GEMMA3
 from vlm_tune.model.families.idefics3 import IDEFICS3, SMOLVLM
 from vlm_tune.model.families.internvl import INTERNVL
 from vlm_tune.model.families.llava import LLAVA, LLAVA_ORIGINAL, ORIGINAL_TYPES
+from vlm_tune.model.families.llava_next import LLAVA_NEXT
 from vlm_tune.model.hub import config_source
 
 FAMILIES: dict[str, Family] = {
     "llava": LLAVA,
+    "llava_next": LLAVA_NEXT,
     "blip-2": BLIP2,
     "instructblip": INSTRUCTBLIP,
     "idefics3": IDEFICS3,

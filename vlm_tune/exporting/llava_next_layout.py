@@ -1,0 +1,128 @@
+"""transformers' layout of LLaVA-NeXT: which models it can express, and a model's weights in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vlm_tune.config.model import MlpConnector, TransformersTower
+from vlm_tune.data.images.split import LlavaNextFrames
+from vlm_tune.exporting.hf_layout import (
+    IMAGE_TOKEN,
+    Target,
+    Weights,
+    decoder_reasons,
+    written_tokenizer,
+)
+from vlm_tune.exporting.llava_layout import vision_weights
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
+from vlm_tune.quoting import applying
+
+CONNECTOR = {
+    "layers.0.": "multi_modal_projector.linear_1.",
+    "layers.2.": "multi_modal_projector.linear_2.",
+    "newline": "image_newline",
+}
+"""The beginnings of the names of the connector's tensors here, and in transformers."""
+
+
+def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
+    tower = config.model.tower
+    connector = config.model.connector
+    vision = config.tower_rebuild.get("vision_config", {}).get("model_type")
+    fits = isinstance(connector, MlpConnector) and (
+        (connector.depth, connector.norm, connector.newline) == (2, False, True)
+    )
+    return [
+        *applying(
+            (
+                not isinstance(tower, TransformersTower) or vision != "clip_vision_model",
+                "its tower is not a CLIP of transformers, as LLaVA-NeXT's is",
+            ),
+            (
+                isinstance(tower, TransformersTower) and tower.final_norm,
+                "its tower's last norm is on the features (model.tower.final_norm)",
+            ),
+            (tower.grid is not None, "its tower pools to a grid (model.tower.grid)"),
+            (
+                not fits,
+                "its connector is not LLaVA-NeXT's: an MLP of two layers without norm, and "
+                "newline: true",
+            ),
+        ),
+        *decoder_reasons(text, "LLaVA-NeXT"),
+    ]
+
+
+def _pinpoints(model: VisionLanguageNetwork) -> list[list[int]]:
+    """The sizes [height, width] in pixels of the grids of tiles."""
+    split = model.processor.images.split
+    assert isinstance(split, LlavaNextFrames)
+    side = model.tower.image_size
+    return [[rows * side, columns * side] for columns, rows in split.grids]
+
+
+def _processor(model: VisionLanguageNetwork) -> Any:
+    from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+
+    tokenizer = written_tokenizer(model)
+    vision, _ = vision_weights(model.tower)
+    side = model.tower.image_size
+    return LlavaNextProcessor(
+        LlavaNextImageProcessor(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_grid_pinpoints=_pinpoints(model),
+            image_mean=list(model.tower.mean),
+            image_std=list(model.tower.std),
+        ),
+        tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE_TOKEN,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _model(
+    model: VisionLanguageNetwork, image_token: int, dtype: torch.dtype
+) -> tuple[Any, Weights]:
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    language: Any = model.llm.model
+    vision, vision_state = vision_weights(model.tower)
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=language.config,
+        image_token_index=image_token,
+        image_grid_pinpoints=_pinpoints(model),
+        image_seq_length=model.processor.spec.tokens_per_image,
+        projector_hidden_act="gelu",
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-1,
+        tie_word_embeddings=language.config.tie_word_embeddings,
+        dtype=dtype,
+    )
+    with torch.device("meta"):
+        written: Any = LlavaNextForConditionalGeneration(config)
+    connector = {
+        theirs + key.removeprefix(ours): value
+        for key, value in model.connector.state_dict().items()
+        for ours, theirs in CONNECTOR.items()
+        if key.startswith(ours)
+    }
+    body = language.base_model.state_dict()
+    weights = {
+        **{f"vision_tower.{key}": value for key, value in vision_state.items()},
+        **connector,
+        **{f"language_model.{key}": value for key, value in body.items()},
+    }
+    return written, {
+        "model": (written.model, weights),
+        "lm_head": (written.lm_head, language.get_output_embeddings().state_dict()),
+    }
+
+
+LLAVA_NEXT = Target("LLaVA-NeXT", _reasons, _processor, _model)

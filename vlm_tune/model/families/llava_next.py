@@ -1,0 +1,90 @@
+"""LLaVA-NeXT (LLaVA-1.6): a CLIP, an MLP, a learned token for rows' ends, a decoder.
+
+An image is seen whole and as tiles, which are joined without the padding around the image
+(`vlm_tune/data/media_slots.py`).
+"""
+
+from __future__ import annotations
+
+from vlm_tune.config.model import LlavaNextSplit, MlpConnector, TransformersTower
+from vlm_tune.model.families.base import (
+    Family,
+    Layout,
+    Vlm,
+    VlmParts,
+    check_scaling,
+    decoder_config,
+    image_processor,
+    refuse,
+    whole_config,
+)
+from vlm_tune.model.families.llava import LLAVA
+
+BICUBIC = 3
+
+
+def _parts(vlm: Vlm) -> VlmParts:
+    """The parts of a LLaVA-NeXT; unsupported variants raise `ModelError`."""
+    whole = whole_config(vlm)
+    vision = whole.vision_config
+    layer = whole.vision_feature_layer
+    if not isinstance(layer, int):
+        refuse(vlm, f"features of the layers {layer} joined (vision_feature_layer)", "one layer")
+    if vision.model_type != "clip_vision_model":
+        refuse(vlm, f"a tower of type {vision.model_type}", "clip_vision_model")
+    expected = {
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+    }
+    for key, value in expected.items():
+        if getattr(whole, key) != value:
+            refuse(vlm, f"{key}: {getattr(whole, key)}", str(value))
+    tower = TransformersTower(
+        kind="transformers",
+        name=vlm.name,
+        layer=layer if layer < 0 else layer - vision.num_hidden_layers - 1,
+        split=LlavaNextSplit(kind="llava_next", grids=_grids(vlm, vision.image_size)),
+    )
+    return tower, MlpConnector(kind="mlp", newline=True, weights=vlm.name), "causal"
+
+
+def _grids(vlm: Vlm, side: int) -> list[list[int]]:
+    """The grids [columns, rows] of tiles of `side` pixels that the image processor chooses from.
+
+    Raises `ModelError` for tiles of another size.
+    """
+    images = image_processor(vlm, "image_grid_pinpoints", "crop_size")
+    check_scaling(vlm, images, BICUBIC, "bicubically")
+    sizes = {images.size.shortest_edge or images.size.height, images.crop_size.height}
+    if sizes != {side}:
+        refuse(vlm, f"tiles of {sizes} pixels", f"{side}, the tower's image_size")
+    pinpoints = images.image_grid_pinpoints
+    if pinpoints != whole_config(vlm).image_grid_pinpoints:
+        refuse(vlm, "two lists of image_grid_pinpoints", "one list in both of its configs")
+    if any(pixels % side for size in pinpoints for pixels in size):
+        refuse(vlm, f"image_grid_pinpoints {pinpoints}", f"multiples of {side}")
+    return [[width // side, height // side] for height, width in pinpoints]
+
+
+LAYOUT = Layout(
+    LLAVA.layout.tower,
+    r"^(?:model\.)?(?:multi_modal_projector\.|(?=image_newline$))",
+    LLAVA.layout.language,
+    {"linear_1.": "layers.0.", "linear_2.": "layers.2.", "image_newline": "newline"},
+)
+MODULES = {
+    "model.": "model.language_model.",
+    "lm_head.": "lm_head.",
+    "connector.layers.0.": "model.multi_modal_projector.linear_1.",
+    "connector.layers.2.": "model.multi_modal_projector.linear_2.",
+}
+LLAVA_NEXT = Family(
+    "LLaVA-NeXT",
+    ("chatml", "llama3", "vicuna"),
+    LAYOUT,
+    _parts,
+    decoder_config,
+    MODULES,
+    {"mistral": "llava_mistral"},
+)
