@@ -328,3 +328,9 @@ JUDGED_FORMS = {
     "matching": ("match",),
 }
 """The forms of rows that an objective of two answers to one prompt trains on, by its kind."""
+
+
+def reads_two_views(objective: AnyObjective) -> bool:
+    """Whether an objective reads two augmentations of each image."""
+    contrastive = part_of(objective, Contrastive)
+    return contrastive is not None and contrastive.two_views

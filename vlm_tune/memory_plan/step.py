@@ -13,7 +13,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlm_tune.config.objectives import Contrastive, part_of, parts_of
+from vlm_tune.config.objectives import parts_of, reads_two_views
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Batch
 from vlm_tune.memory_plan.cuda import cuda_autocast, recomputed
@@ -61,8 +61,7 @@ def traced(
             | ({"context_fn": recomputed} if gpu else {})
         )
     half = DTYPES[stage.train.precision]
-    contrastive = part_of(stage.objective, Contrastive)
-    two_views = contrastive is not None and contrastive.two_views
+    two_views = reads_two_views(stage.objective)
     model_batch = _with_images(batch, model.tower, features, half, fake, two_views=two_views)
     vocabulary = model.llm.vocabulary
     accumulating = stage.train.gradient_accumulation > 1

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from vlm_tune.config.grpo import Grpo
-from vlm_tune.config.objectives import Contrastive, part_of
+from vlm_tune.config.objectives import reads_two_views
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.bounds import stream_bounds, unkept_bounds
@@ -291,7 +291,6 @@ def stage_feed(
     fetch = features or PixelCache(processor.images)
     if isinstance(recipe.objective, Grpo):
         return PromptFeed(train, plan, processor.spec, fetch, processor=processor, **options)
-    contrastive = part_of(recipe.objective, Contrastive)
     return PreparedFeed(
         train,
         plan,
@@ -299,7 +298,7 @@ def stage_feed(
         fetch,
         augment=data.augment,
         mismatches=recipe.objective.mismatches,
-        two_views=contrastive is not None and contrastive.two_views,
+        two_views=reads_two_views(recipe.objective),
         corruption=corruption_of(recipe.objective, processor, recipe.seed),
         **options,
     )

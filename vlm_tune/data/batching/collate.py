@@ -56,18 +56,15 @@ def collate(
     import torch
 
     length = max(len(example.input_ids) for example in examples)
-    causal = spec.layout == "causal"
     sizes = [len(example.input_ids) for example in examples]
     inputs = _Columns(
         [slice(length - size, length) if pad_left else slice(0, size) for size in sizes], length
     )
+    lengths = [len(example.labels) for example in examples]
     outputs = (
         inputs
-        if causal
-        else _Columns(
-            [slice(0, len(example.labels)) for example in examples],
-            max(max(len(example.labels) for example in examples), 1),
-        )
+        if spec.layout == "causal"
+        else _Columns([slice(0, size) for size in lengths], max(*lengths, 1))
     )
     named = owners or [""] * len(examples)
     index, stacked, native = _media(examples, named, fetch, fetch_for)

@@ -69,4 +69,6 @@ MODULES = {
     "connector.projection": "model.multi_modal_projector.mm_input_projection_weight",
     "connector.norm.": "model.multi_modal_projector.mm_soft_emb_norm.",
 }
-GEMMA3 = Family("Gemma 3", ("gemma3",), LAYOUT, _parts, decoder_config, MODULES, "images")
+GEMMA3 = Family(
+    "Gemma 3", ("gemma3",), LAYOUT, _parts, decoder_config, MODULES, bidirectional="images"
+)

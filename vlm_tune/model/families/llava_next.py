@@ -86,5 +86,5 @@ LLAVA_NEXT = Family(
     _parts,
     decoder_config,
     MODULES,
-    {"mistral": "llava_mistral"},
+    by_language={"mistral": "llava_mistral"},
 )
