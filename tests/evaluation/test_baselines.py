@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers.tiny_models import built, parsed, rows_of
 from vlm_tune.config.train import EvaluateSection
+from vlm_tune.data.regions import Region
 from vlm_tune.data.types import Conversation, Media, Message, References, distinct_media
 from vlm_tune.errors import DataError, Interrupted
 from vlm_tune.evaluation import baseline_run, baselines
@@ -22,6 +23,7 @@ from vlm_tune.evaluation.baseline_run import BaselineRun, Training, training_row
 from vlm_tune.evaluation.baselines import (
     Known,
     majority,
+    mean_box,
     nearest,
     probe,
     probe_work,
@@ -39,6 +41,19 @@ COLOR, SHAPE, NEW = "what color?", "what shape?", "how many?"
 
 def known(*pairs: tuple[str, str]) -> list[Known]:
     return [Known(question, answer) for question, answer in pairs]
+
+
+def boxed(*boxes: tuple[float, ...], size: tuple[int, int] = (10, 10)) -> Conversation:
+    regions = [Region(box, size) for box in boxes]
+    return Conversation("1", (Message("user", ("Where?",)), Message("assistant", (*regions,))))
+
+
+def test_the_mean_box_is_of_shares_of_images() -> None:
+    training = [boxed((0, 0, 4, 4)), boxed((40, 40, 80, 100), size=(100, 100)), boxed((1, 2))]
+    training.append(boxed((0, 0, 1, 1), (1, 1, 2, 2)))
+    rows = [boxed((1, 1, 2, 2), size=(20, 10)), boxed((3, 4)), boxed()]
+    assert mean_box(training, rows) == ["[4, 2, 12, 7]", "", ""]
+    assert mean_box(training[2:], rows) == ["", "", ""]
 
 
 def test_the_question_alone_answers() -> None:

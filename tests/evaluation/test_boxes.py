@@ -7,7 +7,13 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from vlm_tune.evaluation.boxes import box_overlap, boxes_in, intersection_over_union
+from vlm_tune.evaluation.boxes import (
+    box_overlap,
+    boxes_in,
+    intersection_over_union,
+    points_close,
+    points_in_boxes,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,3 +50,28 @@ def test_overlaps_are_torchvisions() -> None:
 )
 def test_several_boxes_are_paired(prediction: str, reference: str, overlap: float) -> None:
     assert box_overlap(prediction, reference) == pytest.approx(overlap)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "share"),
+    [
+        ("[5, 5]", 0.5),
+        ("(5,5) and (25,25)", 1.0),
+        ("[0, 0, 8, 8] [20, 20, 30, 30]", 1.0),
+        ("[5, 5] [6, 6]", 0.5),
+        ("[5, 5] [25, 25] [90, 90]", 2 / 3),
+        ("[15, 15]", 0.0),
+        ("nowhere", 0.0),
+    ],
+)
+def test_points_are_in_boxes(prediction: str, share: float) -> None:
+    assert points_in_boxes(prediction, "[0, 0, 10, 10] [20, 20, 30, 30]") == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "share"),
+    [("[53, 54]", 1.0), ("[54, 54]", 0.0), ("[50, 50] [50, 50]", 0.5), ("[1, 2, 3, 4]", 0.0)],
+)
+def test_points_are_close_by_the_diagonal(prediction: str, share: float) -> None:
+    """Of 60 x 80 pixels the diagonal is 100, so a point may be 5 pixels away."""
+    assert points_close(prediction, "[50, 50]", (60, 80)) == share

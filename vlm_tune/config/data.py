@@ -72,11 +72,11 @@ class EasyVqaSource(Source):
     validation_images: NonNegativeInt = Field(
         default=200, description="number of train images held out as `validation`"
     )
-    task: Literal["vqa", "caption", "match", "preference"] = Field(
+    task: Literal["vqa", "caption", "match", "preference", "grounding"] = Field(
         default="vqa",
         description="questions, captions built from the questions and answers, whether such a "
-        "caption matches, or questions with the answer as chosen and another of its kind as "
-        "rejected",
+        "caption matches, questions with the answer as chosen and another of its kind as "
+        "rejected, or where the shape is, as its box",
     )
     categories: Annotated[list[Literal["yes/no", "color", "shape"]], Field(min_length=1)] | None = (
         Field(default=None, description="use only rows of these categories")
@@ -103,6 +103,7 @@ Form = Literal[
     "retrieval",
     "ocr",
     "translate",
+    "grounding",
 ]
 """Layouts of rows, independent of the file format."""
 
@@ -144,6 +145,14 @@ class RowsSource(Source):
     shuffle_choices: bool = Field(
         default=False,
         description="shuffle the choices of each row by seed and row id",
+    )
+    box_format: Literal["xyxy", "xywh"] = Field(
+        default="xyxy", description="boxes as two corners, or as a corner, width and height (COCO)"
+    )
+    box_unit: Literal["pixels", "norm1", "norm1000"] = Field(
+        default="pixels",
+        description="coordinates of boxes and points: pixels of the original image, 0 to 1, or "
+        "0 to 1000",
     )
     shots: Annotated[int, Field(ge=0, le=16)] = Field(
         default=0, description="few-shot examples with their images before each question"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from vlm_tune.config.base import Config, HomePath, Layers, PositiveInt, Side, Width
+from vlm_tune.config.boxes import Boxes
 from vlm_tune.config.native import NativeModel
 
 
@@ -425,6 +426,7 @@ class ModelSection(Config):
     tower: Annotated[RecipeTower, Field(discriminator="kind")]
     connector: Annotated[RecipeConnector, Field(discriminator="kind")] = MlpConnector(kind="mlp")
     llm: Llm
+    boxes: Boxes = Boxes()
 
 
 class NativeLlm(Llm):
@@ -439,6 +441,7 @@ class NativeSection(Config):
     tower: NativeTower = NativeTower()
     connector: NativeConnector = NativeConnector()
     llm: NativeLlm
+    boxes: Boxes = Boxes()
 
 
 AnySection = ModelSection | NativeSection
@@ -491,6 +494,10 @@ class PretrainedModel(Config):
     pretrained: HomePath = Field(description="a hub name or a local folder")
     tower: Tower = Tower()
     llm: PretrainedLlm = PretrainedLlm()
+    boxes: Boxes | None = Field(
+        default=None,
+        description="how it reads and writes boxes and points; as its family does by default",
+    )
 
 
 def _model_form(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from vlm_tune.config.base import Config, HomePath, PositiveInt
+from vlm_tune.config.boxes import Boxes
 
 OWN_TEMPLATE = "own"
 """The value of `data.template` that stands for a native checkpoint's own chat template."""
@@ -43,3 +44,7 @@ class NativeModel(Config):
         description="most pixels to which an image is resized; the checkpoint's own by default",
     )
     llm: NativeLlmOptions = NativeLlmOptions()
+    boxes: Boxes | None = Field(
+        default=None,
+        description="how it reads and writes boxes and points; as its family does by default",
+    )

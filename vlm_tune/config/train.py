@@ -133,6 +133,8 @@ METRICS = (
     "cider",
     "box_iou",
     "box_accuracy",
+    "point_in_box",
+    "point_accuracy",
     "perplexity",
     "text_recall_1",
     "text_recall_5",
@@ -159,6 +161,8 @@ REWARDS = (
     "rouge_l",
     "box_iou",
     "box_accuracy",
+    "point_in_box",
+    "point_accuracy",
 )
 """The metrics that score one answer by itself, which `objective.reward_funcs` names."""
 
@@ -167,7 +171,7 @@ LOSS = "loss"
 
 Answering = Literal["generate", "likelihood"]
 """Ways to answer rows that are scored."""
-Baseline = Literal["majority", "same_question", "nearest", "probe", "blind"]
+Baseline = Literal["majority", "same_question", "mean_box", "nearest", "probe", "blind"]
 
 
 def file_name(name: str) -> str:

@@ -121,12 +121,14 @@ class References:
         answers: the reference answers of a row that has several, else empty.
         choices: the choices, in the order in which the question shows them.
         chosen: the place of the right one among them, from 0.
+        size: width and height of the image that the answer's boxes or points are of.
     """
 
     form: str = ""
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     chosen: int | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from vlm_tune.config.load import as_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.corruption import corruption_of
+from vlm_tune.data.batching.grounded import follows, join_fault
 from vlm_tune.data.batching.mixture import epoch_counts
 from vlm_tune.data.batching.sampler import Plan, Sizes, planned_steps
 from vlm_tune.data.chat.processor import Processor
@@ -168,6 +169,9 @@ def _parts(
             fault = form_fault(stage.objective, reader.form, part, source.objective)
             if fault is not None:
                 report.add_whole(name, part, "form", fault, reader.name)
+        fault = join_fault(stage.data) if part == "train" and follows(prepared) else None
+        if fault is not None:
+            report.add_whole(name, part, "box", fault, "data.augment")
         parts = prepared.column("part")
         usable = prepared.column("status") == OK
         everything = np.flatnonzero((parts == 0) | ~usable)

@@ -23,6 +23,8 @@ BAD_ROWS = {
     "empty_answer": "an answer without a character that can be seen",
     "equal_answers": "a chosen answer that equals the rejected one",
     "image_count": "images and places for them differ in number, or none where one is needed",
+    "box": "a box or point that is none, is empty, outside of its image or out of sight, or not "
+    "as many as marks",
     "image_missing": "no such image or video file",
     "image_outside": "an image or video path that leads out of the image root",
     "image_unreadable": "an image that is cut, empty, too large, or of another format",

@@ -27,7 +27,7 @@ def answer_rows(
     cached: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """The model's answers to the last question of every row.
+    """The model's answers to the last question of every row; boxes in pixels of the original.
 
     Args:
         model: the model, in eval mode.
@@ -63,7 +63,7 @@ def answer_rows(
             progress=of_all if progress else None,
         )
         for place, text in zip(places, texts, strict=True):
-            answers[place] = text
+            answers[place] = model.processor.grounding.read_back(rows[place], text)
         done += len(places)
     return answers
 

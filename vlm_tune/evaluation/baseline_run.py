@@ -21,6 +21,7 @@ from vlm_tune.evaluation.assessment import Measured, clusters_of, compare_answer
 from vlm_tune.evaluation.baselines import (
     Known,
     majority,
+    mean_box,
     nearest,
     probe,
     probe_work,
@@ -175,6 +176,12 @@ class BaselineRun:
             answers["same_question"] = same_question(examples, known)
         if self._auto and answers["same_question"] == answers["majority"]:
             answers.pop("same_question")
+        if "mean_box" in names:
+            boxes = mean_box(training.rows, self.rows)
+            if any(boxes):
+                answers["mean_box"] = boxes
+            elif not self._auto:
+                notes.append("baseline mean_box needs rows whose answer is one box")
         visual = [name for name in ("nearest", "probe") if name in names]
         if visual:
             alone = len(visual) == 1

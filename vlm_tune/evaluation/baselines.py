@@ -17,12 +17,14 @@ from functools import lru_cache
 
 import numpy as np
 
+from vlm_tune.data.regions import Region, pixel_text
 from vlm_tune.data.types import Conversation
 from vlm_tune.evaluation.texts import normalise
 
 TITLES = {
     "majority": "most frequent answer",
     "same_question": "question's usual answer",
+    "mean_box": "mean box",
     "nearest": "nearest image's answer",
     "probe": "linear probe",
     "blind": "model without image",
@@ -95,6 +97,30 @@ def same_question(training: Sequence[Known], rows: Sequence[Known]) -> list[str]
     }
     overall = _most_common([known.answer for known in training])
     return [common.get(row.question, overall) for row in rows]
+
+
+def mean_box(training: Sequence[Conversation], rows: Sequence[Conversation]) -> list[str]:
+    """The mean of training boxes, as shares of their images, for every row that has one.
+
+    Boxes are those of answers with one box and no other. Other rows get an empty answer; all do
+    where there is nothing to take the mean of.
+    """
+    shares = [_shares(box) for box in map(_only_box, training) if box is not None]
+    if not shares:
+        return [""] * len(rows)
+    mean = np.mean(shares, axis=0)
+    boxes = [_only_box(row) for row in rows]
+    return ["" if box is None else pixel_text(mean * (box.size * 2)) for box in boxes]
+
+
+def _only_box(row: Conversation) -> Region | None:
+    """The box of a row's answer, if it has one and no other region."""
+    regions = [part for part in row.messages[-1].parts if isinstance(part, Region)]
+    return regions[0] if len(regions) == 1 and len(regions[0].coordinates) == 4 else None
+
+
+def _shares(box: Region) -> np.ndarray:
+    return np.array(box.coordinates) / (box.size * 2)
 
 
 Answered = Callable[[list[str], np.ndarray, np.ndarray], list[str]]

@@ -13,6 +13,7 @@ from vlm_tune.config.objectives import AnyObjective, Contrastive, Matching, part
 from vlm_tune.config.train import EvaluateSection
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.regions import region_size
 from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Media, References, distinct_media
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.answering import answer_rows
@@ -162,14 +163,15 @@ def row_answers(conversations: Sequence[Conversation], generated: Sequence[str])
                 category=conversation.category,
                 source=conversation.source_name,
                 images=tuple(dict.fromkeys(names[item] for item in media)),
-                references=_scored(conversation.references),
+                references=_scored(conversation),
             )
         )
     return answers
 
 
-def _scored(references: References) -> References:
+def _scored(row: Conversation) -> References:
     """The references that metrics use: a folder's thousand classes are not part of every answer."""
+    references = replace(row.references, size=region_size(row.messages[-1]))
     if references.form != "classify":
         return references
     return replace(references, choices=(), chosen=None)

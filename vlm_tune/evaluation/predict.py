@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.data.batching.collate import Fetch
-from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.images.decode import PixelCache, image_size
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
 from vlm_tune.generation.answering import answer_prompts
@@ -59,7 +60,8 @@ def write_answers(
         model: in evaluation mode.
         rows: conversations that end in an answer.
         unanswered: (source, row) of rows whose answer is a placeholder; their `expected` is null.
-        output: the JSONL file: id, source, row, image, question, expected, answer.
+        output: the JSONL file: id, source, row, image, question, expected, answer, and where an
+            answer about one image has boxes or points their `regions`, in pixels of that image.
         decoding: how answers are generated.
         batch_size: rows per batch.
         progress: called with the number of rows written and their total, also before the first.
@@ -90,7 +92,8 @@ def write_answers(
             for row, answer in zip(rows[start : start + size], answers, strict=True):
                 file.write(
                     json.dumps(
-                        _line(row, answer, (row.source, row.row) in unanswered), ensure_ascii=False
+                        _line(model.processor, row, answer, (row.source, row.row) in unanswered),
+                        ensure_ascii=False,
                     )
                     + "\n"
                 )
@@ -99,7 +102,10 @@ def write_answers(
     return Predictions(str(output), len(rows), answered, round(time.perf_counter() - started, 2))
 
 
-def _line(row: Conversation, answer: str, unanswered: bool) -> dict[str, Any]:
+def _line(processor: Processor, row: Conversation, answer: str, unanswered: bool) -> dict[str, Any]:
+    regions = (
+        processor.grounding.read(answer, image_size(row.media[0])) if len(row.media) == 1 else []
+    )
     return {
         "id": row.id,
         "source": row.source,
@@ -108,4 +114,4 @@ def _line(row: Conversation, answer: str, unanswered: bool) -> dict[str, Any]:
         "question": row.question,
         "expected": None if unanswered else row.messages[-1].text.strip(),
         "answer": answer,
-    }
+    } | ({"regions": [each.coordinates for each in regions]} if regions else {})

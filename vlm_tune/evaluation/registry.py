@@ -26,7 +26,13 @@ from vlm_tune.data.sources.chat_schemas import CHAT_FORMS
 from vlm_tune.errors import DataError, Problem, RecipeError
 from vlm_tune.evaluation import captions, classes
 from vlm_tune.evaluation.benchmarks import BENCHMARKS
-from vlm_tune.evaluation.boxes import box_overlap, boxes_in
+from vlm_tune.evaluation.boxes import (
+    box_overlap,
+    boxes_in,
+    points_close,
+    points_in,
+    points_in_boxes,
+)
 from vlm_tune.evaluation.choices import letter_place, names_choice
 from vlm_tune.evaluation.intervals import Value
 from vlm_tune.evaluation.metric import Metric, by_row
@@ -41,7 +47,7 @@ SEVERAL = 10
 
 With fewer than four even an answer that equals all of them scores under 1.
 """
-MAIN = ("text_recall_1", "box_iou", "chrf", "vqa_accuracy", "anls")
+MAIN = ("text_recall_1", "box_iou", "point_accuracy", "chrf", "vqa_accuracy", "anls")
 """The default metrics that choose the best checkpoint where most rows are scored by one of them.
 
 An exact match says little there: an answer that is nearly right counts as one that is not.
@@ -102,6 +108,19 @@ def _overlap_of_boxes(answer: Answer) -> float:
 
 def _has_boxes(answer: Answer) -> bool:
     return len(boxes_in(answer.expected)) > 0
+
+
+def _point_in_box(answer: Answer) -> float:
+    return points_in_boxes(answer.generated, answer.expected)
+
+
+def _has_points(answer: Answer) -> bool:
+    return answer.references.size is not None and len(points_in(answer.expected)) > 0
+
+
+def _point_close(answer: Answer) -> float:
+    assert answer.references.size is not None  # as `_has_points` says
+    return points_close(answer.generated, answer.expected, answer.references.size)
 
 
 def _perplexity(totals: np.ndarray) -> np.ndarray:
@@ -202,6 +221,20 @@ _LISTED = (
         needs="a box in the reference answer",
     ),
     Metric(
+        "point_in_box",
+        "points inside of the box",
+        by_row(_point_in_box),
+        applies=_has_boxes,
+        needs="a box in the reference answer",
+    ),
+    Metric(
+        "point_accuracy",
+        "points within 5% of the diagonal",
+        by_row(_point_close),
+        applies=_has_points,
+        needs="a point of its own type in the reference answer",
+    ),
+    Metric(
         "perplexity",
         "perplexity of the reference",
         lambda answers: np.array(
@@ -261,6 +294,8 @@ def default_metrics(answer: Answer) -> tuple[str, ...]:
         names += ["chrf", "rouge_l"]
     if _has_boxes(answer):
         names += ["box_iou", "box_accuracy"]
+    if _has_points(answer):
+        names.append("point_accuracy")
     return tuple(names)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
-from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.images.decode import PixelCache, image_size
 from vlm_tune.data.types import Example
 from vlm_tune.errors import ArgumentError, ModelError
 from vlm_tune.generation.adapters import Adapters
@@ -23,7 +23,7 @@ from vlm_tune.generation.embedding import (
     listed_texts,
     text_embeddings,
 )
-from vlm_tune.generation.requests import request_conversation
+from vlm_tune.generation.requests import check_text, image_media, request_conversation
 from vlm_tune.generation.streaming import streamed
 from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.checkpoint import find_single, save_model
@@ -190,6 +190,24 @@ class VisionLanguageModel(VisionLanguageNetwork):
     def _streamed(self, prompt: Example, decoding: Decoding) -> Iterator[str]:
         with self.evaluating():
             yield from streamed(self, prompt, decoding, self.processor.images.inputs)
+
+    def read_regions(self, text: str, image: Any) -> list[tuple[float, ...]]:
+        """The boxes and points of an answer, by the model's convention (`boxes` of its config).
+
+        Args:
+            text: an answer about the image.
+            image: the image, as in `chat`.
+
+        Returns:
+            x1, y1, x2, y2 of each box and x, y of each point, in pixels of the image, in their
+            order in the text.
+
+        Raises:
+            DataError: the image can't be read.
+        """
+        check_text("text", text)
+        size = image_size(image_media(image))
+        return [each.coordinates for each in self.processor.grounding.read(text, size)]
 
     def embed_images(self, images: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
         """Returns unit vectors fp32[I, E] of images, to compare with those of `embed_texts`.

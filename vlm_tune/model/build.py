@@ -23,8 +23,6 @@ from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate
-from vlm_tune.data.images.decode import ImageProcessor
-from vlm_tune.data.images.split import split_of
 from vlm_tune.data.prepare.job import distinct_tasks
 from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
@@ -55,10 +53,11 @@ from vlm_tune.model.pretrained.native import (
     native_images,
     recipe_template,
 )
-from vlm_tune.model.pretrained.tokenizer import SPECIALS, add_words, load_tokenizer, train_tokenizer
+from vlm_tune.model.pretrained.tokenizer import SPECIALS, load_tokenizer, scratch_tokenizer
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder, own_rebuild
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vision.base import VisionTower
+from vlm_tune.model.vision.preprocessing import image_processor
 from vlm_tune.model.vision.registry import architecture, build_tower, meta_tower
 from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import CPU, load_into, read_safetensors, release_mapped
@@ -99,8 +98,8 @@ def build(
     own_tower = start_folder / TOWER if start_folder and (start_folder / TOWER).is_file() else None
     tower = restore_tower(section.tower, own_rebuild(recipe), own_tower)
     if section.llm.scratch:
-        tokenizer = add_words(
-            train_tokenizer(conversations, section.llm.scratch.vocab_size, template), section.llm
+        tokenizer = scratch_tokenizer(
+            section, template, image_processor(section.tower, tower), conversations
         )
         with torch.device("meta") if bare else nullcontext():
             language = scratch_llm(section.llm, section.llm.scratch, tokenizer, len(tokenizer))
@@ -174,13 +173,13 @@ def build_processor(
     """
     section = model_section(recipe)
     template = recipe_template(recipe, section)
+    tower = meta_tower(section.tower, own_rebuild(recipe))
     if section.llm.scratch and saved is None:
-        tokenizer = add_words(
-            train_tokenizer(conversations, section.llm.scratch.vocab_size, template), section.llm
+        tokenizer = scratch_tokenizer(
+            section, template, image_processor(section.tower, tower), conversations
         )
     else:
         tokenizer = load_tokenizer(section.llm, saved)
-    tower = meta_tower(section.tower, own_rebuild(recipe))
     tokens, width = tower.measure()
     with torch.device("meta"):
         # The number of slots of an image does not depend on the LLM's width: any multiple of the
@@ -227,17 +226,10 @@ def _processor(
         tokenizer=tokenizer,
         template=template,
         spec=InputSpec(tokens, section.llm.kind, max_length, pad, tokenizer.eos_token_id),
-        images=native_images(native)
-        if native is not None
-        else ImageProcessor(
-            tower.image_size,
-            section.tower.resize,
-            tower.mean,
-            tuple((columns, rows) for columns, rows in section.tower.tiles),
-            split_of(section.tower.split),
-        ),
+        images=image_processor(section.tower, tower) if native is None else native_images(native),
         system=system,
         words=tuple(section.llm.words),
+        boxes=section.boxes,
     )
     if template.name == OWN_TEMPLATE:
         check_own_template(processor, native)

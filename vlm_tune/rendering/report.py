@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_tune.evaluation.texts import normalise
 from vlm_tune.rendering.charts import DOTS, LINE, Chart, Curve, Key, Panel, chart
-from vlm_tune.rendering.page import is_long, percent, thumbnail, write_html
+from vlm_tune.rendering.page import is_long, percent, regions_drawn, thumbnail, write_html
 from vlm_tune.rendering.report_scores import (
     baseline_rows,
     class_tables,
@@ -237,7 +237,10 @@ def _sample(run: Path, row: dict[str, Any]) -> dict[str, Any]:
         "question": question,
         "expected": expected,
         "answers": answers,
-        "thumbnail": thumbnail(media_named(run, row.get("image"))),
+        "thumbnail": thumbnail(
+            media_named(run, row.get("image")),
+            regions_drawn(row.get("size"), expected, [row.get("after")]),
+        ),
         "long": is_long(map(str, texts)),
     }
 

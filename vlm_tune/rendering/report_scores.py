@@ -18,7 +18,7 @@ from vlm_tune.data.types import Media, Slice
 from vlm_tune.evaluation.assessment import better
 from vlm_tune.evaluation.baselines import TITLES
 from vlm_tune.evaluation.texts import levenshtein, normalise
-from vlm_tune.rendering.page import is_long, percent, thumbnail
+from vlm_tune.rendering.page import is_long, percent, regions_drawn, thumbnail
 from vlm_tune.rendering.scores_text import chance, is_share, main_metrics, metric_title
 
 WORST = 24
@@ -306,12 +306,17 @@ def _similarity(answer: str, expected: str) -> float:
 
 def _card(run: Path, answer: dict[str, Any]) -> dict[str, Any]:
     texts = [answer["question"], answer["expected"], answer["generated"]]
+    references = answer.get("references")
+    size = references.get("size") if isinstance(references, dict) else None
     return {
         "question": answer["question"],
         "expected": answer["expected"],
         "answer": answer["generated"],
         "category": str(answer.get("category") or ""),
-        "thumbnail": thumbnail(media_named(run, answer.get("image"))),
+        "thumbnail": thumbnail(
+            media_named(run, answer.get("image")),
+            regions_drawn(size, answer["expected"], [answer["generated"]]),
+        ),
         "long": is_long(texts),
     }
 

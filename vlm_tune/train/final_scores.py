@@ -300,6 +300,7 @@ def write_samples(
             "image": answer.image,
             "question": answer.question,
             "expected": answer.expected,
+            "size": answer.references.size,
         }
         table.append({"before": None, "after": None, **entry, column: answer.generated})
     path.write_text(json.dumps(table, indent=1, ensure_ascii=False))

@@ -70,8 +70,9 @@ class Sampler:
             self.model.evaluating(),
         ):
             groups = self._groups(batches, prompts, step)
+        read_back = self.model.processor.grounding.read_back
         samples = [
-            Sample(prompt.row, answer.text, completion_ids(answer))
+            Sample(prompt.row, read_back(prompt.row, answer.text), completion_ids(answer))
             for prompt, group in zip(prompts, groups, strict=True)
             for answer in group
         ]

@@ -23,6 +23,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
 from vlm_tune.data.batching.bounds import stream_bounds, unkept_bounds
 from vlm_tune.data.batching.corruption import corruption_of
+from vlm_tune.data.batching.grounded import GroundedFeed, check_joins, follows
 from vlm_tune.data.batching.loader import Feed, PreparedFeed
 from vlm_tune.data.batching.prompts import PromptFeed
 from vlm_tune.data.batching.references import StoredReferences
@@ -143,6 +144,8 @@ def read_stage(
             if data.on_bad_row == "quarantine" and quarantine and prepared.part == part:
                 _quarantine(prepared, quarantine)
     (train,) = parts.get("train") or [None]
+    if train is not None and follows(train):
+        check_joins(data)
     for line in stream_bounds(recipe) if train is None else unkept_bounds(recipe, train):
         report(Note(line))
     validation, test = (
@@ -291,17 +294,15 @@ def stage_feed(
     fetch = features or PixelCache(processor.images)
     if isinstance(recipe.objective, Grpo):
         return PromptFeed(train, plan, processor.spec, fetch, processor=processor, **options)
-    return PreparedFeed(
-        train,
-        plan,
-        processor.spec,
-        fetch,
-        augment=data.augment,
-        mismatches=recipe.objective.mismatches,
-        two_views=reads_two_views(recipe.objective),
-        corruption=corruption_of(recipe.objective, processor, recipe.seed),
-        **options,
-    )
+    options |= {
+        "augment": data.augment,
+        "mismatches": recipe.objective.mismatches,
+        "two_views": reads_two_views(recipe.objective),
+        "corruption": corruption_of(recipe.objective, processor, recipe.seed),
+    }
+    if follows(train):
+        return GroundedFeed(train, plan, processor.spec, fetch, processor=processor, **options)
+    return PreparedFeed(train, plan, processor.spec, fetch, **options)
 
 
 def loader_workers(setting: int | str, device: torch.device, *, cached: bool) -> int:

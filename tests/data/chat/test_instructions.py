@@ -36,6 +36,7 @@ VALUES = {
         "target_language": "L{}",
         "translation": "{U}",
     },
+    "grounding": {"phrase": "P{0}", "region": "<bbox>"},
 }
 TOLD = {
     "match": ["caption"],
@@ -44,6 +45,7 @@ TOLD = {
     "classify": ["choices"],
     "retrieval": ["candidates"],
     "translate": ["text", "source_language", "target_language"],
+    "grounding": ["phrase"],
 }
 ANSWERS = {
     "vqa": "answer",
@@ -53,6 +55,7 @@ ANSWERS = {
     "retrieval": "answer",
     "ocr": "text",
     "translate": "translation",
+    "grounding": "region",
 }
 ANSWERS |= {"multiple_choice": "letter"}
 

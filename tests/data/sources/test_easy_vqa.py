@@ -5,9 +5,12 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vlm_tune.config.data import EasyVqaSource
+from vlm_tune.data.images.decode import decode_image
+from vlm_tune.data.regions import regions_of
 from vlm_tune.data.sources.easy_vqa import COLORS, SHAPES, answer_type, questions, revealed
 from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Conversation
@@ -17,6 +20,27 @@ from vlm_tune.errors import DataError
 def easy(split: str, **options: Any) -> list[Conversation]:
     source = EasyVqaSource(kind="easy_vqa", split=split, **options)  # type: ignore[arg-type]
     return [row for row in read_all([open_source(source, seed=0)]) if isinstance(row, Conversation)]
+
+
+def test_a_shape_is_where_its_box_says() -> None:
+    rows = easy("validation", task="grounding", instructions="grounding")
+    assert len(rows) > 150
+    for row in rows[:20]:
+        (region,) = regions_of(row)
+        pixels = np.asarray(decode_image(row.media[0].read()), dtype=int)
+        left, top, right, bottom = (int(number) for number in region.coordinates)
+        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        background = np.median(border, axis=0)
+        inside = np.abs(pixels[top:bottom, left:right] - background).sum(-1) > 0
+        outside = np.abs(pixels - background).sum(-1)
+        outside[top:bottom, left:right] = 0
+        assert inside.mean() > 0.4 and (outside > 30).sum() == 0
+        color, shape = (
+            row.question.rstrip("?.").split()[-2:]
+            if "image" not in row.question
+            else (row.question.split(" the ")[1].split()[:2])
+        )
+        assert color in COLORS and shape in SHAPES and row.category == shape
 
 
 def test_train_validation_and_test_share_no_image_and_lose_no_row() -> None:

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import threading
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -22,19 +21,19 @@ import numpy as np
 
 from vlm_tune.compat import worker_processes
 from vlm_tune.config.data import Augment
+from vlm_tune.data.batching.augmented import Attempts, Augmented
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.batching.corruption import Corruption
 from vlm_tune.data.batching.references import StoredReferences
 from vlm_tune.data.batching.sampler import Epoch, Plan, Rows
-from vlm_tune.data.images.augment import draw_augmentation
 from vlm_tune.data.packing import pack_layout, with_mismatched
 from vlm_tune.data.prepare.dataset import Group, Prepared
-from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media
+from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import name_list, reason_of
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 PRELOADED = ("torch", "pyarrow", "vlm_tune.data.batching.loader")
@@ -230,19 +229,26 @@ class PreparedFeed:
         """One micro-batch of this process; if no row is left for it, a row with ignored labels."""
         epoch = self._epoch(position)
         step, number = place
-        groups = [[self.unit(unit) for unit in row] for row in self._rows(position, place)]
+        groups, attempts = self._units(self._rows(position, place), position.epoch)
         if not groups:
             row = next(share for share in epoch.shares(step, self.ranks)[number] if len(share))
             ((unit, *_), *_) = epoch.units_of(row[:1])
             groups = [[blank(self.unit(unit))]]
-        batch = self._collate(groups, position.epoch)
+        batch = self._collate(groups, position.epoch, attempts)
         kind = self.plan.kinds[epoch.kind(step, number, self.ranks)]
         batch.task, batch.loss_weight, batch.objective = kind
         return batch
 
+    def _units(self, rows: Rows, epoch: int) -> tuple[list[list[Group]], Attempts]:
+        """The units of rows in an epoch, and the draws of their augmentation."""
+        return [[self.unit(unit) for unit in row] for row in rows], {}
+
     def unit(self, number: int) -> Group:
         """The examples of a unit as they are trained on."""
-        unit = self.prepared.unit(number)
+        return self.completed(number, self.prepared.unit(number))
+
+    def completed(self, number: int, unit: Group) -> Group:
+        """A unit's examples with what the objective adds to them."""
         if self.mismatches:
             other = self.prepared.unit(number - 1 if number else len(self.prepared) - 1)
             unit = with_mismatched(unit, other, self.spec.layout)
@@ -252,7 +258,7 @@ class PreparedFeed:
         """The rows of a micro-batch of this process."""
         return self._epoch(position).rows(*place, self.rank, self.ranks)
 
-    def _collate(self, rows: list[list[Group]], epoch: int) -> Batch:
+    def _collate(self, rows: list[list[Group]], epoch: int, attempts: Attempts) -> Batch:
         if self.corruption is not None:
             rows = [[self.corruption.of_unit(unit, epoch) for unit in row] for row in rows]
         joined_rows = [joined(row, self.spec.layout) for row in rows]
@@ -264,7 +270,7 @@ class PreparedFeed:
             for row, row_examples in zip(rows, joined_rows, strict=True)
             for _ in row_examples
         ]
-        changed = Augmented(self.fetch, self.augment, self.plan.seed, epoch)
+        changed = Augmented(self.fetch, self.augment, self.plan.seed, epoch, attempts)
         other = replace(changed, view=1) if self.two_views else None
         return collate(examples, self.spec, fetch_for=changed, fetch_view=other, owners=owners)
 
@@ -321,29 +327,6 @@ class PreparedFeed:
             source="data.train",
             kind="worker",
         )
-
-
-@dataclass(frozen=True)
-class Augmented:
-    """Fetches pixels and augments them; the random numbers depend on (seed, epoch, sample id).
-
-    Another `view` of the same is augmented otherwise.
-    """
-
-    fetch: Fetch
-    augment: Augment
-    seed: int
-    epoch: int
-    view: int = 0
-
-    def __call__(self, media: Media, sample: str) -> torch.Tensor:
-        """uint8[3, H, W]."""
-        pixels = self.fetch(media)
-        assert not isinstance(pixels, dict)  # a native model's recipe has no augmentation
-        key = (self.seed, self.epoch, zlib.crc32(sample.encode()))
-        if self.view:
-            key = (*key, self.view)
-        return draw_augmentation(self.augment, key, *pixels.shape[-2:]).pixels(pixels)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_tune.config.data import DataSection, Source
+from vlm_tune.data.batching.augmented import Augmented
 from vlm_tune.data.batching.collate import Fetch, collate
-from vlm_tune.data.batching.loader import Augmented, Position, blank
+from vlm_tune.data.batching.grounded import Follower, check_joins
+from vlm_tune.data.batching.loader import Position, blank
 from vlm_tune.data.batching.row_kinds import row_kinds
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.truncation import fit
+from vlm_tune.data.images.augment import moves_things
 from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.prepare.dataset import Group
+from vlm_tune.data.regions import regions_of
 from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Batch, Conversation, Media
@@ -227,11 +231,13 @@ class StreamFeed:
     def _batch(self, rows: Sequence[Row], part: Sequence[Row], step: int) -> Batch:
         """This process's batch of its `rows` in a micro-batch of all processes, which is `part`."""
         pixels: dict[Media, Inputs] = {}
-        groups = [group for source, row in rows if (group := self._usable(source, row, pixels))]
+        attempts: dict[str, int | None] = {}
+        usable = (self._usable(source, row, pixels, step, attempts) for source, row in rows)
+        groups = [group for group in usable if group]
         if groups:
             self._last = groups[0]
         elif self._last is None:
-            usable = (self._usable(source, row, pixels) for source, row in part)
+            usable = (self._usable(source, row, pixels, step, {}) for source, row in part)
             self._last = next((group for group in usable if group), None)
         if self._last is None:
             raise DataError("none of the first rows can be used", source="data.train")
@@ -249,7 +255,7 @@ class StreamFeed:
         if self.data.augment is None:
             batch = collate(examples, spec, fetch=fetch)
         else:
-            changed = Augmented(fetch, self.data.augment, self.seed, step)
+            changed = Augmented(fetch, self.data.augment, self.seed, step, attempts)
             owners = [example.id for example in examples]
             batch = collate(examples, spec, fetch_for=changed, owners=owners)
         batch.task, batch.loss_weight, batch.objective = self.kinds[part[0][0]]
@@ -260,8 +266,14 @@ class StreamFeed:
         number: int,
         row: Conversation | DataError,
         pixels: dict[Media, Inputs],
+        step: int,
+        attempts: dict[str, int | None],
     ) -> Group:
-        """A row's examples, with their images decoded into `pixels`; none if it is unusable."""
+        """A row's examples in a step; none if it is unusable.
+
+        Its images are decoded into `pixels`. Where its boxes follow them, the draws of their
+        augmentation are noted in `attempts`.
+        """
         try:
             if isinstance(row, DataError):
                 raise row
@@ -279,7 +291,7 @@ class StreamFeed:
                 raise DataError(
                     error.message, source=row.source, row=row.row, kind=error.kind
                 ) from None
-            return fitted.examples
+            return self._followed(number, row, fitted.examples, step, attempts)
         except DataError as error:
             self.bad += 1
             if self.data.on_bad_row == "fail" or error.kind == "overlong":
@@ -291,6 +303,26 @@ class StreamFeed:
                 ) from None
             self.report(error)
             return []
+
+    def _followed(
+        self,
+        number: int,
+        row: Conversation,
+        examples: Group,
+        step: int,
+        attempts: dict[str, int | None],
+    ) -> Group:
+        """A row's examples with its boxes where the augmentation puts them."""
+        augment = self.data.augment
+        if augment is None or not moves_things(augment) or not regions_of(row):
+            return examples
+        check_joins(self.data)
+        follower = Follower(augment, self.data, self.seed)
+        followed = []
+        for example in examples:
+            moved, attempts[example.id] = follower(row, example, self.processors[number], step)
+            followed.append(moved)
+        return followed
 
     def _pixels(self, media: Media, pixels: dict[Media, Inputs]) -> Inputs:
         if media not in pixels:

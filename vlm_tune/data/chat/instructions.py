@@ -24,6 +24,7 @@ FIELDS = {
     "retrieval": {"candidates", "answer"},
     "ocr": {"text"},
     "translate": {"text", "source_language", "target_language", "translation"},
+    "grounding": {"phrase", "region"},
 }
 OPTIONAL = {"translate": {"text", "source_language"}}
 """Fields that a row may lack.
@@ -33,7 +34,15 @@ most optional fields.
 """
 
 Task = Literal[
-    "vqa", "multiple_choice", "caption", "match", "classify", "retrieval", "ocr", "translate"
+    "vqa",
+    "multiple_choice",
+    "caption",
+    "match",
+    "classify",
+    "retrieval",
+    "ocr",
+    "translate",
+    "grounding",
 ]
 
 

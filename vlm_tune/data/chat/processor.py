@@ -10,12 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from vlm_tune.config.boxes import Boxes
 from vlm_tune.config.native import OWN_TEMPLATE
+from vlm_tune.data.chat.grounding import Grounding
 from vlm_tune.data.chat.template import ChatTemplate, joined_texts, load_template
 from vlm_tune.data.chat.tokenize import LAYOUTS, TextEncoder
 from vlm_tune.data.images.decode import ImageProcessor
+from vlm_tune.data.images.moves import Affine
 from vlm_tune.data.media_slots import segment_slots
 from vlm_tune.data.packing import numbered, pair_layout
+from vlm_tune.data.regions import FIRST_LOCATION
 from vlm_tune.data.types import CHOSEN, REJECTED, Conversation, Example, InputSpec, Media, Segment
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
@@ -42,6 +46,8 @@ class Processor:
     system: str | None = None
     words: tuple[str, ...] = ()
     """Tokens that were added to the vocabulary; texts may contain them."""
+    boxes: Boxes = field(default_factory=Boxes)
+    """How the model reads and writes boxes and points."""
     encoder: TextEncoder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,10 +105,37 @@ class Processor:
             self.spec,
             self.system,
             *self.images.described,
+            self.boxes,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
+    @property
+    def grounding(self) -> Grounding:
+        """Writes rows' boxes and points, and reads the model's."""
+        return Grounding(self.boxes, self.images)
+
+    def written(self, conversation: Conversation, moved: Sequence[Affine] = ()) -> Conversation:
+        """The row with its boxes and points as the model writes them; see `Grounding.written`.
+
+        Raises `DataError` for a box that the model does not see, and for a convention of tokens
+        that the tokenizer lacks.
+        """
+        written = self.grounding.written(conversation, moved)
+        if (
+            written is not conversation
+            and self.boxes.unit == "loc"
+            and not self.encoder.has(FIRST_LOCATION)
+        ):
+            raise DataError(
+                f"the model's tokenizer has no {FIRST_LOCATION}, which boxes would be written "
+                "with: choose another model.boxes.unit",
+                source="model.boxes",
+                kind="box",
+            )
+        return written
+
     def _lay_out(self, conversation: Conversation, *, prompt_only: bool) -> list[Example]:
+        conversation = self.written(conversation)
         turns = self.template.segments(conversation, prompt_only=prompt_only, system=self.system)
         segments = joined_texts(self._framed(turns, conversation))
         slots = sum(segment_slots(segment, self.spec.tokens_per_image) for segment in segments)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.regions import Region
 from vlm_tune.data.types import Conversation, Example, Media, Message
 
 
@@ -128,7 +129,8 @@ def _trimmed(conversation: Conversation, processor: Processor, excess: int) -> C
         (number, part)
         for number, message in enumerate(messages)
         for part, value in enumerate(message.parts)
-        if message.role == "user" and isinstance(value, str)
+        # A box that is cut would be another.
+        if message.role == "user" and isinstance(value, str) and not isinstance(value, Region)
     ]
     sizes = {
         place: len(processor.encoder.text(str(messages[place[0]].parts[place[1]])))

@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlm_tune.config.data import Augment, RandAugment
 from vlm_tune.data.images.moves import (
-    IDENTITY,
     Affine,
     Crop,
     Flip,
@@ -76,6 +74,13 @@ def draw_zoom_out(random: np.random.Generator, height: int, width: int, smallest
     top = int(random.integers(0, height - high + 1))
     left = int(random.integers(0, width - wide + 1))
     return ZoomOut(top, left, high, wide)
+
+
+def moves_things(augment: Augment) -> bool:
+    """Whether an augmentation may move what an image shows."""
+    sides = augment.crop < 1 or augment.zoom_out < 1 or augment.shift > 0 or augment.rotation > 0
+    mirrors = augment.flip > 0 or augment.transpose > 0
+    return sides or mirrors or augment.rand_augment is not None
 
 
 def draw_moves(
@@ -228,11 +233,13 @@ class Draw:
             pixels = change.pixels(pixels)
         return noisy(pixels, self.noise, self.random) if self.noise else pixels
 
-    def places(self, height: int, width: int) -> Affine:
-        """Where the places of an image of this size go."""
+    def places(self, height: int, width: int) -> list[Affine]:
+        """Where the places of an image of this size go, move by move.
+
+        What a move puts outside of the frame is gone, also where a later one shows more around it.
+        """
         moves = [*self.moves, *(each.move for each in self.operations)]
-        maps = (move.places(height, width) for move in moves if move is not None)
-        return reduce(Affine.then, maps, IDENTITY)
+        return [move.places(height, width) for move in moves if move is not None]
 
 
 def draw_augmentation(augment: Augment, key: tuple[int, ...], height: int, width: int) -> Draw:

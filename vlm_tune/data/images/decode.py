@@ -241,7 +241,7 @@ class ImageProcessor:
     @property
     def described(self) -> tuple[Any, ...]:
         """All that the tokens of an image depend on."""
-        return self.tiles, self.split, self.size
+        return self.tiles, self.split, self.size, self.resize
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -277,6 +277,10 @@ class ImageProcessor:
         left = media.tile.column * self.size
         top = media.tile.row * self.size
         return _tensor(last.canvases[grid].crop((left, top, left + self.size, top + self.size)))
+
+    def frame(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of what the model sees of an image of this size."""
+        return self.size, self.size
 
     def places(self, width: int, height: int) -> Affine:
         """Where the places of an image of this size go in its frame: the whole, without tiles."""

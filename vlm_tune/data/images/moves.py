@@ -64,9 +64,6 @@ class Affine:
         return min(across), min(down), max(across), max(down)
 
 
-IDENTITY = Affine.scale(1.0, 1.0)
-
-
 class Move(Protocol):
     """A move of an image's content within its frame."""
 

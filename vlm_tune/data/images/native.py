@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm_tune.data.images.decode import ImageProcessor, decode_image, encoded_bytes, image_size
+from vlm_tune.data.images.moves import Affine
 from vlm_tune.data.types import Media, NativeInputs, Segment
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import reason_of
@@ -20,6 +21,13 @@ OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """What a processor returns for the text; all else is of its images."""
 SIZES = 100_000
 """Sizes of images whose tokens are remembered."""
+
+
+class Seen(NamedTuple):
+    """What a model sees of an image: its tokens, and width and height of what it is resized to."""
+
+    ids: tuple[int, ...]
+    frame: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class NativeImages(ImageProcessor):
     processor: Any = None
     text: str = ""
     controls: tuple[str, ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
-    _ids: dict[tuple[int, int], tuple[int, ...]] = field(
+    _seen: dict[tuple[int, int], Seen] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -51,15 +59,32 @@ class NativeImages(ImageProcessor):
 
     def segments(self, media: Media) -> list[Segment]:
         """One segment, with the image's tokens. Raises `DataError` for an unreadable header."""
+        return [Segment("media", media, ids=self._of_size(image_size(media), media.name).ids)]
+
+    def frame(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of an image as resized, if the processor gives its grid of patches."""
+        return self._of_size((width, height), f"an image of {width}x{height}").frame
+
+    def places(self, width: int, height: int) -> Affine:
+        frame_width, frame_height = self.frame(width, height)
+        return Affine.scale(frame_width / width, frame_height / height)
+
+    def _of_size(self, size: tuple[int, int], name: str) -> Seen:
+        """What the model sees of an image of this size; `name` is the image's in errors."""
         from PIL.Image import new
 
-        size = image_size(media)
-        ids = self._ids.get(size)
-        if ids is None:
-            ids = tuple(self._prepared(new("RGB", size), media.name)["input_ids"][0].tolist())
-            if len(self._ids) < SIZES:
-                self._ids[size] = ids
-        return [Segment("media", media, ids=ids)]
+        seen = self._seen.get(size)
+        if seen is None:
+            prepared = self._prepared(new("RGB", size), name)
+            frame = size
+            if "image_grid_thw" in prepared:
+                _, rows, columns = prepared["image_grid_thw"][0].tolist()
+                patch = self.processor.image_processor.patch_size
+                frame = (columns * patch, rows * patch)
+            seen = Seen(tuple(prepared["input_ids"][0].tolist()), frame)
+            if len(self._seen) < SIZES:
+                self._seen[size] = seen
+        return seen
 
     def __call__(self, media: Media) -> torch.Tensor:
         raise NotImplementedError("a native model takes no square pixels, but `inputs`")

@@ -25,6 +25,7 @@ from vlm_tune.data.prepare.arrow_store import (
 )
 from vlm_tune.data.prepare.duplicates import ImageInfo, inspect_image
 from vlm_tune.data.prepare.language import language_of
+from vlm_tune.data.regions import regions_of
 from vlm_tune.data.sources.base import Chunk, SourceReader
 from vlm_tune.data.types import Conversation, Example, Media, Message, Slice
 from vlm_tune.errors import DataError
@@ -55,7 +56,7 @@ class RowRecord:
     the number of tokens of all that is left. `controls` names control tokens that its texts contain
     as plain text. `content` is the beginning of an unusable row, as it was read. `prompt` is the
     length of its prompt in scoring, for rows over `max_length` (else 0). `digest` is `content_hash`
-    of the row.
+    of the row. `regions` is its number of boxes and points.
     """
 
     row: int
@@ -76,6 +77,7 @@ class RowRecord:
     content: str = ""
     prompt: int = 0
     digest: int = 0
+    regions: int = 0
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ class ShardMaker:
             row.row, row.source, row.id, category=row.category, text=text_hash(alone)
         )
         record.digest = content_hash(row)
+        record.regions = len(regions_of(row))
         record.controls = self._controls(alone, self.processors[source])
         try:
             for item in row.media:
@@ -420,6 +423,7 @@ def record_batch(records: Sequence[RowRecord]) -> pa.RecordBatch:
             "examples": column("examples", pa.int32),
             "overlong": column("overlong", pa.int32),
             "prompt": column("prompt", pa.int32),
+            "regions": column("regions", pa.int32),
             "digest": column("digest", pa.uint64),
             "images": column("images", lambda: pa.list_(pa.int32())),
             **{

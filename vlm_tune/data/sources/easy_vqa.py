@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from vlm_tune.config.data import EasyVqaSource
 from vlm_tune.data.chat.instructions import load_instructions
+from vlm_tune.data.images.decode import decode_image
 from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, digest, files_digest
+from vlm_tune.data.sources.region_fields import BOX, BoxOptions, with_regions
 from vlm_tune.data.types import Conversation, Media, Message, References
 from vlm_tune.errors import DataError
 
@@ -20,6 +24,8 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 KINDS = {"yes/no": ("yes", "no"), "color": COLORS, "shape": SHAPES}
 """The answers by category."""
+LEAST_CONTRAST = 30
+"""Levels of the three channels together by which a shape differs from the background."""
 YES, NO = MATCHES = ("yes", "no")
 """The answers to whether a caption matches, the right one first."""
 
@@ -61,7 +67,7 @@ def answer_type(answer: str) -> str:
 
 
 class EasyVqa:
-    """A source with a conversation for each question, or for each caption of an image.
+    """A source with a conversation for each question, each caption of an image, or each shape.
 
     Captions are derived from the image's questions and answers; see `revealed`.
     """
@@ -97,6 +103,8 @@ class EasyVqa:
             self._rows()[start : start + chunk.rows], chunk.first_row
         ):
             messages = self._instructions.messages(row_id, (Media(image),), values, seed=self._seed)
+            if self.form == "grounding":
+                messages = with_regions(messages, {"box": shape_box(image)}, BoxOptions())
             yield Conversation(
                 row_id,
                 tuple(messages),
@@ -148,6 +156,17 @@ def _rows(
             )
             for row, question, answer, image in rows
         ]
+    if task == "grounding":
+        return [
+            (
+                f"easy_vqa/{split}/grounding:{image}",
+                images / f"{image}.png",
+                {"phrase": f"the {known['color']} {known['shape']}", "region": BOX},
+                known["shape"],
+            )
+            for image, known in revealed(rows).items()
+            if len(known) == len(("color", "shape"))
+        ]
     return [
         (
             f"easy_vqa/{split}/caption:{image}:{kind}",
@@ -158,6 +177,18 @@ def _rows(
         for image, captions in revealed(rows).items()
         for kind, caption in captions.items()
     ]
+
+
+def shape_box(image: Path) -> tuple[int, int, int, int]:
+    """The box of an image's one shape, from its pixels: what differs from the border's colour."""
+    pixels = np.asarray(decode_image(image.read_bytes(), image.name), dtype=np.int64)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    differs = np.abs(pixels - np.median(border, axis=0)).sum(-1) > LEAST_CONTRAST
+    down, across = np.nonzero(differs)
+    if not len(down):
+        raise DataError("shows no shape", source=str(image))
+    left, top = int(across.min()), int(down.min())
+    return left, top, int(across.max()) + 1, int(down.max()) + 1
 
 
 def revealed(rows: list[tuple[int, str, str, int]]) -> dict[int, dict[str, str]]:

@@ -13,7 +13,12 @@ CHOICES = ("choices", "options", "candidates")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """Letters of choices; columns of these names hold one choice each."""
 
-EVERY_FORM = {"id", "category", "system", *MEDIA}
+BOX_FIELDS = ("box", "boxes", "bbox", "bboxes")
+POINT_FIELDS = ("point", "points")
+REGIONS = {*BOX_FIELDS, *POINT_FIELDS, "objects"}
+"""Fields of boxes and points, which texts name by marks."""
+
+EVERY_FORM = {"id", "category", "system", *MEDIA, *REGIONS}
 USED: dict[str, set[str]] = {
     "llava": {"conversations"},
     "sharegpt": {"conversations"},
@@ -31,6 +36,7 @@ USED: dict[str, set[str]] = {
     "retrieval": {"candidates", "answer"},
     "ocr": {"text"},
     "translate": {"translation", "target_language", "source_language", "text"},
+    "grounding": {"phrase"},
 }
 """The fields that each form reads, in addition to those of every form."""
 
@@ -50,7 +56,7 @@ MEANT = {
         "thinking",
     ),
     *("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images"),
-    *("audio", "audios", "objects", "bbox", "bboxes", "documents"),
+    *("audio", "audios", "documents"),
 }
 """Fields that change what a row teaches: a form that does not read one refuses the row."""
 

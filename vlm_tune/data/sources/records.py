@@ -18,6 +18,7 @@ from vlm_tune.data.sources.legible import MAYBE_NULLS, NULLS, SURROGATE
 from vlm_tune.data.sources.media import ImageFolder, MediaFinder
 from vlm_tune.data.sources.media_places import RowMedia, marked_parts, with_media
 from vlm_tune.data.sources.preferences import PREFERENCE_FORMS, Judged
+from vlm_tune.data.sources.region_fields import BoxOptions, with_regions
 from vlm_tune.data.sources.schema_detection import check_columns, detect_form, renamed, usable
 from vlm_tune.data.sources.task_schemas import TASK_FORMS, TaskOptions
 from vlm_tune.data.types import Conversation, References
@@ -61,6 +62,7 @@ class RowsReader:
         self._finders: dict[Path | None, MediaFinder] = {}
         self._shot_places: Sequence[int] | None = None
         self._shots = Shots(config.shots, seed)
+        self._boxes = BoxOptions(config.box_format, config.box_unit)
         self._options = TaskOptions(
             (config.booleans[0], config.booleans[1]),
             config.answer_is,
@@ -145,6 +147,7 @@ class RowsReader:
             row_id = f"{stored.label}:{self._id(row, stored)}:{stored.number}"
             finder = self._finder(stored.folder)
             judged, references = self._read(row_id, row, finder)
+            judged = _with_regions(judged, row, self._boxes)
             messages = judged.messages
             category = row.get("category")
             if category is None and self.form == "classify":
@@ -278,3 +281,12 @@ class RowsReader:
                 images, self._config.video_frames, self._config.video_fps
             )
         return finder
+
+
+def _with_regions(judged: Judged, row: dict[str, Any], options: BoxOptions) -> Judged:
+    """The turns of a row with its boxes and points in place of their marks."""
+    rejected = [] if judged.rejected is None else [judged.rejected]
+    replaced = with_regions([*judged.messages, *rejected], row, options)
+    if not rejected:
+        return replace(judged, messages=replaced)
+    return replace(judged, messages=replaced[:-1], rejected=replaced[-1])

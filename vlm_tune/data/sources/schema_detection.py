@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_tune.data.sources.base import StoredRow
 from vlm_tune.data.sources.chat_schemas import decoded_lists
-from vlm_tune.data.sources.fields import FIELDS, LETTERS, MEDIA, has_choices, is_empty
+from vlm_tune.data.sources.fields import FIELDS, LETTERS, MEDIA, REGIONS, has_choices, is_empty
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import name_list, quoted
 
@@ -35,6 +35,7 @@ NEEDS = {
     "retrieval": "candidates, answer, image",
     "ocr": "text, image",
     "translate": "translation, target_language, image",
+    "grounding": "phrase, box or boxes or point or points, image",
 }
 """Fields of a form's rows, as errors and the documentation list them.
 
@@ -154,6 +155,7 @@ def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
         "caption": "caption" in has and has_media,
         "classify": "label" in has and has_media and not has_question,
         "translate": {"translation", "target_language"} <= has,
+        "grounding": "phrase" in has and has_media and bool(has & REGIONS),
         "ocr": "text" in has and has_media and "translation" not in has,
     }
     return {(form, "") for form, fits in rules.items() if fits}

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_tune.data.sources.fields import CHOICES, LETTERS, is_empty, lettered
+from vlm_tune.data.sources.fields import CHOICES, LETTERS, REGIONS, is_empty, lettered
 from vlm_tune.data.sources.legible import is_legible
+from vlm_tune.data.sources.region_fields import escaped_regions, region_marks
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
 
@@ -382,6 +383,15 @@ def translate(row: Row, row_id: str, options: TaskOptions) -> TaskFields:
     )
 
 
+def grounding(row: Row, row_id: str, options: TaskOptions) -> TaskFields:
+    """`phrase`, and the boxes and points of what it names."""
+    marks = region_marks(row)
+    if not marks:
+        raise DataError(f"no box or point ({', '.join(sorted(REGIONS))})", kind="missing_field")
+    phrase = escaped_regions(_text(row, "phrase", options))
+    return TaskFields({"phrase": phrase, "region": ", ".join(marks)})
+
+
 TASK_FORMS: dict[str, Callable[[Row, str, TaskOptions], TaskFields]] = {
     "vqa": vqa,
     "multiple_choice": multiple_choice,
@@ -391,4 +401,5 @@ TASK_FORMS: dict[str, Callable[[Row, str, TaskOptions], TaskFields]] = {
     "retrieval": retrieval,
     "ocr": ocr,
     "translate": translate,
+    "grounding": grounding,
 }

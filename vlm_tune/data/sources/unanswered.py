@@ -8,12 +8,14 @@ from typing import Any
 
 from vlm_tune.data.sources.base import Chunk, Container, StoredRow
 from vlm_tune.data.sources.chat_schemas import decoded_lists
-from vlm_tune.data.sources.fields import MEDIA, is_empty, lettered
+from vlm_tune.data.sources.fields import MEDIA, REGIONS, is_empty, lettered
 from vlm_tune.data.sources.legible import NULLS
 from vlm_tune.errors import DataError
 
 PLACEHOLDER = "(no answer is given)"
 """Replaces a missing answer while a row is read. No model sees it: the model answers instead."""
+PLACEHOLDER_BOX = [0, 0, 1, 1]
+"""The same for a missing box: the first pixel, which every image has."""
 
 
 @dataclass
@@ -116,6 +118,8 @@ def _missing_field(row: Mapping[str, Any]) -> dict[str, Any]:
     ):
         if question in has:
             return {} if answer in has else {answer: PLACEHOLDER}
+    if "phrase" in has:
+        return {} if has & REGIONS else {"box": PLACEHOLDER_BOX}
     if "candidates" in has:
         return {} if "answer" in has else {"answer": row["candidates"][0]}
     if "choices" in has:

@@ -17,6 +17,7 @@ from vlm_tune.data.images.decode import decode_image, encoded_bytes
 from vlm_tune.data.images.native import OF_TEXT, NativeImages, joined_inputs, prepared_images
 from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.errors import ModelError
+from vlm_tune.model.families.boxes import family_boxes
 from vlm_tune.model.hub import check_base, config_source, is_ours, load_reason, unmerged
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted, reason_of
@@ -39,10 +40,11 @@ def native_section(model: NativeModel) -> NativeSection:
     if is_folder(folder) and is_ours(folder) and not unmerged(folder) and (folder / "llm").is_dir():
         name = str(folder / "llm")
     check_base(name, "model.pretrained")
-    native_config(name)
+    config = native_config(name)
     return NativeSection(
         tower=NativeTower(min_pixels=model.min_pixels, max_pixels=model.max_pixels),
         llm=NativeLlm(name=name, **model.llm.model_dump()),
+        boxes=model.boxes or family_boxes(config.model_type),
     )
 
 

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config.model import Llm
+from vlm_tune.config.model import Llm, ModelSection
+from vlm_tune.data.chat.grounding import Grounding
 from vlm_tune.data.chat.template import ChatTemplate
+from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import check_base, load_reason
@@ -61,6 +63,22 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS
     )
+
+
+def scratch_tokenizer(
+    section: ModelSection,
+    template: ChatTemplate,
+    images: ImageProcessor,
+    conversations: Iterable[Conversation],
+) -> Any:
+    """A tokenizer of the recipe's own, trained on rows whose boxes are as the model will read them.
+
+    It has the tokens that the recipe adds.
+    """
+    assert section.llm.scratch is not None
+    rows = map(Grounding(section.boxes, images).written, conversations)
+    trained = train_tokenizer(rows, section.llm.scratch.vocab_size, template)
+    return add_words(trained, section.llm)
 
 
 def load_tokenizer(llm: Llm, folder: Path | None = None) -> Any:

@@ -18,6 +18,7 @@ from vlm_tune.config.rules import check_parts
 from vlm_tune.config.yaml_source import value_at
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build_checks import check_model
+from vlm_tune.model.families.boxes import family_boxes
 from vlm_tune.model.families.registry import family_names, find_vlm
 from vlm_tune.model.hub import check_base, is_ours, read_json, unmerged
 from vlm_tune.model.pretrained.native import native_section
@@ -73,7 +74,8 @@ def _own_section(folder: Path, source: PretrainedModel) -> ModelSection:
             **source.llm.model_dump(),
         )
     tower = section.tower.model_copy(update=_overrides(source))
-    return section.model_copy(update={"llm": llm, "tower": tower})
+    boxes = section.boxes if source.boxes is None else source.boxes
+    return section.model_copy(update={"llm": llm, "tower": tower, "boxes": boxes})
 
 
 def _overrides(source: PretrainedModel) -> dict[str, Any]:
@@ -129,4 +131,5 @@ def _section(source: PretrainedModel) -> ModelSection:
             bidirectional=vlm.family.bidirectional,
             **source.llm.model_dump(),
         ),
+        boxes=source.boxes or family_boxes(str(vlm.config.get("model_type"))),
     )
