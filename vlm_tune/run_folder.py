@@ -202,15 +202,21 @@ def remove_written(run: Path) -> None:
     for path in (run / ALSO).glob("*.jsonl"):
         path.unlink()
     _remove_empty(run / ALSO)
-    remove_model(run / MODEL)
+    remove_weights(run)
     for stage in _folders(run / "stages", r"\d+-"):
         for name in STAGE_FILES:
             (stage / name).unlink(missing_ok=True)
+        _remove_empty(stage)
+    _remove_empty(run / "stages")
+
+
+def remove_weights(run: Path) -> None:
+    """Removes the model and the checkpoints that a run wrote; what it was and scored stays."""
+    remove_model(run / MODEL)
+    for stage in _folders(run / "stages", r"\d+-"):
         for checkpoint in _folders(stage / "checkpoints", r"step-\d+$"):
             remove_model(checkpoint)
         _remove_empty(stage / "checkpoints")
-        _remove_empty(stage)
-    _remove_empty(run / "stages")
 
 
 def remove_model(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A stand-in for training in tests of sweeps: a formula gives a run's validation scores.
 
-The run's folder has what a real one has of it: the mark, the recipe, the log, and done.json.
+The run's folder has what a real one has of it: the mark, the recipe, the log, done.json, and in
+place of weights a file in a checkpoint and in the model's folder.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from vlm_tune.config.load import dump_recipe, load_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.evaluation.registry import lower_is_better
 from vlm_tune.events import Evaluation, Report, StageStart
-from vlm_tune.run_folder import open_run
+from vlm_tune.run_folder import MANIFEST, MODEL, open_run
 from vlm_tune.sweeping.records import Sweep
 from vlm_tune.sweeping.run import Setting, run_sweep
 from vlm_tune.sweeping.space import parse_search
-from vlm_tune.train.checkpoint import Progress, stage_folder
+from vlm_tune.train.checkpoint import Progress, stage_folder, step_folder
 from vlm_tune.train.step_trace import Step, write_step
 
 VALIDATIONS = 3
@@ -92,7 +93,16 @@ class FormulaRuns:
             with (folder / "log.jsonl").open("a") as file:
                 file.write(json.dumps(event.line()) + "\n")
             show(event)
+            _write_weights(step_folder(stage, event.step))
+        _write_weights(folder / MODEL)
         (stage / "done.json").write_text(json.dumps(asdict(_progress(recipe, scores))))
+
+
+def _write_weights(folder: Path) -> None:
+    """A folder of weights, which are none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "weights").touch()
+    (folder / MANIFEST).write_text(json.dumps({"files": {"weights": {}}}))
 
 
 def _progress(recipe: Recipe, scores: list[float]) -> Progress:
@@ -114,10 +124,12 @@ def formula_sweep(
     of: int = 8,
     resume: bool = False,
     prune: bool = True,
+    keep_all: bool = False,
     show: Report | None = None,
 ) -> Sweep:
     """A sweep in the folder `sweep` beside a recipe, which writes no page."""
-    setting = Setting(load_recipe(recipe), parse_search(search), recipe.parent / "sweep", of, prune)
+    folder = recipe.parent / "sweep"
+    setting = Setting(load_recipe(recipe), parse_search(search), folder, of, prune, keep_all)
 
     def ignore(_: object) -> None:
         """Takes an event or a sweep."""

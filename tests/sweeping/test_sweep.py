@@ -20,6 +20,7 @@ from vlm_tune.errors import DataError, Interrupted, ModelError, RecipeError, Tra
 from vlm_tune.events import Event, Note, TrialEnd, TrialStart
 from vlm_tune.run_lock import run_lock
 from vlm_tune.sweeping.records import Sweep
+from vlm_tune.train.checkpoint import stage_folder, step_folder
 
 RATE = "train.learning_rate"
 SEARCH = {RATE: "log:1e-5..1e-1", "tune.1.r": "8,16,32", "train.batch_size": "1..4"}
@@ -61,6 +62,47 @@ def test_the_best_trial_is_the_one_with_the_best_validation_score(recipe: Path) 
     text = (sweep.folder / "best.yaml").read_text()
     assert text.startswith(f"# The best of 8 trials: trial {nearest.number}, with a validation ")
     assert json.loads((sweep.folder / "sweep.json").read_text())["best"] == nearest.number
+
+
+@pytest.mark.parametrize("keep_all", [False, True])
+def test_the_weights_of_the_best_trial_stay_and_those_of_others_if_that_is_wanted(
+    recipe: Path, keep_all: bool
+) -> None:
+    events: list[Event] = []
+    runs = FormulaRuns(nearness, {4: Interrupted("stopped; --resume")})
+
+    def stay() -> list[int]:
+        trials = recipe.parent / "sweep" / "trials"
+        weights = {path.relative_to(trials).parts[0] for path in trials.rglob("weights")}
+        return sorted(map(int, weights))
+
+    def noted(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, TrialEnd) and not keep_all:
+            assert stay() == [event.best]
+
+    with pytest.raises(Interrupted):
+        formula_sweep(recipe, SEARCH, runs, of=6, prune=False, keep_all=keep_all, show=noted)
+    # The checkpoint from which the interrupted trial goes on.
+    checkpoint = step_folder(stage_folder(recipe.parent / "sweep/trials/4", 0, "main"), 10)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").touch()
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": {"weights": {}}}))
+    noted_at_resume: list[list[int]] = []
+    sweep = formula_sweep(
+        recipe,
+        SEARCH,
+        FormulaRuns(nearness),
+        of=6,
+        prune=False,
+        keep_all=keep_all,
+        resume=True,
+        show=lambda event: noted_at_resume.append(stay()),
+    )
+    assert 4 in noted_at_resume[0]
+    assert sweep.best is not None
+    assert stay() == (list(range(1, 7)) if keep_all else [sweep.best.number])
+    assert all((Path(trial.folder) / "log.jsonl").is_file() for trial in sweep.trials)
 
 
 def test_the_lowest_loss_is_the_best(recipe: Path) -> None:

@@ -10,14 +10,18 @@ from vlm_tune.api.training import train_by
 from vlm_tune.config.load import as_recipe
 from vlm_tune.config.objectives import COMMANDS
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.errors import check_count
+from vlm_tune.errors import Problem, RecipeError, check_count
 from vlm_tune.events import Event, Report
 from vlm_tune.paths import check_path, home
+from vlm_tune.quoting import quoted
 from vlm_tune.rendering.sweep_report import write_sweep_report
 from vlm_tune.sweeping.records import Sweep
 from vlm_tune.sweeping.run import Setting, run_sweep
 from vlm_tune.sweeping.space import Scalar, parse_search
 from vlm_tune.train.run import Run
+
+KEEP = ("best", "all")
+"""Values of `keep`."""
 
 
 def sweep(
@@ -28,6 +32,7 @@ def sweep(
     trials: int = 20,
     output: str | Path | None = None,
     prune: bool = True,
+    keep: str = "best",
     resume: bool = False,
     show: Report | None = None,
 ) -> Sweep:
@@ -44,6 +49,8 @@ def sweep(
         trials: how many there are to be, with those of an earlier start.
         output: the sweep's folder; by default that of the recipe with `-sweep` at its end.
         prune: stop trials whose scores are worse than the median of the complete ones.
+        keep: whose models and checkpoints stay: `"best"`, that is the best trial's and, of a sweep
+            that was interrupted, the unfinished one's, or `"all"`.
         resume: go on with the sweep in the folder; an interrupted trial goes on first.
         show: called with every event of the sweep and of its runs.
 
@@ -56,6 +63,8 @@ def sweep(
     """
     loaded = as_recipe(recipe, overrides)
     check_count("--trials", trials or 0)
+    if keep not in KEEP:
+        raise RecipeError([Problem("--keep", f"expected {' or '.join(KEEP)}, got {quoted(keep)}")])
     if output is not None:
         check_path("output", output)
     folder = Path(f"{loaded.output.rstrip('/')}-sweep" if output is None else home(str(output)))
@@ -68,7 +77,7 @@ def sweep(
         """Shows nothing."""
 
     return run_sweep(
-        Setting(loaded, parse_search(search), folder, trials, prune),
+        Setting(loaded, parse_search(search), folder, trials, prune, keep == "all"),
         resume=resume,
         train=train,
         write_report=write_sweep_report,

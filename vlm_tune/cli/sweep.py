@@ -48,6 +48,13 @@ def sweep(
     no_prune: Annotated[
         bool, typer.Option("--no-prune", help="train every trial to its end, however bad it is")
     ] = False,
+    keep: Annotated[
+        str,
+        typer.Option(
+            metavar="best|all",
+            help="whose models and checkpoints stay: the best trial's alone, or all",
+        ),
+    ] = "best",
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the sweep in the folder")
     ] = False,
@@ -76,6 +83,7 @@ def sweep(
             trials=trials,
             output=output,
             prune=not no_prune,
+            keep=keep,
             resume=resume,
             show=show,
         )

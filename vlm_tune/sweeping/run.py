@@ -24,7 +24,7 @@ from vlm_tune.evaluation.registry import lower_is_better
 from vlm_tune.events import Evaluation, Event, Note, Report, StageStart, TrialEnd, TrialStart
 from vlm_tune.paths import check_writable, reason, shown_path
 from vlm_tune.quoting import cut
-from vlm_tune.run_folder import MARK, OUTPUT, RECIPE
+from vlm_tune.run_folder import MARK, OUTPUT, RECIPE, remove_weights
 from vlm_tune.run_lock import HOLDER, check_lock, run_lock
 from vlm_tune.run_lock import NAME as LOCK
 from vlm_tune.sweeping.records import (
@@ -66,6 +66,7 @@ class Setting:
         folder: the sweep's.
         of: the number of trials.
         prune: whether a trial is stopped if its score is worse than the median of complete ones.
+        keep_all: whether the models and checkpoints of ended trials stay, not the best one's alone.
     """
 
     recipe: Recipe
@@ -73,6 +74,7 @@ class Setting:
     folder: Path
     of: int
     prune: bool
+    keep_all: bool
 
     @property
     def stage(self) -> int:
@@ -181,7 +183,16 @@ def _write(setting: Setting, study: TrialStudy, write_report: Callable[[Sweep], 
     write_record(sweep)
     write_best(sweep)
     write_report(sweep)
+    if not setting.keep_all:
+        _remove_others(sweep)
     return sweep
+
+
+def _remove_others(sweep: Sweep) -> None:
+    """Removes the weights of the trials that ended, but the best one's; their scores stay."""
+    for trial in sweep.trials:
+        if trial.state != "running" and trial != sweep.best:
+            remove_weights(Path(trial.folder))
 
 
 # --- one trial ------------------------------------------------------------------------------------
