@@ -112,6 +112,7 @@ def choice_steps(
     examples: Sequence[Example],
     *,
     fetch: Fetch,
+    cached: bool,
     tokens: int,
 ) -> Generator[None, None, Answer]:
     """As `choose` for one question, a step at a time: yields between them, returns the answer.
@@ -120,10 +121,11 @@ def choice_steps(
         model: the model, in eval mode.
         texts: the choices.
         examples: the question with each of them, from `answered`.
-        fetch: returns the tower's features of a media item.
+        fetch: returns the pixels of a media item, or if `cached` the tower's features.
+        cached: whether `fetch` returns features.
         tokens: the most tokens of a step; a row of more is one by itself.
     """
-    collated = {"fetch": fetch, "cached": True}
+    collated = {"fetch": fetch, "cached": cached}
     logprobs = yield from _logprob_steps(model, examples, [len(texts)], 1, tokens, collated)
     return _likeliest(model, texts, examples, logprobs)
 

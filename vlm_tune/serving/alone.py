@@ -19,10 +19,10 @@ Events = Generator[JobEvent | None, None, None]
 """The events of a job, which is answered while they are taken; None ends a step without one."""
 
 
-def events_of(request: Request, remembered: Features) -> Events:
+def events_of(request: Request, remembered: Features | None) -> Events:
     """Yields the events of a job while it is answered by itself; closing it stops the work.
 
-    `remembered` are features of images that came lately.
+    `remembered` are features of images that came lately; None where the model's are not remembered.
     """
     job = request.job
     model = request.model
@@ -44,20 +44,23 @@ def events_of(request: Request, remembered: Features) -> Events:
             yield Finished(0, answer, len(request.prompt.input_ids))
 
 
-def _chosen(request: Request, remembered: Features) -> Generator[None, None, Answer]:
+def _chosen(request: Request, remembered: Features | None) -> Generator[None, None, Answer]:
     """The likeliest choice; other jobs go on after each of its rows."""
-    media = dict.fromkeys(request.prompt.media)
+    model = request.model
     fetch: Fetch = request.images.pixels
-    if media and not request.model.llm.native:
-        images = [(request.images, each) for each in media]
-        fetch = features_of(request.model, remembered, images).__getitem__
+    if remembered is not None and request.prompt.media:
+        media = dict.fromkeys(request.prompt.media)
+        fetch = features_of(
+            model, remembered, [(request.images, each) for each in media]
+        ).__getitem__
         yield
     return (
         yield from choice_steps(
-            request.model,
+            model,
             request.job.choices,
             request.choices,
             fetch=fetch,
+            cached=remembered is not None,
             tokens=ROW,
         )
     )

@@ -58,7 +58,10 @@ class Scheduler:
         }
         self.waiting: deque[Request | EmbeddingRequest] = deque()
         self._alone = Alone[Request](
-            lambda request: events_of(request, self.features[request.job.model])
+            lambda request: events_of(
+                request,
+                self.features[request.job.model] if request.job.model in self.batches else None,
+            )
         )
         self._vectors = Alone[EmbeddingRequest](
             lambda request: embedding_events(request, self.features[request.job.model])
