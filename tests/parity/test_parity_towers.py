@@ -130,6 +130,26 @@ def test_a_model_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
         build_tower(TransformersTower(kind="transformers", name=str(tmp_path)))
 
 
+@torch.no_grad()
+def test_a_tower_may_leave_out_the_last_pixels_of_its_images(tmp_path: Path) -> None:
+    """As SigLIP SO400M does, with patches of 14 pixels in images of 384."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(2)
+    shape = SHAPE | {"image_size": 36, "intermediate_size": 48}
+    theirs = SiglipVisionModel(SiglipVisionConfig(**shape)).eval()
+    theirs.save_pretrained(tmp_path)
+    config = TransformersTower(kind="transformers", name=str(tmp_path), layer=-2)
+    ours = build_tower(config).eval()
+    pixels = noise(2, 3, 36, 36)
+    normalised = pixels.float() * ours.scale - ours.offset
+    hidden = theirs(pixel_values=normalised, output_hidden_states=True).hidden_states[-2]
+    assert hidden.shape[1] == 16
+    assert_same_outputs(ours(pixels), hidden)
+    with pytest.raises(ModelError, match="42 is no multiple of the tower's patches of 8 pixels"):
+        build_tower(config.model_copy(update={"image_size": 42}))
+
+
 def test_the_vision_part_of_a_whole_clip_and_siglip_model_is_taken(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 

@@ -189,7 +189,8 @@ class TransformersVision(VisionTower):
         self.states = family.states
         self.class_token = config.class_token
         self.side, left = divmod(self.image_size, vision["patch_size"])
-        if left or not self.side:
+        # A tower may have been trained with pixels beyond its last patch, which it leaves out.
+        if not self.side or (left and self.image_size != vision["image_size"]):
             patch = vision["patch_size"]
             near = max(self.side, 1)
             raise ModelError(
