@@ -583,6 +583,8 @@ def test_whatever_a_file_holds_it_is_a_recipe_error(text: str) -> None:
             '"tower.x", how: full',
             1,
         ),
+        ("\ndata:", "\n  boxes: {unit: loc, style: parentheses}\ndata:", 1),
+        ("\ndata:", "\n  boxes: {unit: pixels, decimals: 2}\ndata:", 1),
         ("{epochs: 1}", "{epochs: .inf}", 1),
         ("{epochs: 1}", "{epochs: .nan}", 1),
         ("{epochs: 1}", "{epochs: 1, betas: [0.9]}", 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from vlm_tune.config.boxes import Boxes
 from vlm_tune.config.data_rules import data_contradictions
 from vlm_tune.config.faults import Fault, broken
 from vlm_tune.config.mixture_rules import lone_objective_contradictions, mixture_contradictions
@@ -50,6 +51,7 @@ def _contradictions(raw: Any) -> list[Fault]:
         *_llm_contradictions(raw),
         *_connector_contradictions(raw),
         *_tower_contradictions(raw),
+        *_boxes_contradictions(raw),
         *data_contradictions(raw),
         *tune_contradictions(raw),
         *sharing_contradictions(raw),
@@ -179,6 +181,26 @@ def _tower_contradictions(raw: Any) -> list[Fault]:
         and part.get("kind") == "open_clip"
         and (part.get("name") is None) == (part.get("config") is None)
     ]
+
+
+def _boxes_contradictions(raw: Any) -> list[Fault]:
+    """Returns options of a convention of boxes that its unit does not have."""
+    boxes = value_at(raw, "model", "boxes")
+    if not isinstance(boxes, dict):
+        return []
+    unit = boxes.get("unit")
+    return broken(
+        (
+            unit == "loc" and boxes.get("style") == "parentheses",
+            ("model", "boxes", "style"),
+            "the tokens of unit: loc stand in neither brackets nor parentheses; leave style out",
+        ),
+        (
+            unit != "norm1" and boxes.get("decimals") not in (None, Boxes().decimals),
+            ("model", "boxes", "decimals"),
+            "only numbers of unit: norm1 have decimals",
+        ),
+    )
 
 
 def _engine_contradictions(raw: Any) -> list[Fault]:

@@ -108,19 +108,25 @@ def test_grounding_rows_are_detected_and_put_into_words(tmp_path: Path) -> None:
     assert point.messages[-1].parts == (Region((8, 9), (80, 40)),)
 
 
-@pytest.mark.parametrize("rejected", [[0, 0, 9, 9], [1, 2, 3, 4]])
-def test_rejected_answers_have_boxes_too(tmp_path: Path, rejected: list[int]) -> None:
+@pytest.mark.parametrize("words", ["There: ", "Here: "])
+def test_rejected_answers_have_boxes_too(tmp_path: Path, words: str) -> None:
     row = {
         "question": "Where?",
         "chosen": "Here: <bbox>",
-        "rejected": "There: <bbox>",
+        "rejected": f"{words}<bbox>",
         "image": "a.png",
-        "boxes": [[1, 2, 3, 4], rejected],
+        "boxes": [[1, 2, 3, 4], [0, 0, 9, 9]],
     }
     read_row = usable(tmp_path, row)
     assert read_row.rejected is not None
     assert read_row.messages[-1].text == "Here: [1, 2, 3, 4]"
-    assert read_row.rejected.text == f"There: {rejected}"
+    assert read_row.rejected.text == f"{words}[0, 0, 9, 9]"
+
+
+def test_a_rejected_box_that_is_the_chosen_one_is_an_error(tmp_path: Path) -> None:
+    row = {"question": "Where?", "chosen": "<bbox>", "rejected": "<bbox>", "image": "a.png"}
+    fault = read(tmp_path, row | {"boxes": [[1, 2, 3, 4], [1, 2, 3, 4]]})
+    assert isinstance(fault, DataError) and fault.kind == "equal_answers"
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,13 @@ from tests.helpers.tiny_models import (
 )
 from tests.helpers.vlm_samples import save_blip, save_llava, save_llava_original, with_pretrained
 from vlm_tune.cli import app
+from vlm_tune.config.model import Boxes
 from vlm_tune.exporting import export
 from vlm_tune.exporting.merge import merge
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.memory_plan.plan import plan
 from vlm_tune.model.build import bare_model, build_processor
-from vlm_tune.model.checkpoint import load_model
+from vlm_tune.model.checkpoint import load_model, save_model
 from vlm_tune.model.tuning import apply_rules
 
 Tiny = Callable[..., str]
@@ -65,6 +66,17 @@ def instructblip(tiny_recipe: Tiny, tmp_path: Path) -> str:
     text = tiny_recipe("seq2seq")
     save_blip(tmp_path / "blip", rows_of(parsed(text)), "instructblip")
     return with_tune(with_pretrained(text, tmp_path / "blip", "blip2"), LORA_TUNE)
+
+
+def test_boxes_are_written_as_the_family_does_or_as_the_recipe_says(
+    llava: str, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    assert build_processor(parsed(llava), []).boxes == Boxes(unit="norm1", decimals=2)
+    recipe = parsed(llava, model__boxes={"unit": "pixels"})
+    assert build_processor(recipe, []).boxes == Boxes(unit="pixels")
+    save_model(built(recipe), tmp_path / "own")
+    again = with_pretrained(tiny_recipe("causal"), tmp_path / "own", "vicuna")
+    assert build_processor(parsed(again), []).boxes == Boxes(unit="pixels")
 
 
 def test_a_llava_is_trained_merged_and_exported_by_the_command_line(

@@ -11,6 +11,7 @@ from vlm_tune.data.sources.fields import is_empty
 from vlm_tune.data.sources.legible import SURROGATE, is_legible
 from vlm_tune.data.sources.media import MediaFinder
 from vlm_tune.data.sources.media_places import Row, RowMedia, with_media
+from vlm_tune.data.sources.region_fields import has_marks
 from vlm_tune.data.types import Media, Message
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
@@ -29,6 +30,15 @@ class Judged:
     messages: list[Message]
     rejected: Message | None = None
     desirable: bool | None = None
+
+
+def check_differ(chosen: Message, rejected: Message) -> None:
+    """Raises `DataError` for a chosen answer that equals the rejected one."""
+    if chosen.text.strip() == rejected.text.strip():
+        raise DataError(
+            f"`chosen` and `rejected` are the same answer, {quoted(chosen.text)}",
+            kind="equal_answers",
+        )
 
 
 def preference(row: Row, finder: MediaFinder) -> Judged:
@@ -52,11 +62,9 @@ def preference(row: Row, finder: MediaFinder) -> Judged:
         _one_answer(name, completion, media)
         for name, completion in (("chosen", chosen), ("rejected", rejected))
     ]
-    if answers[0].text.strip() == answers[1].text.strip():
-        raise DataError(
-            f"`chosen` and `rejected` are the same answer, {quoted(answers[0].text)}",
-            kind="equal_answers",
-        )
+    # Those with marks are compared once their boxes stand in place of them.
+    if not has_marks(answers[0].text):
+        check_differ(*answers)
     whole = with_system(row, with_media([*messages, answers[0]], media))
     return Judged(whole, rejected=answers[1])
 

@@ -17,7 +17,7 @@ from vlm_tune.data.sources.fields import EVERY_FORM, USED, refuse_unused, withou
 from vlm_tune.data.sources.legible import MAYBE_NULLS, NULLS, SURROGATE
 from vlm_tune.data.sources.media import ImageFolder, MediaFinder
 from vlm_tune.data.sources.media_places import RowMedia, marked_parts, with_media
-from vlm_tune.data.sources.preferences import PREFERENCE_FORMS, Judged
+from vlm_tune.data.sources.preferences import PREFERENCE_FORMS, Judged, check_differ
 from vlm_tune.data.sources.region_fields import BoxOptions, with_regions
 from vlm_tune.data.sources.schema_detection import check_columns, detect_form, renamed, usable
 from vlm_tune.data.sources.task_schemas import TASK_FORMS, TaskOptions
@@ -289,4 +289,5 @@ def _with_regions(judged: Judged, row: dict[str, Any], options: BoxOptions) -> J
     replaced = with_regions([*judged.messages, *rejected], row, options)
     if not rejected:
         return replace(judged, messages=replaced)
+    check_differ(replaced[-2], replaced[-1])
     return replace(judged, messages=replaced[:-1], rejected=replaced[-1])

@@ -61,6 +61,11 @@ def region_marks(row: Row) -> list[str]:
     return [BOX] * len(listed.boxes) + [POINT] * len(listed.points)
 
 
+def has_marks(text: str) -> bool:
+    """Whether a text has a mark of a region or phrase."""
+    return _MARK.search(text) is not None
+
+
 def escaped_regions(text: str) -> str:
     """The text in which every mark of a region is plain text."""
     return _MARK.sub(lambda mark: mark["slashes"] * 2 + "\\" + mark["mark"], text)
