@@ -200,7 +200,11 @@ BAD_TURNS = {
     "system only": ([turn("system", "s")], "no turns"),
     "none": ([], "no list `messages`"),
     "a number": (5, "no list `messages`"),
-    "unknown part": ([turn("user", [{"type": "audio"}]), turn("assistant", "a")], "got 'audio'"),
+    "unknown part": ([turn("user", [{"type": "file"}]), turn("assistant", "a")], "got 'file'"),
+    "audio without a clip": (
+        [turn("user", [{"type": "audio"}]), turn("assistant", "a")],
+        "0 audios and 1 <audio> mark or part",
+    ),
     "video without a video": (
         [turn("user", [{"type": "video"}]), turn("assistant", "a")],
         "0 videos and 1 <video> mark or part",

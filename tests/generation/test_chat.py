@@ -162,8 +162,12 @@ def test_an_image_is_whatever_holds_one(tmp_path: Path) -> None:
             r"turn 1: `content` is a text or a list of parts, got 5",
         ),
         (
+            {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
+            r"a part is of type text, image, image_url, audio or input_audio, got 'video'",
+        ),
+        (
             {"prompt": [{"role": "user", "content": [{"type": "audio"}]}]},
-            r"a part is of type text, image or image_url, got 'audio'",
+            r"0 audios and 1 <audio> marks or parts for them",
         ),
         (
             {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},

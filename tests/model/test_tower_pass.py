@@ -74,8 +74,8 @@ def test_on_cuda_features_are_those_of_a_step_under_its_autocast(
 
 def test_batches_suit_the_device_and_threads_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [batch_size(size, cpu) for size in (64, 336)] == [64, 64]
-    assert [batch_size(size, cuda) for size in (224, 336, 4000)] == [256, 113, 8]
+    assert [batch_size((3, size, size), cpu) for size in (64, 336)] == [64, 64]
+    assert [batch_size((3, size, size), cuda) for size in (224, 336, 4000)] == [256, 113, 8]
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(32)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert decoding_threads() == 16

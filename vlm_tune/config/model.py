@@ -165,7 +165,31 @@ class PairTower(Tower):
     towers: list[SingleTower] = Field(min_length=2, max_length=2)
 
 
-RecipeTower = OpenClipTower | TransformersTower | TimmTower | PairTower
+class AudioTower(Config):
+    """A Whisper encoder of transformers, in place of an image tower: the model hears audio clips.
+
+    Give a `name`, a hub name or a folder, or a `config` to start from random weights.
+    """
+
+    kind: Literal["audio"]
+    name: HomePath | None = Field(default=None, description="a hub name or a local folder")
+    config: dict[str, Any] | None = Field(
+        default=None, description="keys of transformers' WhisperConfig; random weights"
+    )
+    seconds: Annotated[int, Field(ge=1, le=30)] | None = Field(
+        default=None,
+        description="length of the window that the tower takes at once; the tower's own by default "
+        "(Whisper: 30). Shorter clips are filled with silence",
+    )
+    windows: Annotated[int, Field(ge=1, le=120)] = Field(
+        default=1, description="most windows of a clip; longer ones are an error"
+    )
+    pool: Annotated[int, Field(ge=1, le=1500)] = Field(
+        default=1, description="average so many adjacent tokens into one; a token is 20 ms"
+    )
+
+
+RecipeTower = OpenClipTower | TransformersTower | TimmTower | PairTower | AudioTower
 
 
 class NativeTower(Tower):

@@ -168,6 +168,21 @@ def _tower_contradictions(raw: Any) -> list[Fault]:
             "tiles are joined by their patches: leave the class token out",
         ),
     )
+    hears = value_at(tower, "kind") == "audio"
+    projects = value_at(connector, "base") or connector
+    cuts += broken(
+        (
+            hears and value_at(projects, "kind") in ("pixel_shuffle", "avg_pool"),
+            ("model", "connector"),
+            "this connector joins the cells of an image's grid, and audio has none; "
+            "model.tower.pool joins adjacent tokens of audio",
+        ),
+        (
+            hears and value_at(raw, "data", "augment"),
+            ("data", "augment"),
+            "augmentation is for images, and the tower takes audio",
+        ),
+    )
     pair = value_at(tower, "towers")
     towers: list[tuple[Path, Any]] = [(("model", "tower"), tower)]
     towers += [
@@ -178,7 +193,7 @@ def _tower_contradictions(raw: Any) -> list[Fault]:
         (path, f"give exactly one of {dotted_name(path)}.name and {dotted_name(path)}.config")
         for path, part in towers
         if isinstance(part, dict)
-        and part.get("kind") == "open_clip"
+        and part.get("kind") in ("open_clip", "audio")
         and (part.get("name") is None) == (part.get("config") is None)
     ]
 

@@ -20,6 +20,9 @@ IGNORE_INDEX = -100
 
 ROLES = ("system", "user", "assistant")
 
+Modality = Literal["image", "audio"]
+"""What a media item is, and what a tower takes."""
+
 CHOSEN, REJECTED, MISMATCHED = range(3)
 ANSWER_KINDS = 3
 """Kinds of answers in rows of preferences: liked, disliked, and another row's.
@@ -63,32 +66,33 @@ class Tile:
 
 @dataclass(frozen=True)
 class Media:
-    """One image: a file, a byte range of a file, or encoded bytes; never decoded here.
+    """One image or audio clip: a file, a byte range of a file, or encoded bytes; not decoded here.
 
     A video is several images; `origin` is the file that its frames were decoded from. `tile` is set
-    on a cell of a larger image; None is the whole image. `label` names bytes in error messages.
+    on a cell of a larger image and on a window of a longer clip, whose windows are the columns of
+    one row; None is the whole. `label` names bytes in error messages.
     """
 
     source: Path | Slice | bytes
-    modality: Literal["image"] = "image"
+    modality: Modality = "image"
     tile: Tile | None = None
     origin: Path | None = field(default=None, compare=False)
     label: str = field(default="<bytes>", compare=False)
 
     @property
     def file(self) -> Path | None:
-        """The file the image is or was read from; None for bytes that came with a row."""
+        """The file the item is or was read from; None for bytes that came with a row."""
         if isinstance(self.source, bytes):
             return self.origin
         return self.source.path if isinstance(self.source, Slice) else self.source
 
     def read(self) -> bytes:
-        """Reads the encoded bytes of the whole image. Raises `OSError` for an unreadable file."""
+        """Reads the encoded bytes of the whole item. Raises `OSError` for an unreadable file."""
         return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
 
     @property
     def name(self) -> str:
-        """The name of the image in error messages."""
+        """The name of the item in error messages."""
         if isinstance(self.source, bytes):
             return self.label
         # A file name may hold bytes that are not valid text.
@@ -304,10 +308,11 @@ class Batch:
     """Padded rows as tensors.
 
     input_ids, attention_mask (bool), image_mask (bool): [B, L]; labels: [B, L] (causal) or [B, T]
-    (seq2seq). Each distinct media item is held once: pixels uint8[U, 3, H, W] or features
-    float[U, N, D], and media_index int64[M] is the item that fills each block of slots, in row
-    order. positions, visible_until, samples (int64[B, L]) and label_samples (int64[B, T]) are None
-    where no row has them. `cached` batches have features, never pixels.
+    (seq2seq). Each distinct media item is held once: as pixels, uint8[U, 3, H, W] of images or
+    float[U, bins, frames] of audio, or as features float[U, N, D]. media_index int64[M] is the item
+    that fills each block of slots, in row order. positions, visible_until, samples (int64[B, L])
+    and label_samples (int64[B, T]) are None where no row has them. `cached` batches have features,
+    never pixels.
 
     `slots` int64[P] and `supervised_at` int64[S] are the places of image slots in the flattened
     input_ids and of supervised tokens in the flattened labels, in row order, and `targets` int64[S]

@@ -346,8 +346,9 @@ def _part_report(part: Part, features: str | None) -> PartReport:
         )
     lengths = prepared.column("longest")[part.all_places]
     sides = [
-        max(prepared.media_rows[number].info.width, prepared.media_rows[number].info.height)
-        for number in part.rows.first_rows
+        max(media.info.width, media.info.height)
+        for media in (prepared.media_rows[number] for number in part.rows.first_rows)
+        if media.media.modality == "image"
     ]
     held_out = part.name != "train" and bool(prepared.column("part")[part.rows.places].any())
     batched = part.name == "train" and len(prepared) > 0

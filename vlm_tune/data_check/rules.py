@@ -140,6 +140,8 @@ def _report_images(report: CheckReport, part: Part) -> None:
     odd_rows: dict[str, list[tuple[int, str]]] = {}
     for number, place in part.rows.first_rows.items():
         media = part.prepared.media_rows[number]
+        if media.media.modality != "image":
+            continue
         width = media.info.width
         height = media.info.height
         cells = np.frombuffer(media.info.thumbnail, dtype=np.uint8).reshape(-1, 3).astype(int)

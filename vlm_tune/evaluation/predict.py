@@ -103,9 +103,8 @@ def write_answers(
 
 
 def _line(processor: Processor, row: Conversation, answer: str, unanswered: bool) -> dict[str, Any]:
-    regions = (
-        processor.grounding.read(answer, image_size(row.media[0])) if len(row.media) == 1 else []
-    )
+    alone = len(row.media) == 1 and row.media[0].modality == "image"
+    regions = processor.grounding.read(answer, image_size(row.media[0])) if alone else []
     return {
         "id": row.id,
         "source": row.source,

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config.model import Gemma3Connector, TransformersTower
+from vlm_tune.config.model import Gemma3Connector, Tower, TransformersTower
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting.hf_layout import Target, Weights, written_tokenizer
+from vlm_tune.exporting.hf_layout import Target, Weights, vision_of, written_tokenizer
 from vlm_tune.exporting.llava_layout import vision_weights
 from vlm_tune.model.connectors.gemma3 import Gemma3Projector
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
@@ -24,6 +24,7 @@ TOKENS = {
 
 def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     tower = config.model.tower
+    assert isinstance(tower, Tower)  # by `target_of`
     connector = config.model.connector
     vision = config.tower_rebuild.get("vision_config", {})
     model_type = None if text is None else text.model_type
@@ -65,11 +66,12 @@ def _processor(model: VisionLanguageNetwork) -> Any:
             f"the tokenizer does not name Gemma 3's {name_list(unnamed)}; expected the tokenizer "
             "of a Gemma 3 with images"
         )
-    size = model.tower.image_size
+    tower, _ = vision_of(model)
+    size = tower.image_size
     images = Gemma3ImageProcessor(
         size={"height": size, "width": size},
-        image_mean=list(model.tower.mean),
-        image_std=list(model.tower.std),
+        image_mean=list(tower.mean),
+        image_std=list(tower.std),
     )
     return Gemma3Processor(
         images,

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from vlm_tune.config.model import Tower
 from vlm_tune.data.images.decode import decode_image, encoded_bytes
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.card import described_parts, model_card
 from vlm_tune.exporting.gemma3_layout import GEMMA3
-from vlm_tune.exporting.hf_layout import Target, written_model
+from vlm_tune.exporting.hf_layout import Target, vision_of, written_model
 from vlm_tune.exporting.idefics3_layout import IDEFICS3, SMOLVLM
 from vlm_tune.exporting.internvl_layout import INTERNVL
 from vlm_tune.exporting.llava_layout import LLAVA
@@ -55,9 +56,9 @@ TARGETS_BY_SPLIT = {"gemma3": GEMMA3, "llava_next": LLAVA_NEXT}
 
 def target_of(config: VisionLanguageConfig) -> Target:
     """The layout that a model is written in: that of its tower or its tiles, or LLaVA's."""
-    split = config.model.tower.split
-    if split is not None and split.kind in TARGETS_BY_SPLIT:
-        return TARGETS_BY_SPLIT[split.kind]
+    tower = config.model.tower
+    if isinstance(tower, Tower) and tower.split and tower.split.kind in TARGETS_BY_SPLIT:
+        return TARGETS_BY_SPLIT[tower.split.kind]
     return TARGETS.get(config.tower_rebuild.get("vision_config", {}).get("model_type"), LLAVA)
 
 
@@ -228,9 +229,9 @@ def _check_pixels(exported: torch.Tensor, model: VisionLanguageNetwork, example:
 
     They are those of an example's images, or of the tiles that these are cut in.
     """
-    images = model.processor.images
+    tower, images = vision_of(model)
     pixels = torch.stack([images(frame) for frame in example.media]).to(model.device)
-    trained = pixels.float() * model.tower.scale - model.tower.offset
+    trained = pixels.float() * tower.scale - tower.offset
     frames = exported.flatten(0, -4)
     # LLaVA-NeXT's processor pads images of fewer tiles with frames of zeros.
     frames = frames[frames.flatten(1).any(1)]

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from vlm_tune.data.chat.template import processor_jinja
+from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.logits import HeadRule
+from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.quoting import applying, reason_of
 
@@ -41,6 +43,15 @@ class Target:
     processor: Callable[[VisionLanguageNetwork], Any]
     empty: Callable[[VisionLanguageNetwork, int, torch.dtype], tuple[Any, Weights]]
     image_token: str = IMAGE_TOKEN
+
+
+def vision_of(model: VisionLanguageNetwork) -> tuple[VisionTower, ImageProcessor]:
+    """The tower and the preprocessing of a model that sees images, as a target's `reasons` ask."""
+    tower = model.tower
+    images = model.processor.images
+    assert isinstance(tower, VisionTower)
+    assert isinstance(images, ImageProcessor)
+    return tower, images
 
 
 def written_model(

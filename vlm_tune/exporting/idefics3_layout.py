@@ -9,10 +9,16 @@ from typing import Any, Literal
 
 import torch
 
-from vlm_tune.config.model import PixelShuffleConnector, TransformersTower
+from vlm_tune.config.model import AudioTower, PixelShuffleConnector, TransformersTower
 from vlm_tune.data.images.split import Idefics3Frames
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting.hf_layout import Target, Weights, decoder_reasons, written_tokenizer
+from vlm_tune.exporting.hf_layout import (
+    Target,
+    Weights,
+    decoder_reasons,
+    vision_of,
+    written_tokenizer,
+)
 from vlm_tune.exporting.llava_layout import bidirectional_reasons
 from vlm_tune.model.connectors.projectors import PixelShuffle
 from vlm_tune.model.vision.transformers_tower import TransformersVision
@@ -25,6 +31,8 @@ Kind = Literal["Idefics3", "SmolVLM"]
 
 def _reasons(config: VisionLanguageConfig, text: Any, *, kind: Kind) -> list[str]:
     tower = config.model.tower
+    if isinstance(tower, AudioTower):
+        return ["its tower hears audio, and the layout is of a model that sees images"]
     connector = config.model.connector
     plain = isinstance(connector, PixelShuffleConnector) and (
         (connector.depth, connector.bias, connector.norm) == (1, False, False)
@@ -60,14 +68,15 @@ def _reasons(config: VisionLanguageConfig, text: Any, *, kind: Kind) -> list[str
 def _processor(model: VisionLanguageNetwork, *, kind: Kind) -> Any:
     import transformers
 
-    split = model.processor.images.split
+    tower, images = vision_of(model)
+    split = images.split
     assert isinstance(split, Idefics3Frames)
     tokenizer = written_tokenizer(model)
     sizes: dict[str, Any] = {
         "size": {"longest_edge": split.longest_edge},
-        "max_image_size": {"longest_edge": model.tower.image_size},
-        "image_mean": list(model.tower.mean),
-        "image_std": list(model.tower.std),
+        "max_image_size": {"longest_edge": tower.image_size},
+        "image_mean": list(tower.mean),
+        "image_std": list(tower.std),
     }
     video = [transformers.SmolVLMVideoProcessor(**sizes)] if kind == "SmolVLM" else []
     return getattr(transformers, f"{kind}Processor")(

@@ -7,10 +7,16 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config.model import InternVLSplit, PixelShuffleConnector, TransformersTower
+from vlm_tune.config.model import InternVLSplit, PixelShuffleConnector, Tower, TransformersTower
 from vlm_tune.data.images.split import InternVLFrames
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting.hf_layout import Target, Weights, decoder_reasons, written_tokenizer
+from vlm_tune.exporting.hf_layout import (
+    Target,
+    Weights,
+    decoder_reasons,
+    vision_of,
+    written_tokenizer,
+)
 from vlm_tune.model.connectors.projectors import PixelShuffle
 from vlm_tune.model.vision.transformers_tower import TransformersVision
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
@@ -24,6 +30,7 @@ PROJECTOR = {"norm": "layer_norm", "layers.0": "linear_1", "layers.2": "linear_2
 
 def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     tower = config.model.tower
+    assert isinstance(tower, Tower)  # by `target_of`
     connector = config.model.connector
     fits = isinstance(connector, PixelShuffleConnector) and (
         (connector.depth, connector.bias, connector.norm) == (2, True, True)
@@ -54,7 +61,8 @@ def _processor(model: VisionLanguageNetwork) -> Any:
     """An `InternVLProcessor`. Raises `ModelError` for a tokenizer that is not InternVL's."""
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
-    split = model.processor.images.split
+    tower, images = vision_of(model)
+    split = images.split
     assert isinstance(split, InternVLFrames)
     tokenizer = written_tokenizer(model, IMAGE)
     missing = [name for name in TOKENS if getattr(tokenizer, name, None) is None]
@@ -64,9 +72,9 @@ def _processor(model: VisionLanguageNetwork) -> Any:
             "expected the tokenizer of an InternVL"
         )
     sizes: dict[str, Any] = {
-        "size": {"height": model.tower.image_size, "width": model.tower.image_size},
-        "image_mean": list(model.tower.mean),
-        "image_std": list(model.tower.std),
+        "size": {"height": tower.image_size, "width": tower.image_size},
+        "image_mean": list(tower.mean),
+        "image_std": list(tower.std),
     }
     return InternVLProcessor(
         GotOcr2ImageProcessor(max_patches=split.max_tiles, **sizes),

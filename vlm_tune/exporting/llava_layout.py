@@ -9,17 +9,24 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vlm_tune.config.model import LinearConnector, MlpConnector, OpenClipTower, TransformersTower
+from vlm_tune.config.model import (
+    AudioTower,
+    LinearConnector,
+    MlpConnector,
+    OpenClipTower,
+    TransformersTower,
+)
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.hf_layout import (
     IMAGE_TOKEN,
     Target,
     Weights,
     decoder_reasons,
+    vision_of,
     written_tokenizer,
 )
 from vlm_tune.model.connectors.projectors import Linear
-from vlm_tune.model.vision.base import VisionTower
+from vlm_tune.model.media_tower import MediaTower
 from vlm_tune.model.vision.open_clip_tower import OpenClipVision
 from vlm_tune.model.vision.transformers_tower import TransformersVision
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
@@ -66,6 +73,8 @@ def bidirectional_reasons(config: VisionLanguageConfig) -> list[str]:
 def tower_reasons(config: VisionLanguageConfig) -> list[str]:
     """The reasons why a tower can't be LLaVA's."""
     tower = config.model.tower
+    if isinstance(tower, AudioTower):
+        return ["its tower hears audio, and the layout is of a model that sees images"]
     by_transformers = isinstance(tower, TransformersTower)
     by_open_clip = isinstance(tower, OpenClipTower)
     vision = config.tower_rebuild.get("vision_cfg", {})
@@ -137,13 +146,14 @@ def _strategy(tower: Any, has_class: bool) -> Literal["default", "full"]:
 def _image_processor(model: VisionLanguageNetwork) -> Any:
     from transformers import CLIPImageProcessor, LlavaImageProcessor
 
-    size = model.tower.image_size
-    resize = model.processor.images.resize
+    tower, images = vision_of(model)
+    size = tower.image_size
+    resize = images.resize
     square = {"height": size, "width": size}
     common: dict[str, Any] = {
         "crop_size": square,
-        "image_mean": list(model.tower.mean),
-        "image_std": list(model.tower.std),
+        "image_mean": list(tower.mean),
+        "image_std": list(tower.std),
     }
     if resize == "pad":
         return LlavaImageProcessor(size=square, do_pad=True, **common)
@@ -202,7 +212,7 @@ def _projector_state(connector: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def vision_weights(tower: VisionTower) -> tuple[Any, dict[str, torch.Tensor]]:
+def vision_weights(tower: MediaTower) -> tuple[Any, dict[str, torch.Tensor]]:
     """A tower's transformers config and state dict, without blocks that its features don't need.
 
     Features are taken before the final norm, which is therefore the identity. Raises `ModelError`

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config.model import MlpConnector, TransformersTower
+from vlm_tune.config.model import MlpConnector, Tower, TransformersTower
 from vlm_tune.data.images.split import LlavaNextFrames
 from vlm_tune.exporting.hf_layout import (
     IMAGE_TOKEN,
     Target,
     Weights,
     decoder_reasons,
+    vision_of,
     written_tokenizer,
 )
 from vlm_tune.exporting.llava_layout import vision_weights
@@ -29,6 +30,7 @@ CONNECTOR = {
 
 def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     tower = config.model.tower
+    assert isinstance(tower, Tower)  # by `target_of`
     connector = config.model.connector
     vision = config.tower_rebuild.get("vision_config", {}).get("model_type")
     fits = isinstance(connector, MlpConnector) and (
@@ -57,9 +59,10 @@ def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
 
 def _pinpoints(model: VisionLanguageNetwork) -> list[list[int]]:
     """The sizes [height, width] in pixels of the grids of tiles."""
-    split = model.processor.images.split
+    tower, images = vision_of(model)
+    split = images.split
     assert isinstance(split, LlavaNextFrames)
-    side = model.tower.image_size
+    side = tower.image_size
     return [[rows * side, columns * side] for columns, rows in split.grids]
 
 
@@ -67,15 +70,16 @@ def _processor(model: VisionLanguageNetwork) -> Any:
     from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
     tokenizer = written_tokenizer(model)
-    vision, _ = vision_weights(model.tower)
-    side = model.tower.image_size
+    tower, _ = vision_of(model)
+    vision, _ = vision_weights(tower)
+    side = tower.image_size
     return LlavaNextProcessor(
         LlavaNextImageProcessor(
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
             image_grid_pinpoints=_pinpoints(model),
-            image_mean=list(model.tower.mean),
-            image_std=list(model.tower.std),
+            image_mean=list(tower.mean),
+            image_std=list(tower.std),
         ),
         tokenizer,
         patch_size=vision.patch_size,

@@ -12,7 +12,7 @@ import torch
 from vlm_tune.config.load import load_recipe
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.prepare.run import conversations
-from vlm_tune.data.types import Conversation, Media, Message
+from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.model.language.decoding import Decoding
@@ -52,16 +52,8 @@ def probe_rows(path: Path, model: VisionLanguageNetwork) -> list[Conversation]:
 
 
 def plain_probe(model: VisionLanguageNetwork) -> Conversation:
-    """A question about an image of one colour."""
-    import io
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (model.tower.image_size, model.tower.image_size), (180, 60, 60)).save(
-        buffer, format="PNG"
-    )
-    question = Message("user", (Media(buffer.getvalue()), "What does the image show?"))
+    """A question about an image of one colour, or about silence."""
+    question = Message("user", (model.processor.images.plain(), "What does the image show?"))
     return Conversation("probe", (question, Message("assistant", ("a red square",))))
 
 

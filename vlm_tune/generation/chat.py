@@ -39,12 +39,15 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 def _request(
-    prompt: Prompt | None, messages: Sequence[Mapping[str, Any]] | None, images: Any
+    prompt: Prompt | None,
+    messages: Sequence[Mapping[str, Any]] | None,
+    images: Any,
+    audios: Any,
 ) -> dict[str, Any]:
     if prompt is not None and messages is not None:
         raise ArgumentError("both a prompt and messages: give one")
     name = "prompt" if messages is None else "messages"
-    return {name: prompt if messages is None else messages, "images": images}
+    return {name: prompt if messages is None else messages, "images": images, "audios": audios}
 
 
 def _one_answer(settings: Settings, why: str) -> None:
@@ -71,6 +74,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         self,
         prompt: Prompt | None = None,
         images: Any = (),
+        audios: Any = (),
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         choices: Sequence[str] | None = None,
@@ -83,11 +87,15 @@ class VisionLanguageModel(VisionLanguageNetwork):
             images: one image or a list, assigned to the places in order; without places they go
                 before the first question. An image is a path, a data URL, bytes, a file object, a
                 PIL image or a uint8 array [H, W, 3].
+            audios: in the same way one audio clip or a list, for a model that hears audio. A clip
+                is a path, a data URL, bytes or a file object.
             messages: in place of `prompt`, a list of turns `{"role": ..., "content": ...}`. A
                 content is a text or a list of parts, `{"type": "text", "text": ...}`,
                 `{"type": "image"}`, which may hold its image under the key `image`, or
                 `{"type": "image_url", "image_url": {"url": ...}}`. `<image>` in a text marks the
-                place of an image, `\<image>` is the literal text.
+                place of an image, `\<image>` is the literal text. For audio there are
+                `{"type": "audio"}` and `{"type": "input_audio", "input_audio": {"data": ...}}`, and
+                `<audio>` is a mark where there is some.
             choices: texts of which the likeliest is the answer.
             **settings: how the answer is generated: `max_new_tokens` (128), `num_beams`,
                 `temperature`, `top_p`, `top_k`, `min_p`, `seed`, `repetition_penalty`,
@@ -98,7 +106,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
             ArgumentError: a setting is of the wrong type, out of range or without effect, or
                 `choices` is no list of different texts.
         """
-        request = _request(prompt, messages, images)
+        request = _request(prompt, messages, images, audios)
         return self.chat_batch([request], choices=choices, **settings)[0]
 
     def chat_batch(
@@ -113,7 +121,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
 
         Args:
             requests: texts, or mappings `{"prompt": ..., "images": ...}` (or `"messages"`,
-                `"image"`) with values as in `chat`.
+                `"image"`, `"audios"`, `"audio"`) with values as in `chat`.
             choices: as in `chat` for all requests, or a list for each.
             batch_size: the approximate number of requests in a batch.
             **settings: as in `chat`.
@@ -130,6 +138,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         self,
         prompt: Prompt | None = None,
         images: Any = (),
+        audios: Any = (),
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         choices: Sequence[str] | None = None,
@@ -140,7 +149,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         That is why it ended, its token ids, with `logprobs=True` their log-probabilities, with
         `num_return_sequences` the further answers, and with `choices` the probability of each.
         """
-        request = _request(prompt, messages, images)
+        request = _request(prompt, messages, images, audios)
         return self.answer_batch([request], choices=choices, **settings)[0]
 
     def answer_batch(
@@ -177,6 +186,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         self,
         prompt: Prompt | None = None,
         images: Any = (),
+        audios: Any = (),
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         **settings: Unpack[Settings],
@@ -184,7 +194,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         """As `chat`, but yields the answer's text in pieces, as it is written."""
         _one_answer(settings, "a stream is of one answer")
         decoding = Decoding.of(settings)
-        request = request_conversation(1, _request(prompt, messages, images))
+        request = request_conversation(1, _request(prompt, messages, images, audios))
         return self._streamed(self.processor.prompts([request])[0], decoding)
 
     def _streamed(self, prompt: Example, decoding: Decoding) -> Iterator[str]:

@@ -85,6 +85,7 @@ class Chat:
         self,
         prompt: str,
         images: Any = (),
+        audios: Any = (),
         *,
         choices: Sequence[str] | None = None,
         **settings: Unpack[Settings],
@@ -94,6 +95,7 @@ class Chat:
         Args:
             prompt: The question.
             images: One image or a list, as for `VisionLanguageModel.chat`, for this question.
+            audios: One audio clip or a list, likewise.
             choices: Texts of which the likeliest is the answer. The whole chat is read for them.
             **settings: How this answer is generated.
 
@@ -105,26 +107,28 @@ class Chat:
         if choices is not None:
             check_not_generated(settings)
             of_each = choices_of_each(choices, 1)
-            conversation = self._with_question(prompt, images)
+            conversation = self._with_question(prompt, images, audios)
             with self.model.evaluating():
                 fetch = PixelCache(self.model.processor.images)
                 (answer,) = choose(self.model, [conversation], of_each, fetch=fetch)
             self.turns += [conversation.messages[-1], Message("assistant", (answer.text,))]
             return answer
-        answering = self.stream(prompt, images, **settings)
+        answering = self.stream(prompt, images, audios, **settings)
         while True:
             try:
                 next(answering)
             except StopIteration as end:
                 return end.value
 
-    def stream(self, prompt: str, images: Any = (), **settings: Unpack[Settings]) -> Pieces:
+    def stream(
+        self, prompt: str, images: Any = (), audios: Any = (), **settings: Unpack[Settings]
+    ) -> Pieces:
         """As `ask`, but yields the answer's text in pieces.
 
         Where the iterator is closed before its end, the chat goes on from what was yielded.
         """
         decoding = _decoding({**self.settings, **settings})
-        conversation = self._with_question(prompt, images)
+        conversation = self._with_question(prompt, images, audios)
         (example,) = self.model.processor.prompts([conversation])
         return self._answer(conversation.messages[-1], example, decoding)
 
@@ -148,12 +152,14 @@ class Chat:
         system = [] if self.system is None else [Message("system", (self.system,))]
         return [*system, *self.turns]
 
-    def _with_question(self, prompt: str, images: Any) -> Conversation:
+    def _with_question(self, prompt: str, images: Any, audios: Any) -> Conversation:
         """The conversation so far with a further question."""
         if not isinstance(prompt, str):
             raise ArgumentError(f"a chat's question is a text, got {quoted(prompt)}")
         number = len(self.turns) // 2 + 1
-        request = request_conversation(number, {"prompt": prompt, "images": images})
+        request = request_conversation(
+            number, {"prompt": prompt, "images": images, "audios": audios}
+        )
         return replace(request, messages=(*self._opened(), *request.messages))
 
     def _answer(self, question: Message, example: Example, decoding: Decoding) -> Pieces:
@@ -194,7 +200,7 @@ def _decoding(settings: Settings) -> Decoding:
 def _content(role: str, part: str | Media) -> dict[str, Any]:
     """A part of a turn, as `VisionLanguageModel.chat` takes it."""
     if isinstance(part, Media):
-        return {"type": "image", "image": part.source}
+        return {"type": part.modality, part.modality: part.source}
     # An answer's text has no marks.
     return {"type": "text", "text": part if role == "assistant" else escaped_marks(part)}
 

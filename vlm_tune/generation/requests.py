@@ -1,4 +1,4 @@
-"""Converts chat requests, with their turns and images, into conversations."""
+"""Converts chat requests, with their turns, images and audio, into conversations."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ from typing import Any
 from vlm_tune.data.chat.image_marks import split_marks
 from vlm_tune.data.images.decode import upright
 from vlm_tune.data.sources.legible import SURROGATE
-from vlm_tune.data.sources.media import data_url
+from vlm_tune.data.sources.media import base64_bytes, data_url
 from vlm_tune.data.types import ROLES, Conversation, Media, Message
 from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.quoting import quoted, reason_of
 
-KEYS = ("prompt", "messages", "image", "images")
+KEYS = ("prompt", "messages", "image", "images", "audio", "audios")
 TURN_KEYS = ("role", "content")
 PLAIN_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 """PIL modes that PNG supports; images of other modes are encoded as TIFF."""
 IMAGE_KINDS = "a path, a data URL, bytes, a file object, a PIL image or a uint8 array"
+AUDIO_KINDS = "a path, a data URL, bytes or a file object"
+PART_KINDS = {
+    "image": "image",
+    "image_url": "image",
+    "audio": "audio",
+    "audio_url": "audio",
+    "input_audio": "audio",
+}
+"""The modalities of content parts by their types."""
 
 
 def request_conversation(number: int, request: Any) -> Conversation:
@@ -30,13 +39,14 @@ def request_conversation(number: int, request: Any) -> Conversation:
 
     Places of images are `<image>` marks in questions and system texts, and image parts without an
     image of their own. They take the request's images in order. Without any place the images go
-    before the first question.
+    before the first question. For audio it is the same: `<audio>` is a mark where a request has
+    audio.
 
     Args:
         number: The number of the request, from 1, for messages and the conversation's id.
-        request: A text, or `{"prompt" or "messages": ..., "image" or "images": ...}`. A prompt is a
-            text, messages are turns `{"role", "content"}` whose contents are texts or lists of
-            parts; either may be the other.
+        request: A text, or `{"prompt" or "messages": ..., "image" or "images": ...}`, perhaps with
+            "audio" or "audios". A prompt is a text, messages are turns `{"role", "content"}` whose
+            contents are texts or lists of parts; either may be the other.
 
     Raises:
         DataError: The request has another form, an image is unreadable, or the numbers of places
@@ -46,10 +56,10 @@ def request_conversation(number: int, request: Any) -> Conversation:
         messages = _messages(request)
     except DataError as error:
         raise DataError(f"request {number}: {error.message}", kind=error.kind) from None
-    labels = (f"request {number}: image {place}" for place in count(1))
+    labels = {kind: (f"request {number}: {kind} {place}" for place in count(1)) for kind in KINDS}
     for place, message in enumerate(messages):
         parts = (
-            part if isinstance(part, str) else replace(part, label=next(labels))
+            part if isinstance(part, str) else replace(part, label=next(labels[part.modality]))
             for part in message.parts
         )
         messages[place] = replace(message, parts=tuple(parts))
@@ -77,33 +87,60 @@ def _messages(request: Any) -> list[Message]:
     _known(request, KEYS)
     if ("prompt" in request) == ("messages" in request):
         raise DataError("a request has a `prompt`, or in its place `messages`")
-    if request.get("image") is not None and request.get("images") is not None:
-        raise DataError("both `image` and `images`")
-    images = request.get("images") if request.get("image") is None else request["image"]
-    media = [image_media(image) for image in _listed(images)]
+    media = _RequestMedia(request)
     prompt = request.get("prompt", request.get("messages"))
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(turns, Sequence) or isinstance(turns, bytes) or not turns:
         raise DataError(f"a prompt is a text or a list of turns, got {quoted(prompt)}")
-    places = [0]
-
-    def take() -> Media | None:
-        places[0] += 1
-        return media[places[0] - 1] if places[0] <= len(media) else None
-
-    messages = [_message(place, turn, take) for place, turn in enumerate(turns, 1)]
+    messages = [_message(place, turn, media) for place, turn in enumerate(turns, 1)]
     first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
     if first is None or messages[-1].role != "user":
         raise DataError("a chat ends with the user's turn")
-    if not places[0]:
-        messages[first] = Message("user", (*media, *messages[first].parts))
-    elif places[0] != len(media):
-        advice = r"; \<image> is the text itself" if places[0] > len(media) else ""
-        raise DataError(
-            f"{len(media)} images and {places[0]} <image> marks or parts for them{advice}",
-            kind="image_count",
-        )
+    messages[first] = Message("user", (*media.unplaced(), *messages[first].parts))
     return messages
+
+
+class _RequestMedia:
+    """A request's media by kind, which the places for them take in order."""
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
+        self.items: dict[str, list[Media]] = {}
+        for kind, media_of in MEDIA_OF.items():
+            several = f"{kind}s"
+            if request.get(kind) is not None and request.get(several) is not None:
+                raise DataError(f"both `{kind}` and `{several}`")
+            given = request.get(several) if request.get(kind) is None else request[kind]
+            self.items[kind] = [media_of(one) for one in _listed(given)]
+        self.places = dict.fromkeys(self.items, 0)
+
+    @property
+    def marks(self) -> list[str]:
+        """The kinds whose marks in texts are places: images, and audio where there is some."""
+        return [kind for kind, items in self.items.items() if kind == "image" or items]
+
+    def take(self, kind: str) -> Media | None:
+        """The next item of a kind; None once none is left, which `unplaced` reports."""
+        place = self.places[kind]
+        self.places[kind] += 1
+        return self.items[kind][place] if place < len(self.items[kind]) else None
+
+    def unplaced(self) -> list[Media]:
+        """All items of the kinds that have no place.
+
+        Raises `DataError` where a kind's places and items differ in number.
+        """
+        left: list[Media] = []
+        for kind, items in self.items.items():
+            places = self.places[kind]
+            if not places:
+                left += items
+            elif places != len(items):
+                advice = rf"; \<{kind}> is the text itself" if places > len(items) else ""
+                raise DataError(
+                    f"{len(items)} {kind}s and {places} <{kind}> marks or parts for them{advice}",
+                    kind="image_count",
+                )
+        return left
 
 
 def _known(given: Mapping[Any, Any], keys: Sequence[str]) -> None:
@@ -114,13 +151,13 @@ def _known(given: Mapping[Any, Any], keys: Sequence[str]) -> None:
             raise DataError(f"unknown key {quoted(key)}; {advice}")
 
 
-def _listed(images: Any) -> list[Any]:
-    if images is None:
+def _listed(given: Any) -> list[Any]:
+    if given is None:
         return []
-    return list(images) if isinstance(images, list | tuple) else [images]
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
-def _message(place: int, turn: Any, take: Callable[[], Media | None]) -> Message:
+def _message(place: int, turn: Any, media: _RequestMedia) -> Message:
     if not isinstance(turn, Mapping):
         raise DataError(
             f"turn {place}: a turn is a mapping with role and content, got {quoted(turn)}"
@@ -132,55 +169,51 @@ def _message(place: int, turn: Any, take: Callable[[], Media | None]) -> Message
         if role not in ROLES:
             raise DataError(f"the role is one of {', '.join(ROLES)}, got {quoted(role)}")
         if isinstance(content, str):
-            return Message(role, tuple(_marked(role, content, take)))
+            return Message(role, tuple(_marked(role, content, media)))
         if isinstance(content, list | tuple):
             return Message(
-                role, tuple(part for entry in content for part in _part(role, entry, take))
+                role, tuple(part for entry in content for part in _part(role, entry, media))
             )
         raise DataError(f"`content` is a text or a list of parts, got {quoted(content)}")
     except DataError as error:
         raise DataError(f"turn {place}: {error.message}", kind=error.kind) from None
 
 
-def _marked(role: str, text: str, take: Callable[[], Media | None]) -> Iterator[str | Media]:
-    """Yields the parts of a text, an image from `take` for each mark; answers have no marks."""
+def _marked(role: str, text: str, media: _RequestMedia) -> Iterator[str | Media]:
+    """Yields the parts of a text, the next of `media` for each mark; answers have no marks."""
     if SURROGATE.search(text):
         raise DataError(
             f"the text {quoted(text)} holds half a surrogate pair, which is no character",
             kind="text",
         )
-    for place, piece in enumerate([text] if role == "assistant" else split_marks(text)):
-        part = take() if place % 2 else piece
+    pieces = [text] if role == "assistant" else split_marks(text, media.marks)
+    for place, piece in enumerate(pieces):
+        part = media.take(piece) if place % 2 else piece
         if part:
             yield part
 
 
-def _part(role: str, part: Any, take: Callable[[], Media | None]) -> Iterator[str | Media]:
-    """Yields one part of a content: text, or an image, its own or the request's next."""
+def _part(role: str, part: Any, media: _RequestMedia) -> Iterator[str | Media]:
+    """Yields one part of a content: text, or an image or audio, its own or the request's next."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        yield from _marked(role, part["text"], take)
+        yield from _marked(role, part["text"], media)
         return
-    if kind not in ("image", "image_url"):
+    modality = PART_KINDS.get(kind) if isinstance(kind, str) else None
+    if modality is None:
         raise DataError(
-            "a part is of type text, image or image_url, "
+            "a part is of type text, image, image_url, audio or input_audio, "
             f"got {quoted(part if kind is None else kind)}"
         )
     if role == "assistant":
-        raise DataError("an answer has no image")
-    image = next(
-        (
-            part[name]
-            for name in ("image", "image_url", "path", "url", "bytes", "base64")
-            if part.get(name) is not None
-        ),
-        None,
-    )
-    if image is not None and image is part.get("base64"):
-        image = f"data:image;base64,{image}"
-    media = take() if image is None else image_media(image)
-    if media:
-        yield media
+        raise DataError(f"an answer has no {modality}")
+    names = (modality, f"{modality}_url", f"input_{modality}", "path", "url", "bytes", "base64")
+    given = next((part[name] for name in names if part.get(name) is not None), None)
+    if given is not None and given is part.get("base64"):
+        given = f"data:{modality};base64,{given}"
+    item = media.take(modality) if given is None else MEDIA_OF[modality](given)
+    if item:
+        yield item
 
 
 def image_media(image: Any) -> Media:
@@ -194,22 +227,9 @@ def image_media(image: Any) -> Media:
         image = next(
             (image[name] for name in ("url", "path", "bytes") if image.get(name) is not None), None
         )
-    if isinstance(image, bytes | bytearray | memoryview):
-        return Media(bytes(image))
-    if isinstance(image, str) and image[:5].lower() == "data:":
-        return Media(data_url(image))
-    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
-        raise DataError(
-            f"the image {quoted(image)} is a URL, and nothing is fetched: "
-            "download it and give its path",
-            kind="unsupported",
-        )
-    if isinstance(image, str | Path):
-        return Media(_file(image))
-    if hasattr(image, "read"):
-        data = image.read()
-        if isinstance(data, bytes):
-            return Media(data)
+    source = _source(image, "image")
+    if source is not None:
+        return Media(source)
     if hasattr(image, "__array_interface__") and not hasattr(image, "mode"):
         return _encoded(_of_array(image))
     if hasattr(image, "mode") and hasattr(image, "save"):
@@ -217,13 +237,53 @@ def image_media(image: Any) -> Media:
     raise DataError(f"an image is {IMAGE_KINDS}, got {quoted(image)}")
 
 
-def _file(path: str | Path) -> Path:
+def audio_media(audio: Any) -> Media:
+    """A media item for audio: a path, a data URL, bytes, a file object, or OpenAI's `input_audio`.
+
+    Raises `DataError` for anything else. The content of a file is decoded later.
+    """
+    given = audio
+    if isinstance(audio, Mapping):
+        given = next(
+            (audio[name] for name in ("url", "path", "bytes") if audio.get(name) is not None), None
+        )
+        if isinstance(audio.get("data"), str):
+            given = base64_bytes(audio["data"], "audio")
+    source = _source(given, "audio")
+    if source is None:
+        raise DataError(f"audio is {AUDIO_KINDS}, got {quoted(audio)}")
+    return Media(source, modality="audio")
+
+
+MEDIA_OF: dict[str, Callable[[Any], Media]] = {"image": image_media, "audio": audio_media}
+KINDS = tuple(MEDIA_OF)
+
+
+def _source(given: Any, what: str) -> Path | bytes | None:
+    """The file or the bytes of a media item that is given encoded; None for other forms."""
+    if isinstance(given, bytes | bytearray | memoryview):
+        return bytes(given)
+    if isinstance(given, str) and given[:5].lower() == "data:":
+        return data_url(given, what)
+    if isinstance(given, str) and given.lower().startswith(("http://", "https://")):
+        raise DataError(
+            f"the {what} {quoted(given)} is a URL, and nothing is fetched: "
+            "download it and give its path",
+            kind="unsupported",
+        )
+    if isinstance(given, str | Path):
+        return _file(given, what)
+    data = given.read() if hasattr(given, "read") else None
+    return data if isinstance(data, bytes) else None
+
+
+def _file(path: str | Path, what: str) -> Path:
     try:
         if Path(path).is_file():
             return Path(path)
     except (OSError, ValueError):  # too long, or a NUL byte
         pass
-    raise DataError(f"no image file {quoted(str(path))}")
+    raise DataError(f"no {what} file {quoted(str(path))}")
 
 
 def _of_array(array: Any) -> Any:

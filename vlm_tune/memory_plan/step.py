@@ -133,7 +133,7 @@ def _with_images(
         if count and features:
             shown = torch.empty(count, *features, dtype=stored_dtype(tower, half))
         elif count:
-            shown = torch.empty(count, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
+            shown = torch.empty(count, *tower.input_shape, dtype=tower.input_dtype)
     views = shown if two_views else None
     return replace(batch, **{"features" if features else "pixels": shown, "views": views})
 

@@ -13,6 +13,7 @@ import torch
 from vlm_tune.config.model import (
     AnySection,
     AnyTower,
+    AudioTower,
     NativeSection,
     OpenClipTower,
     PairTower,
@@ -35,6 +36,7 @@ from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.registry import wrapped_llm
+from vlm_tune.model.media_tower import MediaTower
 from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.precisions import load_dtype, trained_later
 from vlm_tune.model.pretrained.connector_weights import load_words, start_connector
@@ -56,9 +58,12 @@ from vlm_tune.model.pretrained.native import (
 from vlm_tune.model.pretrained.tokenizer import SPECIALS, load_tokenizer, scratch_tokenizer
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder, own_rebuild
 from vlm_tune.model.tuning import apply_rules
-from vlm_tune.model.vision.base import VisionTower
-from vlm_tune.model.vision.preprocessing import image_processor
-from vlm_tune.model.vision.registry import architecture, build_tower, meta_tower
+from vlm_tune.model.vision.registry import (
+    architecture,
+    build_tower,
+    media_processor,
+    meta_tower,
+)
 from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import CPU, load_into, read_safetensors, release_mapped
 from vlm_tune.precision import DTYPES
@@ -99,7 +104,7 @@ def build(
     tower = restore_tower(section.tower, own_rebuild(recipe), own_tower)
     if section.llm.scratch:
         tokenizer = scratch_tokenizer(
-            section, template, image_processor(section.tower, tower), conversations
+            section, template, media_processor(section.tower, tower), conversations
         )
         with torch.device("meta") if bare else nullcontext():
             language = scratch_llm(section.llm, section.llm.scratch, tokenizer, len(tokenizer))
@@ -141,7 +146,7 @@ def bases_of(model: VisionLanguageNetwork, *, bare: bool = False) -> dict[str, B
 
 
 def _config(
-    recipe: Recipe, section: AnySection, tower: VisionTower, template: ChatTemplate
+    recipe: Recipe, section: AnySection, tower: MediaTower, template: ChatTemplate
 ) -> VisionLanguageConfig:
     return VisionLanguageConfig(
         model=section,
@@ -157,6 +162,8 @@ def _from_scratch(tower: AnyTower) -> bool:
     """Whether some of a tower's weights are random, so that they can't be reloaded by its name."""
     if isinstance(tower, PairTower):
         return any(_from_scratch(part) for part in tower.towers)
+    if isinstance(tower, AudioTower):
+        return tower.config is not None
     if isinstance(tower, OpenClipTower):
         has_weights = str(tower.name).startswith(("hf-hub:", "local-dir:"))
         return tower.config is not None or (tower.pretrained is None and not has_weights)
@@ -176,7 +183,7 @@ def build_processor(
     tower = meta_tower(section.tower, own_rebuild(recipe))
     if section.llm.scratch and saved is None:
         tokenizer = scratch_tokenizer(
-            section, template, image_processor(section.tower, tower), conversations
+            section, template, media_processor(section.tower, tower), conversations
         )
     else:
         tokenizer = load_tokenizer(section.llm, saved)
@@ -199,7 +206,7 @@ def build_processor(
     )
 
 
-def bare_tower(section: AnyTower, rebuild: dict[str, Any] | None = None) -> VisionTower:
+def bare_tower(section: AnyTower, rebuild: dict[str, Any] | None = None) -> MediaTower:
     """The recipe's tower with random weights instead of pretrained ones; only configs are read.
 
     `rebuild` is its architecture, if already known.
@@ -212,7 +219,7 @@ def _processor(
     tokenizer: Any,
     template: ChatTemplate,
     tokens: int,
-    tower: VisionTower,
+    tower: MediaTower,
     system: str | None,
     max_length: int,
     *,
@@ -226,7 +233,7 @@ def _processor(
         tokenizer=tokenizer,
         template=template,
         spec=InputSpec(tokens, section.llm.kind, max_length, pad, tokenizer.eos_token_id),
-        images=image_processor(section.tower, tower) if native is None else native_images(native),
+        images=media_processor(section.tower, tower) if native is None else native_images(native),
         system=system,
         words=tuple(section.llm.words),
         boxes=section.boxes,
@@ -238,7 +245,7 @@ def _processor(
 
 def assemble(
     config: VisionLanguageConfig,
-    tower: VisionTower,
+    tower: MediaTower,
     tokenizer: Any,
     language: Any,
     words: Any = None,
@@ -427,7 +434,7 @@ def planned_config(recipe: Recipe) -> tuple[VisionLanguageConfig, Any]:
 
 def restore_tower(
     section: AnyTower, rebuild: dict[str, Any] | None, weights: Path | None
-) -> VisionTower:
+) -> MediaTower:
     """Builds a tower from the file `weights` and its architecture `rebuild`, or from its name.
 
     The name is used if `weights` is None.

@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import nn
 
-from vlm_tune.config.model import ModelSection, OpenClipTower, PairTower, Scratch
+from vlm_tune.config.model import AudioTower, ModelSection, OpenClipTower, PairTower, Scratch
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.quoting import REASON, cut, quoted
@@ -28,6 +28,8 @@ LARGEST = 2**31 - 1
 """The largest absolute value of a number in a config."""
 LAYERS = 2048
 """Limit of the number of layers, more than any model has: each is an object, however small."""
+POSITIONS = 50
+"""Positions that a second of audio takes in Whisper's encoder."""
 UNDECLARED = {"rope_theta", "rope_scaling", "head_dim"}
 """Keys that transformers' models read although not all of their configs declare them."""
 Fault = tuple[tuple[str | int, ...], str]
@@ -47,6 +49,10 @@ def check_model(recipe: Recipe) -> None:
     tower = recipe.model.tower
     if llm.scratch:
         faults += _scratch_faults(llm.scratch, llm.kind)
+    if isinstance(tower, AudioTower) and tower.config is not None:
+        faults += [
+            (("model", "tower", *rest), message) for rest, message in _audio_faults(tower.config)
+        ]
     towers = enumerate(tower.towers) if isinstance(tower, PairTower) else [(None, tower)]
     for number, part in towers:
         if isinstance(part, OpenClipTower) and part.config is not None:
@@ -238,6 +244,34 @@ def _vision_faults(tower: OpenClipTower) -> list[Fault]:
         )
     if not resnet and width % head:
         faults.append((("config",), f"width {width} is no multiple of the head_width {head}"))
+    return faults
+
+
+def _audio_faults(config: Mapping[str, Any]) -> list[Fault]:
+    """The faults of an audio tower's own config; locations are relative to the tower."""
+    from transformers import WhisperConfig
+
+    known = WhisperConfig().to_dict()
+    faults: list[Fault] = [
+        (("config", *path), message)
+        for path, message in _value_faults(config, known, "a WhisperConfig")
+    ]
+    if faults:
+        return faults
+    width = config.get("d_model", known["d_model"])
+    heads = config.get("encoder_attention_heads", known["encoder_attention_heads"])
+    positions = config.get("max_source_positions", known["max_source_positions"])
+    if width % heads or width % 2:
+        faults.append(
+            (("config",), f"d_model {width} is no even multiple of {heads} encoder_attention_heads")
+        )
+    if positions < POSITIONS:
+        faults.append(
+            (
+                ("config", "max_source_positions"),
+                f"max_source_positions {positions}: a second of audio needs {POSITIONS}",
+            )
+        )
     return faults
 
 

@@ -29,13 +29,13 @@ from vlm_tune.model.committed_folders import verify_folder
 from vlm_tune.model.hub import read_json
 from vlm_tune.model.language.virtual_tokens import read_prompt
 from vlm_tune.model.lora import PISSA, attach_adapter, load_adapter_state, parts
+from vlm_tune.model.media_tower import MediaTower
 from vlm_tune.model.pretrained.connector_weights import load_words
 from vlm_tune.model.pretrained.language_model import bare_llm, load_llm
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
 from vlm_tune.model.similarity import SIMILARITY, read_similarity
 from vlm_tune.model.task_adapters import attach_task_adapters, load_task_state
 from vlm_tune.model.task_sharing import TaskSharing
-from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vlm import Network, VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import CPU, load_into, read_safetensors
 from vlm_tune.precision import DTYPES
@@ -99,7 +99,7 @@ class BaseWeights:
         bases: Fingerprints of the weights that are not from the model folder, by part.
     """
 
-    tower: VisionTower
+    tower: MediaTower
     language: Any
     bases: Mapping[str, Base]
 
@@ -200,7 +200,7 @@ def _check_llm(saved: SavedModel, base: BaseChoice) -> dict[str, Base]:
     return {"llm": now}
 
 
-def checked_tower(saved: SavedModel, base: BaseChoice) -> tuple[VisionTower, dict[str, Base]]:
+def checked_tower(saved: SavedModel, base: BaseChoice) -> tuple[MediaTower, dict[str, Base]]:
     """The tower, with the folder's weights or its name's, and its fingerprint as `_check_llm`."""
     config = saved.config
     weights = saved.folder / TOWER

@@ -41,9 +41,10 @@ log = logging.getLogger(__name__)
 
 Module = TypeVar("Module", bound=nn.Module)
 
-OUTSIDE = {"name", "pretrained", "weights", "resize", "tiles", "split"}
-"""Settings of a tower that its module does not depend on: where its weights lie, how images are
-cut."""
+CUTS = ("resize", "tiles", "split", "windows")
+"""Settings of towers that say how images and clips are cut."""
+OUTSIDE = {"name", "pretrained", "weights", *CUTS}
+"""Settings of a tower that its module does not depend on: where its weights lie, and `CUTS`."""
 BY_ITSELF = "load it by itself, with VisionLanguageModel.from_pretrained"
 
 
@@ -230,7 +231,7 @@ def _at_loaded_places(shared: SharedBase, saved: SavedModel, *, tower: bool) -> 
         llm = llm.model_copy(update=names)
     changes: dict[str, Any] = {"llm": llm}
     if tower:
-        images = {name: getattr(section.tower, name) for name in ("resize", "tiles", "split")}
-        changes["tower"] = loaded.tower.model_copy(update=images)
+        cuts = {name: getattr(section.tower, name) for name in CUTS if hasattr(section.tower, name)}
+        changes["tower"] = loaded.tower.model_copy(update=cuts)
     config = saved.config.model_copy(update={"model": section.model_copy(update=changes)})
     return replace(saved, config=config)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import torch
 
-from vlm_tune.data.images.decode import ImageProcessor
+from vlm_tune.data.media_processor import MediaProcessor
 from vlm_tune.data.types import Media
-from vlm_tune.model.vision.base import VisionTower
+from vlm_tune.model.media_tower import MediaTower
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.resources import rank_cores
 
@@ -43,7 +42,7 @@ def tower_batches(
     """
     device = model.device
     dtype = stored_dtype(model.tower, autocast)
-    size = batch_size(model.processor.images.size, device)
+    size = batch_size(model.processor.images.shape, device)
     starts = deque(range(0, len(media), size))
     decoding: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
     waiting: Callable[[], torch.Tensor] | None = None
@@ -66,7 +65,7 @@ def tower_batches(
             yield waiting()
 
 
-def run_tower(tower: VisionTower, pixels: torch.Tensor, autocast: torch.dtype) -> torch.Tensor:
+def run_tower(tower: MediaTower, pixels: torch.Tensor, autocast: torch.dtype) -> torch.Tensor:
     """Features [B, N, D] of pixels on the tower's device, as a step under `autocast` has them.
 
     The caller's own autocast does not count. A batch that the device's memory does not hold is
@@ -80,7 +79,7 @@ def run_tower(tower: VisionTower, pixels: torch.Tensor, autocast: torch.dtype) -
         return _halved_if_needed(tower, pixels)
 
 
-def _halved_if_needed(tower: VisionTower, pixels: torch.Tensor) -> torch.Tensor:
+def _halved_if_needed(tower: MediaTower, pixels: torch.Tensor) -> torch.Tensor:
     try:
         return tower(pixels)
     except torch.OutOfMemoryError:
@@ -91,7 +90,7 @@ def _halved_if_needed(tower: VisionTower, pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat([_halved_if_needed(tower, half) for half in pixels.tensor_split(2)])
 
 
-def stored_dtype(tower: VisionTower, autocast: torch.dtype) -> torch.dtype:
+def stored_dtype(tower: MediaTower, autocast: torch.dtype) -> torch.dtype:
     """The dtype of cached features: autocast's, or else the tower's.
 
     On a GPU autocast computes norms in fp32, so a tower's output may be wider. The first product
@@ -101,9 +100,9 @@ def stored_dtype(tower: VisionTower, autocast: torch.dtype) -> torch.dtype:
     return first.dtype if autocast == torch.float32 and first is not None else autocast
 
 
-def batch_size(image_size: int, device: torch.device) -> int:
-    """The number of images that the tower takes at once on a device."""
-    return CPU_BATCH if device.type == "cpu" else max(GPU_PIXELS // image_size**2, 8)
+def batch_size(shape: Sequence[int], device: torch.device) -> int:
+    """The number of inputs of a shape [..., H, W] that the tower takes at once on a device."""
+    return CPU_BATCH if device.type == "cpu" else max(GPU_PIXELS // (shape[-2] * shape[-1]), 8)
 
 
 def decoding_threads() -> int:
@@ -114,18 +113,18 @@ def decoding_threads() -> int:
 def _decoded(
     pool: ThreadPoolExecutor,
     threads: int,
-    images: ImageProcessor,
+    images: MediaProcessor,
     media: Sequence[Media],
     device: torch.device,
 ) -> tuple[torch.Tensor, list[Future[None]]]:
-    """Starts decoding a batch: its pixels uint8[B, 3, H, W], whole once all futures are done."""
-    shape = (len(media), 3, images.size, images.size)
-    pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    """Starts decoding a batch: the tower's input [B, ...], whole once all futures are done."""
+    shape = (len(media), *images.shape)
+    pixels = torch.empty(shape, dtype=images.dtype, pin_memory=device.type == "cuda")
     array = pixels.numpy()  # written without torch's threads
 
     def decode(places: np.ndarray) -> None:
         # The processor remembers the last image for its tiles: each thread has its own.
-        processor = replace(images)
+        processor = images.fresh()
         for place in places.tolist():
             array[place] = processor(media[place]).numpy()
 

@@ -1,5 +1,7 @@
 """The forward pass of a vision-language model: tower, connector, splice into the text, LLM.
 
+The tower may also be one of audio: what it takes is called pixels here.
+
 Shapes: B rows, L tokens, U distinct media of a batch, M media places, N tokens of a media item,
 D tower width, E LLM width.
 """
@@ -34,9 +36,9 @@ from vlm_tune.model.language.base import (
     SupervisedLogprobs,
     TokenLoss,
 )
+from vlm_tune.model.media_tower import MediaTower
 from vlm_tune.model.similarity import Similarity
 from vlm_tune.model.task_sharing import TaskSharing
-from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.weights import is_sharded
 from vlm_tune.precision import autocast_dtype
 from vlm_tune.quoting import name_list
@@ -108,7 +110,7 @@ class VisionLanguageNetwork(nn.Module):
     def __init__(
         self,
         config: VisionLanguageConfig,
-        tower: VisionTower,
+        tower: MediaTower,
         connector: Connector,
         llm: LanguageModel,
         processor: Processor,
@@ -201,14 +203,13 @@ class VisionLanguageNetwork(nn.Module):
         )
 
     def _blank(self, batch: Batch) -> torch.Tensor:
-        """The connector's outputs [1, N, E] for a black image, for a batch without media."""
-        size = self.tower.image_size
+        """The connector's outputs [1, N, E] for a blank input, for a batch without media."""
         device = batch.input_ids.device
         if batch.cached:  # other ranks don't run the tower either
             dtype = autocast_dtype(device) or next(self.tower.parameters()).dtype
             features = torch.zeros(1, *self.tower.measure(), dtype=dtype, device=device)
         else:
-            features = self.tower(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
+            features = self.tower(self.tower.blank(device))
         first = batch.on_host.input_ids.new_zeros(1)
         return (
             self.connector(features, self._text(batch, first, first))

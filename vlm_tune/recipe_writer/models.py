@@ -18,6 +18,7 @@ from vlm_tune.model.families.registry import family_names, find_vlm
 from vlm_tune.model.hub import is_ours, read_json
 from vlm_tune.model.pretrained.language_model import llm_config
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
+from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vision.registry import meta_tower
 from vlm_tune.paths import is_file, is_folder
 from vlm_tune.quoting import quoted
@@ -192,6 +193,7 @@ def _split_tokens(vlm: Vlm) -> int | None:
     if split is None:
         return None
     tower = meta_tower(section)
+    assert isinstance(tower, VisionTower)
     tokens, width = tower.measure()
     with torch.device("meta"):
         connector = build_connector(projector, width, width)

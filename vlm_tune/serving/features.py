@@ -6,11 +6,9 @@ Shapes: N patches, D width of the tower.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from dataclasses import replace
 
 import torch
 
-from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.types import Media, NativeInputs
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving.prefixes import Remembered, image_digest
@@ -40,7 +38,7 @@ class JobImages:
             DataError: An image can't be decoded.
         """
         # It remembers the last image for its tiles: each job has its own.
-        self._processor: ImageProcessor = replace(model.processor.images)
+        self._processor = model.processor.images.fresh()
         self.digests = {each: image_digest(each) for each in dict.fromkeys(media)}
         self._pixels = {
             each: self._processor.inputs(each)

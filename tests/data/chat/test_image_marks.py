@@ -29,7 +29,7 @@ def test_a_mark_is_a_place_and_a_backslash_makes_it_text(text: str, pieces: list
 
 
 def test_videos_have_marks_where_there_are_videos() -> None:
-    assert split_marks(r"<video>\<video><image>", video=True) == [
+    assert split_marks(r"<video>\<video><image>", kinds=("image", "video")) == [
         "",
         "video",
         "<video>",

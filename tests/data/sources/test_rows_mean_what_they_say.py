@@ -307,7 +307,7 @@ def test_results_of_tools_and_parts_that_nothing_reads_are_refused(folder: Path)
             and error.kind == "unsupported"
             and f"turn 2: the role '{role}'" in error.message
         )
-    for kind in ("tool_use", "input_audio", "thinking"):
+    for kind in ("tool_use", "input_file", "thinking"):
         error = only(folder, {"messages": [turn("user", [{"type": kind, "text": "x"}]), TURNS[3]]})
         assert (
             isinstance(error, DataError)

@@ -47,11 +47,11 @@ class Follower:
         `max_length`. Where none of the first `ATTEMPTS` does, the example stays as it is, and None
         says that its images take no moves.
         """
-        side = processor.images.size
         regions = regions_of(row)
+        width, height = processor.images.frame(*regions[0].size)
         for attempt in range(ATTEMPTS):
-            draw = draw_for(self.augment, (self.seed, epoch, example.id), attempt, (side, side))
-            moved = draw.places(side, side)
+            draw = draw_for(self.augment, (self.seed, epoch, example.id), attempt, (height, width))
+            moved = draw.places(height, width)
             if any(processor.grounding.visible(each, moved) < LEAST_VISIBLE for each in regions):
                 continue
             laid_out = fit(processor.written(row, moved), processor, self.data.overlong).examples

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vlm_tune.config.boxes import Boxes
-from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.images.moves import Affine
+from vlm_tune.data.media_processor import MediaProcessor
 from vlm_tune.data.regions import Region, Size, located, regions_of, write_region
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError
@@ -30,7 +30,7 @@ class Grounding:
     """
 
     boxes: Boxes
-    images: ImageProcessor
+    images: MediaProcessor
 
     def written(self, conversation: Conversation, moved: Sequence[Affine] = ()) -> Conversation:
         """The row with plain texts in place of its regions, as the model reads and writes them.
@@ -98,7 +98,7 @@ class Grounding:
             width, height = region.size
             raise DataError(
                 f"the {kind} {region} of an image of {width}x{height} is outside of what the model "
-                f"sees: model.tower.resize is {self.images.resize}; pad and squash show all of it",
+                "sees: model.tower.resize: pad or squash shows all of it",
                 kind="box",
             )
         return write_region(placed, self.images.frame(*region.size), self.boxes)

@@ -1,24 +1,24 @@
-"""Media marks in texts: `<image>` and `<video>` mark positions of media, in rows and in chat."""
+"""Media marks in texts: `<image>`, `<video>` and `<audio>` mark places of media."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-_MARK = re.compile(r"(?P<slashes>\\*)<(?P<kind>image|video)>(?P<newline>\n?)")
+_MARK = re.compile(r"(?P<slashes>\\*)<(?P<kind>image|video|audio)>(?P<newline>\n?)")
 
 
-def split_marks(text: str, *, video: bool = False) -> list[str]:
+def split_marks(text: str, kinds: Collection[str] = ("image",)) -> list[str]:
     r"""Splits a text at its marks, as `re.split`: texts at even indices, kinds of marks at odd.
 
     One newline directly after a mark is removed with it. A backslash before a mark makes it plain
     text: `\<image>` is the text `<image>`, and `\\<image>` is a backslash and then a mark;
-    elsewhere a backslash is a backslash. `<video>` is a mark only with `video`.
+    elsewhere a backslash is a backslash. Only marks of these `kinds` are marks.
     """
     pieces = [""]
     end = 0
     for mark in _MARK.finditer(text):
-        if mark["kind"] == "video" and not video:
+        if mark["kind"] not in kinds:
             continue
         pieces[-1] += text[end : mark.start()] + "\\" * (len(mark["slashes"]) // 2)
         end = mark.end()

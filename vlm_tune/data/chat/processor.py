@@ -15,8 +15,8 @@ from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.data.chat.grounding import Grounding
 from vlm_tune.data.chat.template import ChatTemplate, joined_texts, load_template
 from vlm_tune.data.chat.tokenize import LAYOUTS, TextEncoder
-from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.images.moves import Affine
+from vlm_tune.data.media_processor import MediaProcessor
 from vlm_tune.data.media_slots import segment_slots
 from vlm_tune.data.packing import numbered, pair_layout
 from vlm_tune.data.regions import FIRST_LOCATION
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+CALLED = {"image": "images", "audio": "audio"}
+"""Modalities in messages."""
 LONGEST = 4_194_304
 """Image tokens of a row beyond which it is refused before it is laid out, to spare the memory."""
 
@@ -42,7 +44,7 @@ class Processor:
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     spec: InputSpec
-    images: ImageProcessor
+    images: MediaProcessor
     system: str | None = None
     words: tuple[str, ...] = ()
     """Tokens that were added to the vocabulary; texts may contain them."""
@@ -69,7 +71,7 @@ class Processor:
             self.encoder.control(name)
         for name in self.images.controls:
             self.encoder.control(name)
-        for name in self.images.split.markers if self.images.split else ():
+        for name in self.images.markers:
             if not self.encoder.has(name):
                 raise DataError(
                     f"the model's tokenizer has no {quoted(name)}, which stands around an image: "
@@ -104,7 +106,8 @@ class Processor:
             self.template.model_dump_json(),
             self.spec,
             self.system,
-            *self.images.described,
+            self.images.modality,
+            self.images.layout,
             self.boxes,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -157,6 +160,7 @@ class Processor:
                 yield segment
                 continue
             try:
+                self._check_modality(segment.payload)
                 yield from map(self._marker, self.images.segments(segment.payload))
             except DataError as error:
                 raise DataError(
@@ -165,6 +169,15 @@ class Processor:
                     row=conversation.row or conversation.id,
                     kind=error.kind,
                 ) from None
+
+    def _check_modality(self, media: Media) -> None:
+        """Raises `DataError` for a medium that the model's tower does not take."""
+        if media.modality != self.images.modality:
+            raise DataError(
+                f"{media.name}: {CALLED[media.modality]}, and the model's tower takes "
+                f"{CALLED[self.images.modality]} (model.tower.kind)",
+                kind="modality",
+            )
 
     def _marker(self, segment: Segment) -> Segment:
         """A segment of an image; a marker that the tokenizer has no token for is plain text."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MEMO = 100_000
-MEDIA_MARKS = ("<image>", "<video>")
+MEDIA_MARKS = ("<image>", "<video>", "<audio>")
 """Placeholders for media in some row formats; one that remains in a text is plain text."""
 
 

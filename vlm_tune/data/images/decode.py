@@ -16,7 +16,8 @@ import numpy as np
 
 from vlm_tune.data.images.moves import Affine
 from vlm_tune.data.images.split import Split, best_grid
-from vlm_tune.data.types import Media, NativeInputs, Segment, Tile
+from vlm_tune.data.media_processor import MediaProcessor
+from vlm_tune.data.types import Media, Modality, NativeInputs, Segment, Tile
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import reason_of
 
@@ -145,12 +146,13 @@ def _orientation(image: Image, *, header: bool = False) -> int:
 
 
 def encoded_bytes(media: Media) -> bytes:
-    """Reads the encoded bytes of an image. Raises `DataError` if they cannot be read."""
+    """Reads the encoded bytes of an image or a clip. Raises `DataError` if they cannot be read."""
     try:
         return media.read()
     except OSError as error:
         raise DataError(
-            f"{media.name}: can't be read: {error.strerror or error}", kind="image_unreadable"
+            f"{media.name}: can't be read: {error.strerror or error}",
+            kind=f"{media.modality}_unreadable",
         ) from None
 
 
@@ -198,6 +200,45 @@ class ImageProcessor:
     split: Split | None = None
     _last: list[_Decoded] = field(default_factory=list, init=False, repr=False, compare=False)
 
+    @property
+    def modality(self) -> Modality:
+        """Images."""
+        return "image"
+
+    def fresh(self) -> ImageProcessor:
+        """A copy that remembers no image."""
+        return replace(self)
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The control tokens around the frames of an image."""
+        return tuple(self.split.markers) if self.split is not None else ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of an image as the tower takes it."""
+        return 3, self.size, self.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of an image as the tower takes it."""
+        import torch
+
+        return torch.uint8
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """All that an image's slots and places depend on, beside the tokens of a frame."""
+        return self.tiles, self.split, self.size, self.resize
+
+    def plain(self) -> Media:
+        """An image of one colour."""
+        from PIL import Image as Pil
+
+        buffer = io.BytesIO()
+        Pil.new("RGB", (self.size, self.size), (180, 60, 60)).save(buffer, format="PNG")
+        return Media(buffer.getvalue())
+
     def segments(self, media: Media) -> list[Segment]:
         """The segments of an image in a prompt: its frames, and the markers around them.
 
@@ -237,11 +278,6 @@ class ImageProcessor:
                 for column in range(columns)
             ),
         )
-
-    @property
-    def described(self) -> tuple[Any, ...]:
-        """All that the tokens of an image depend on."""
-        return self.tiles, self.split, self.size, self.resize
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -350,12 +386,12 @@ def _tensor(image: Image) -> torch.Tensor:
 
 
 class PixelCache:
-    """Caches decoded pixels of images, up to a number of bytes.
+    """Caches what the tower takes of images or clips, up to a number of bytes.
 
-    Images beyond the limit are decoded each time.
+    Those beyond the limit are decoded each time.
     """
 
-    def __init__(self, processor: ImageProcessor, max_bytes: int = 1 << 28) -> None:
+    def __init__(self, processor: MediaProcessor, max_bytes: int = 1 << 28) -> None:
         self.processor = processor
         self.max_bytes = max_bytes
         self._left = max_bytes
@@ -363,10 +399,10 @@ class PixelCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leaves the pixels out: each loader process caches its own."""
-        return PixelCache, (replace(self.processor), self.max_bytes)
+        return PixelCache, (self.processor.fresh(), self.max_bytes)
 
     def __call__(self, media: Media) -> torch.Tensor | NativeInputs:
-        """The inputs that the model takes of an image, as `ImageProcessor.inputs`."""
+        """The inputs that the model takes of a media item, as `MediaProcessor.inputs`."""
         pixels = self._kept.get(media)
         if pixels is None:
             pixels = self.processor.inputs(media)

@@ -51,7 +51,7 @@ class NativeImages(ImageProcessor):
     )
 
     @property
-    def described(self) -> tuple[Any, ...]:
+    def layout(self) -> tuple[Any, ...]:
         return self.text, type(self.processor).__name__, self.processor.to_json_string()
 
     def save(self, folder: Path) -> None:

@@ -277,6 +277,7 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
                     for tile in tiles
                 ]
             ),
+            "modality": pa.array([row.media.modality for row in rows], pa.string()),
             "sha256": pa.array([row.info.sha256 for row in rows], pa.binary()),
             "width": pa.array([row.info.width for row in rows], pa.int32()),
             "height": pa.array([row.info.height for row in rows], pa.int32()),
@@ -296,7 +297,8 @@ def media_rows(batch: pa.RecordBatch, folder: Path) -> list[MediaRow]:
         path = folder / BLOB if name == BLOB else Path(name)
         source = path if row["offset"] < 0 else Slice(path, row["offset"], row["size"])
         place, size = row["tile"][:4], tuple(row["tile"][4:])
-        return Media(source, tile=Tile(*place, size=size or None) if place else None)
+        tile = Tile(*place, size=size or None) if place else None
+        return Media(source, row["modality"], tile)
 
     names = [field.name for field in fields(ImageInfo)]
     return [

@@ -1,4 +1,4 @@
-"""Inspects images (bytes, size, perceptual hash) and finds those that look alike.
+"""Inspects media (bytes, size, perceptual hash) and finds images that look alike.
 
 Two images look alike if their difference hashes are at most `distance` bits apart and their 8x8
 thumbnails agree. The hash finds candidates fast and survives another encoding or size. Alone it
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vlm_tune.data.audio.decode import waveform
 from vlm_tune.data.images.decode import as_rgb, encoded_bytes, opened
 from vlm_tune.data.types import Media
 
@@ -27,6 +28,8 @@ STEP = 2
 
 Noise on a plain background stays below it.
 """
+INSPECTED_RATE = 16_000
+"""Samples a second at which clips are decoded to try them."""
 BRIGHTNESS = 16
 CELL = 20
 """How far two thumbnails may differ: the mean of a channel, and a cell beyond that mean."""
@@ -34,11 +37,12 @@ CELL = 20
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """Properties of an image that can be decoded.
+    """Properties of an image or an audio clip that can be decoded.
 
     `sha256` is its file's `bytes_digest`; width and height are after EXIF rotation.
     `dhash` has a bit for each cell of an 8x8 grid, set if it is brighter than the cell to its left.
-    `thumbnail` is uint8[8, 8, 3] as bytes.
+    `thumbnail` is uint8[8, 8, 3] as bytes. A clip has a size of 0 x 0, and a `dhash` and a
+    `thumbnail` that are hashes of its bytes: only the same file looks like it.
     """
 
     sha256: bytes
@@ -52,6 +56,24 @@ class ImageInfo:
 def bytes_digest(data: bytes) -> bytes:
     """The first 16 bytes of the SHA-256 of an image's file."""
     return hashlib.sha256(data).digest()[:16]
+
+
+def inspect_media(media: Media) -> ImageInfo:
+    """Inspects an image or a clip; raises as `inspect_image` or `waveform`."""
+    return inspect_audio(media) if media.modality == "audio" else inspect_image(media)
+
+
+def inspect_audio(media: Media) -> ImageInfo:
+    """Inspects a clip; decodes all of it, so that a cut one is detected.
+
+    Raises `DataError` as `waveform`.
+    """
+    waveform(media, INSPECTED_RATE)
+    data = encoded_bytes(media)
+    digest = hashlib.shake_128(data).digest(8 + 3 * SIDE * SIDE)
+    return ImageInfo(
+        bytes_digest(data), 0, 0, "audio", int.from_bytes(digest[:8], "big"), digest[8:]
+    )
 
 
 def inspect_image(media: Media) -> ImageInfo:

@@ -23,7 +23,7 @@ from vlm_tune.data.prepare.arrow_store import (
     media_batch,
     write_batches,
 )
-from vlm_tune.data.prepare.duplicates import ImageInfo, inspect_image
+from vlm_tune.data.prepare.duplicates import ImageInfo, inspect_media
 from vlm_tune.data.prepare.language import language_of
 from vlm_tune.data.regions import regions_of
 from vlm_tune.data.sources.base import Chunk, SourceReader
@@ -266,7 +266,7 @@ class ShardMaker:
         known = self._known.get(item)
         if known is None:
             try:
-                known = inspect_image(item)
+                known = inspect_media(item)
             except DataError as error:
                 known = DataError(error.message, kind=error.kind)
             if len(self._known) < KNOWN_IMAGES:
@@ -282,7 +282,8 @@ class ShardMaker:
         clean = self.data.clean
         if clean.min_side is not None:
             for image in images:
-                if min(image.info.width, image.info.height) < clean.min_side:
+                side = min(image.info.width, image.info.height)
+                if image.media.modality == "image" and side < clean.min_side:
                     return (
                         "small_image",
                         f"{image.media.name}: {image.info.width}x{image.info.height}, "

@@ -61,8 +61,13 @@ UNSUPPORTED_IN_TURNS = (
 """Fields of a turn that carry meaning, and that no chat format here renders."""
 
 
-OWN_MEDIA = ("image", "image_url", "video", "video_url", "path", "url", "bytes")
-"""Fields of a content part that hold the part's own image or video."""
+OWN_MEDIA = (
+    *("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio"),
+    *("path", "url", "bytes"),
+)
+"""Fields of a content part that hold the part's own image, video or audio."""
+PART_KINDS = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio")
+"""Types of content parts with media; `input_audio` is OpenAI's."""
 
 
 def turns_of(row: Row, name: str) -> Sequence[Row]:
@@ -273,7 +278,7 @@ def messages_of(
 
 
 def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator[str | Media]:
-    """One content part: text, or an image or video, the part's own or the row's next."""
+    """One content part: text, or a media item, the part's own or the row's next."""
     if not isinstance(part, Mapping):
         raise DataError(
             f"turn {place}: a part is an object with a `type`, got {quoted(part)}", kind="field"
@@ -290,10 +295,11 @@ def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator
             )
         yield from text_parts(text, role, media)
         return
-    if kind not in ("image", "image_url", "video", "video_url"):
+    if kind not in PART_KINDS:
         unsupported = isinstance(kind, str)
         message = (
-            f"turn {place}: a part is of type text, image, image_url or video, got {quoted(kind)}"
+            f"turn {place}: a part is of type text, image, image_url, video, audio or input_audio, "
+            f"got {quoted(kind)}"
         )
         raise DataError(message, kind="unsupported" if unsupported else "field")
     if not is_empty(text):
@@ -301,17 +307,15 @@ def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator
             f"turn {place}: a part of type {kind} with a `text`: write it as a part of its own",
             kind="field",
         )
-    modality = kind.removesuffix("_url")
-    names = (modality, f"{modality}_url", "path", "url", "bytes")
+    modality = kind.removesuffix("_url").removeprefix("input_")
+    names = (modality, f"{modality}_url", f"input_{modality}", "path", "url", "bytes")
     source = next((sources[name] for name in names if name in sources), None)
     if source is None and part.get("index") is not None:
         yield from media.take_numbered(modality, part["index"])
     elif source is None:
         yield from media.take(modality)
-    elif modality == "image":
-        yield media.finder.image(source)
     else:
-        yield from media.finder.video(source)
+        yield from media.finder.parts(modality, source)
 
 
 def decoded_lists(row: Row) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
 
-MEDIA = ("image", "images", "video", "videos")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 CHOICES = ("choices", "options", "candidates")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """Letters of choices; columns of these names hold one choice each."""
@@ -56,7 +56,7 @@ MEANT = {
         "thinking",
     ),
     *("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images"),
-    *("audio", "audios", "documents"),
+    "documents",
 }
 """Fields that change what a row teaches: a form that does not read one refuses the row."""
 
@@ -83,8 +83,6 @@ UNSUPPORTED = {
     "functions",
     "tool_calls",
     "function_call",
-    "audio",
-    "audios",
     "reasoning_content",
     "reasoning",
     "thinking",

@@ -1,4 +1,4 @@
-"""Images and videos from rows' values: paths under one root, data URLs, bytes, archive members."""
+"""Media from rows' values: paths under one root, data URLs, bytes, archive members."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class MediaFinder:
-    """Turns a row's value for an image or a video into media.
+    """Turns a row's value for an image, a video or an audio clip into media.
 
     `images` is None where the source has no folder, so that a path can't be meant. `frames` and
     `fps` are as in `video_parts`.
@@ -117,6 +117,24 @@ class MediaFinder:
         return Media(
             source if not isinstance(source, str) else self._root("image").path(source, "image")
         )
+
+    def audio(self, value: Any) -> Media:
+        """An audio clip from the kinds of values that an image has, or OpenAI's {"data", "format"}.
+
+        Raises `DataError` for anything else.
+        """
+        if isinstance(value, Mapping) and isinstance(value.get("data"), str):
+            value = base64_bytes(value["data"], "audio")
+        source = self._source(value, "audio")
+        if isinstance(source, str):
+            source = self._root("audio").path(source, "audio")
+        return Media(source, modality="audio")
+
+    def parts(self, kind: str, value: Any) -> tuple[str | Media, ...]:
+        """The parts of a turn for a value of a kind: image, video or audio; raises as these do."""
+        if kind == "video":
+            return self.video(value)
+        return (self.audio(value) if kind == "audio" else self.image(value),)
 
     def video(self, value: Any) -> tuple[str | Media, ...]:
         """A video's images, each after its time.

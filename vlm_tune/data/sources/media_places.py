@@ -1,4 +1,4 @@
-"""A row's images and videos, and the places that its text has for them."""
+"""A row's images, videos and audio, and the places that its text has for them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,28 @@ from vlm_tune.quoting import name_list, quoted
 Row = Mapping[str, Any]
 Parts = tuple[str | Media, ...]
 
+KINDS: tuple[str, ...] = ("image", "video", "audio")
+"""Kinds of media in rows; a video becomes images."""
+
 
 class RowMedia:
-    """A row's images and videos, assigned in order to the places that the text has for them."""
+    """A row's media, assigned in order by their kind to the places that the text has for them."""
 
     def __init__(self, row: Row, finder: MediaFinder) -> None:
         self.finder = finder
         self.items: dict[str, list[Parts]] = {
-            "image": [(finder.image(value),) for value in _listed(row, "image")],
-            "video": [finder.video(value) for value in _listed(row, "video")],
+            kind: [finder.parts(kind, value) for value in _listed(row, kind)] for kind in KINDS
         }
-        self.places = {"image": 0, "video": 0}
-        self._named: dict[str, set[int]] = {"image": set(), "video": set()}
+        self.places = dict.fromkeys(KINDS, 0)
+        self._named: dict[str, set[int]] = {kind: set() for kind in KINDS}
+
+    @property
+    def marks(self) -> list[str]:
+        """The kinds whose marks are marks: images, and others where the row has some."""
+        return [kind for kind in KINDS if kind == "image" or self.items[kind]]
 
     def take(self, kind: str) -> Parts:
-        """The next image or video for a place of its kind.
+        """The next media item for a place of its kind.
 
         Returns an empty tuple once none is left; `unplaced` reports that.
         """
@@ -38,7 +45,7 @@ class RowMedia:
         return self.items[kind][number] if number < len(self.items[kind]) else ()
 
     def take_numbered(self, kind: str, number: Any) -> Parts:
-        """The image or video with a number (from 0). Raises `DataError` if there is none."""
+        """The media item with a number (from 0). Raises `DataError` if there is none."""
         items = self.items[kind]
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(items):
             raise DataError(
@@ -90,7 +97,7 @@ def counted(number: int, what: str) -> str:
 
 
 def _listed(row: Row, kind: str) -> list[Any]:
-    """The values of `image` or `images` (`video` or `videos`).
+    """The values of `image` or `images` (and so of the other kinds).
 
     A `video` that is a list holds the frames of one video.
     """
@@ -104,7 +111,7 @@ def _listed(row: Row, kind: str) -> list[Any]:
         raise DataError(f"`{kind}s` is a list, got {quoted(several)}", kind="field")
     if one is None:
         return list(several or [])
-    return list(one) if isinstance(one, list) and kind == "image" else [one]
+    return list(one) if isinstance(one, list) and kind != "video" else [one]
 
 
 def _is_no_media(value: Any) -> bool:
@@ -118,12 +125,12 @@ def _is_no_media(value: Any) -> bool:
 
 
 def marked_parts(text: str, media: RowMedia) -> Parts:
-    """The parts of a text, each mark replaced by the next image or video.
+    """The parts of a text, each mark replaced by the next media item of its kind.
 
-    Marks are `<image>`, and `<video>` in rows with videos; see `split_marks`.
+    Marks are `<image>`, and `<video>` or `<audio>` in rows with some; see `split_marks`.
     """
     parts: list[str | Media] = []
-    for place, piece in enumerate(split_marks(text, video=bool(media.items["video"]))):
+    for place, piece in enumerate(split_marks(text, media.marks)):
         if place % 2:
             parts += media.take(piece)
         elif piece:
@@ -141,10 +148,7 @@ def with_media(messages: list[Message], media: RowMedia, *, always: bool = False
     if not first:
         return messages
     for place, message in enumerate(messages, 1):
-        if (
-            message.role == "assistant"
-            and len(split_marks(message.text, video=bool(media.items["video"]))) > 1
-        ):
+        if message.role == "assistant" and len(split_marks(message.text, media.marks)) > 1:
             raise DataError(
                 f"turn {place}: a mark in an answer, and none in the questions: "
                 "an answer has no images",

@@ -254,7 +254,7 @@ class RowsReader:
         fields = TASK_FORMS[self.form](row, row_id, self._options)
         media = RowMedia(row, finder)
         if not any(media.items.values()):
-            raise DataError("no image", kind="image_count")
+            raise DataError("no image, video or audio", kind="image_count")
         question, answer = self._instructions.texts(row_id, fields.values, seed=self._seed)
         messages = with_media(
             self._instructions.turns(marked_parts(question, media), answer), media

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.compat import forget_members
+from vlm_tune.data.audio.decode import AUDIO_SUFFIXES
 from vlm_tune.data.sources.base import CHUNK_ROWS
 from vlm_tune.data.sources.json_csv import MAX_ROW_BYTES, Stretch, json_value
 from vlm_tune.data.sources.video import DEMUXERS, IMAGE_SUFFIXES
@@ -172,11 +173,12 @@ def _check_end(path: Path, archive: tarfile.TarFile) -> None:
 
 
 def _fields(sample: _Sample) -> dict[str, Any] | DataError:
-    """A row: the JSON member's fields, texts by their ending, images and videos."""
+    """A row: the JSON member's fields, texts by their ending, images, videos and audio."""
     # A member's name may hold bytes that are no valid text.
     row: dict[str, Any] = {"id": escaped(sample.key.strip("/."))}
     images = {}
     videos = {}
+    clips = {}
     for ending, content in sample.members.items():
         kind = ending.rpartition(".")[2]
         if f".{kind}" in IMAGE_SUFFIXES:
@@ -187,6 +189,8 @@ def _fields(sample: _Sample) -> dict[str, Any] | DataError:
                 if isinstance(content, Slice)
                 else {"bytes": content, "path": sample.names[ending]}
             )
+        elif f".{kind}" in AUDIO_SUFFIXES:
+            clips[sample.names[ending]] = content
         elif kind == "json":
             value = json_value(_read(content))
             if isinstance(value, DataError):
@@ -204,11 +208,12 @@ def _fields(sample: _Sample) -> dict[str, Any] | DataError:
                 return DataError(f"{sample.names[ending]}: {reason_of(error)}", kind="not_json")
     _place(row, "image", images)
     _place(row, "video", videos)
+    _place(row, "audio", clips)
     return row
 
 
 def _place(row: dict[str, Any], kind: str, members: dict[str, Any]) -> None:
-    """Puts the sample's images (or videos) into its row.
+    """Puts the sample's media of a kind into its row.
 
     Their order is that of the JSON member if it names them, else that of the archive.
     """

@@ -12,6 +12,7 @@ from torch.nn.functional import conv2d, gelu, layer_norm, linear, scaled_dot_pro
 from vlm_tune.config.model import MlpConnector
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.gguf.writer import read_fields, read_tensors, write_gguf
+from vlm_tune.exporting.hf_layout import vision_of
 from vlm_tune.exporting.llava_layout import tower_reasons, vision_weights
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.quoting import applying
@@ -46,11 +47,11 @@ def mmproj_reasons(config: VisionLanguageConfig) -> list[str]:
 
 def mmproj_notes(model: VisionLanguageNetwork) -> list[str]:
     """Where llama.cpp's handling of images deviates from how the model was trained."""
-    images = model.processor.images
+    tower, images = vision_of(model)
     pads = images.resize == "pad"
     return applying(
         (
-            vision_weights(model.tower)[0].model_type == "clip_vision_model",
+            vision_weights(tower)[0].model_type == "clip_vision_model",
             "llama.cpp versions with its issue 25814 (since pull request 13321, until 25844) put "
             "a CLIP tower's class token in the wrong place, and see images wrongly; SigLIP towers "
             "have none",
@@ -73,7 +74,8 @@ def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
 
     Raises `ModelError` for an activation, a norm or a width that llama.cpp does not support.
     """
-    vision, state = vision_weights(model.tower)
+    tower, _ = vision_of(model)
+    vision, state = vision_weights(tower)
     if vision.hidden_act not in ACTIVATIONS:
         raise ModelError(
             f"llama.cpp has no {vision.hidden_act} for a tower, only {', '.join(ACTIVATIONS)}"
@@ -102,8 +104,8 @@ def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
         writer.add_vision_block_count(vision.num_hidden_layers)
         writer.add_vision_head_count(vision.num_attention_heads)
         writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
-        writer.add_vision_image_mean(list(model.tower.mean))
-        writer.add_vision_image_std(list(model.tower.std))
+        writer.add_vision_image_mean(list(tower.mean))
+        writer.add_vision_image_std(list(tower.std))
         writer.add_vision_use_gelu(vision.hidden_act in GELUS)
         writer.add_vision_use_silu(vision.hidden_act == "silu")
         # Without this field llama.cpp leaves out the last block.

@@ -10,7 +10,7 @@ from typing import Any
 from vlm_tune.config.model import Llm, ModelSection
 from vlm_tune.data.chat.grounding import Grounding
 from vlm_tune.data.chat.template import ChatTemplate
-from vlm_tune.data.images.decode import ImageProcessor
+from vlm_tune.data.media_processor import MediaProcessor
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import check_base, load_reason
@@ -68,7 +68,7 @@ def train_tokenizer(
 def scratch_tokenizer(
     section: ModelSection,
     template: ChatTemplate,
-    images: ImageProcessor,
+    images: MediaProcessor,
     conversations: Iterable[Conversation],
 ) -> Any:
     """A tokenizer of the recipe's own, trained on rows whose boxes are as the model will read them.

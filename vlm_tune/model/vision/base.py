@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
 
 import torch
-from torch import nn
 from torch.nn.functional import interpolate
 
 from vlm_tune.config.model import Tower
+from vlm_tune.model.media_tower import MediaTower
 from vlm_tune.model.pooling import grid_means
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -21,26 +20,21 @@ FeatureMaps = tuple[list[torch.Tensor], torch.Tensor | None]
 """Feature maps float[B, C, h, w], and the class token's features float[B, 1, C] if configured."""
 
 
-class VisionTower(nn.Module):
-    """Base class of the towers; a subclass implements `maps`.
-
-    `rebuild` is the description from which `build_tower` makes the same architecture without its
-    weights.
-    """
+class VisionTower(MediaTower):
+    """Base class of the towers of images; a subclass implements `maps`."""
 
     image_size: int
     scale: torch.Tensor
     offset: torch.Tensor
-    rebuild: dict[str, Any]
-    measured: tuple[int, int] | None = None
+    input_dtype = torch.uint8
 
     def __init__(
         self, config: Tower, image_size: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        super().__init__()
+        super().__init__(is_pretrained=bool(getattr(config, "pretrained", None)))
         self.grid = config.grid
         self.image_size = image_size
-        self.is_pretrained = bool(getattr(config, "pretrained", None))
+        self.input_shape = (3, image_size, image_size)
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.register_buffer(
@@ -51,19 +45,6 @@ class VisionTower(nn.Module):
             torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1),
             persistent=False,
         )
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets the mode as in torch, but batch norms of a pretrained tower stay in eval mode.
-
-        Statistics of a few images are worse than those they bring, and make a row's loss depend on
-        the rows beside it.
-        """
-        super().train(mode)
-        if mode and self.is_pretrained:
-            for module in self.modules():
-                if getattr(module, "running_mean", None) is not None:
-                    module.eval()
-        return self
 
     def maps(self, pixels: torch.Tensor) -> FeatureMaps:
         """Feature maps of normalised pixels float[B, 3, H, W]."""
@@ -82,24 +63,6 @@ class VisionTower(nn.Module):
         maps, first = self.pooled_maps(pixels)
         features = torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
         return features if first is None else torch.cat([first, features], dim=1)
-
-    def measure(self) -> tuple[int, int]:
-        """(tokens per image, width), measured with one blank image.
-
-        The result is cached, because one rank alone can't run a sharded tower.
-        """
-        if self.measured:
-            return self.measured
-        parameter = next(self.parameters())
-        was = self.training
-        blank = torch.zeros(
-            1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=parameter.device
-        )
-        with torch.no_grad():
-            _, tokens, width = self.eval()(blank).shape
-        self.train(was)
-        self.measured = tokens, width
-        return self.measured
 
 
 def pool(features: torch.Tensor, grid: int | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The vision towers by their kind in a recipe."""
+"""The towers by their kind in a recipe."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from torch import nn
 
 from vlm_tune.config.model import (
     AnyTower,
+    AudioTower,
     NativeTower,
     OpenClipTower,
     PairTower,
     TimmTower,
     TransformersTower,
 )
+from vlm_tune.data.images.decode import ImageProcessor
+from vlm_tune.data.images.split import split_of
+from vlm_tune.data.media_processor import MediaProcessor
 from vlm_tune.errors import ModelError
+from vlm_tune.model.audio_tower import WhisperTower, audio_config, audio_processor
+from vlm_tune.model.media_tower import MediaTower
 from vlm_tune.model.vision.base import FeatureMaps, VisionTower, pool, resized
 from vlm_tune.model.vision.native import NativeVision
 from vlm_tune.model.vision.open_clip_tower import OpenClipVision, open_clip_config
@@ -32,7 +38,7 @@ class PairVision(VisionTower):
 
     def __init__(self, config: PairTower, rebuild: dict[str, Any] | None) -> None:
         sources = rebuild["towers"] if rebuild else [None, None]
-        towers = [
+        towers: list[Any] = [
             build_tower(part, source) for part, source in zip(config.towers, sources, strict=True)
         ]
         odd = [part.resize for part in config.towers if part.resize not in ("crop", config.resize)]
@@ -80,19 +86,37 @@ def architecture(config: AnyTower) -> dict[str, Any] | None:
         return None
     if isinstance(config, TimmTower):
         return {"timm": config.name}
+    if isinstance(config, AudioTower):
+        return audio_config(config)
     return open_clip_config(config.name) if config.name else None
 
 
-TOWERS: dict[str, type[VisionTower]] = {
+TOWERS: dict[str, type[MediaTower]] = {
     "open_clip": OpenClipVision,
     "transformers": TransformersVision,
     "timm": TimmVision,
     "pair": PairVision,
     "native": NativeVision,
+    "audio": WhisperTower,
 }
 
 
-def build_tower(config: AnyTower, rebuild: dict[str, Any] | None = None) -> VisionTower:
+def media_processor(config: AnyTower, tower: MediaTower) -> MediaProcessor:
+    """The preprocessing of the media that a recipe's tower takes."""
+    if isinstance(config, AudioTower):
+        assert isinstance(tower, WhisperTower)
+        return audio_processor(config, tower)
+    assert isinstance(tower, VisionTower)
+    return ImageProcessor(
+        tower.image_size,
+        config.resize,
+        tower.mean,
+        tuple((columns, rows) for columns, rows in config.tiles),
+        split_of(config.split),
+    )
+
+
+def build_tower(config: AnyTower, rebuild: dict[str, Any] | None = None) -> MediaTower:
     """Builds a recipe's tower with its weights, or from `rebuild` with random weights.
 
     Raises `ModelError` for an unknown name, layer or architecture.
@@ -103,7 +127,7 @@ def build_tower(config: AnyTower, rebuild: dict[str, Any] | None = None) -> Visi
     return kind(config, rebuild).to(memory_format=torch.channels_last)
 
 
-def meta_tower(config: AnyTower, rebuild: dict[str, Any] | None = None) -> VisionTower:
+def meta_tower(config: AnyTower, rebuild: dict[str, Any] | None = None) -> MediaTower:
     """Builds a recipe's tower on the meta device, and measures it; to be read, not changed.
 
     A run asks for it several times, so one that the recipe describes by itself is kept. Raises
@@ -115,11 +139,11 @@ def meta_tower(config: AnyTower, rebuild: dict[str, Any] | None = None) -> Visio
 
 
 @functools.lru_cache(maxsize=16)
-def _described_tower(config_json: str) -> VisionTower:
+def _described_tower(config_json: str) -> MediaTower:
     return _measured_on_meta(OpenClipTower.model_validate_json(config_json), None)
 
 
-def _measured_on_meta(config: AnyTower, rebuild: dict[str, Any] | None) -> VisionTower:
+def _measured_on_meta(config: AnyTower, rebuild: dict[str, Any] | None) -> MediaTower:
     with torch.device("meta"):
         tower = build_tower(config, rebuild or architecture(config))
         tower.measure()

@@ -1,0 +1,100 @@
+"""The interface between a tower's media and the rest: preprocessing of images or audio clips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vlm_tune.data.images.moves import Affine
+from vlm_tune.data.types import Media, Modality, NativeInputs, Segment
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MediaProcessor(Protocol):
+    """The preprocessing of a tower's media: images, or audio clips.
+
+    `shape` and `dtype` are those of what the tower takes of one frame: an image, a tile of one, or
+    a window of a clip. `layout` is all that the number of a media item's slots depends on, beside
+    the slots of a frame. `markers` are control tokens that stand between frames; `controls` are
+    those that no text may contain, where a media item has tokens of its own.
+    """
+
+    @property
+    def modality(self) -> Modality:
+        """What the tower takes."""
+        ...
+
+    @property
+    def markers(self) -> Sequence[str]:
+        """See the class."""
+        ...
+
+    @property
+    def controls(self) -> Sequence[str]:
+        """See the class."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See the class."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See the class."""
+        ...
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """See the class."""
+        ...
+
+    @property
+    def most_frames(self) -> int:
+        """The largest number of frames of a media item."""
+        ...
+
+    def segments(self, media: Media) -> list[Segment]:
+        """The segments of a media item in a prompt: its frames, and the markers around them.
+
+        Raises `DataError` for an item whose size can't be read.
+        """
+        ...
+
+    def expand(self, media: Media) -> tuple[Media, ...]:
+        """The frames of a media item in their order; raises as `segments`."""
+        ...
+
+    def __call__(self, media: Media) -> torch.Tensor:
+        """What the tower takes of a frame. Raises `DataError` if it can't be decoded."""
+        ...
+
+    def inputs(self, media: Media) -> torch.Tensor | NativeInputs:
+        """What the model takes of a frame: what `__call__` gives, or a native model's inputs."""
+        ...
+
+    def frame(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of what the model sees of an image of this size.
+
+        Raises `DataError` for a model that sees none, as `places`.
+        """
+        ...
+
+    def places(self, width: int, height: int) -> Affine:
+        """Where the places of an image of this size are in what the model sees of it."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes what prepares the media, where that is not in the model's config."""
+        ...
+
+    def fresh(self) -> MediaProcessor:
+        """A copy that remembers no media, for another thread or process."""
+        ...
+
+    def plain(self) -> Media:
+        """A media item in which there is nothing, to try a model with."""
+        ...
