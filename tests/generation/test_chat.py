@@ -163,7 +163,7 @@ def test_an_image_is_whatever_holds_one(tmp_path: Path) -> None:
         ),
         (
             {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
-            r"a part is of type text, image, image_url, audio or input_audio, got 'video'",
+            r"a part is text, image, image_url, audio or input_audio, got 'video'",
         ),
         (
             {"prompt": [{"role": "user", "content": [{"type": "audio"}]}]},

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vlm_tune.data.images.moves import Affine
+from vlm_tune.data.affine import Affine
 from vlm_tune.data.types import Media, Modality, NativeInputs, Segment
 
 if TYPE_CHECKING:

@@ -202,7 +202,7 @@ def _part(role: str, part: Any, media: _RequestMedia) -> Iterator[str | Media]:
     modality = PART_KINDS.get(kind) if isinstance(kind, str) else None
     if modality is None:
         raise DataError(
-            "a part is of type text, image, image_url, audio or input_audio, "
+            "a part is text, image, image_url, audio or input_audio, "
             f"got {quoted(part if kind is None else kind)}"
         )
     if role == "assistant":

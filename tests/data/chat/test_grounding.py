@@ -176,7 +176,9 @@ def test_a_processor_writes_regions_of_questions_answers_and_rejected_ones() -> 
 
 def test_what_is_cut_off_is_an_error_and_part_of_it_is_clipped() -> None:
     grounding = Grounding(Boxes(unit="pixels"), ImageProcessor(50, "crop"))
-    with pytest.raises(DataError, match=r"outside of what the model sees.*resize is crop"):
+    with pytest.raises(
+        DataError, match=r"outside of what the model sees.*pad or squash shows all of it"
+    ):
         grounding.written(row_of(Region((0, 10, 20, 30), (200, 100))))
     with pytest.raises(DataError, match=r"the point \[10, 10\]"):
         grounding.written(row_of(Region((10, 10), (200, 100))))

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_tune.config.data import Augment, RandAugment
+from vlm_tune.data.affine import Affine
 from vlm_tune.data.images.augment import draw_augmentation
 from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.data.images.moves import (
-    Affine,
     Crop,
     Flip,
     Move,

@@ -224,7 +224,10 @@ def test_base64_without_a_header_is_an_image(folder: Path) -> None:
             [{"type": "image", "text": "a", "image": "a.png"}],
             "turn 1: a part of type image with a `text`",
         ),
-        ([{"text": "a"}], "a part is of type text, image, image_url or video, got nothing (null)"),
+        (
+            [{"text": "a"}],
+            "a part is text, image, image_url, video, audio or input_audio, got nothing (null)",
+        ),
         ([{"type": "y" * 500}], f"got '{'y' * QUOTED}'... (500 characters)"),
     ],
 )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm_tune.data.affine import Affine
 from vlm_tune.data.audio.decode import waveform
-from vlm_tune.data.images.moves import Affine
 from vlm_tune.data.types import Media, Modality, Segment, Tile
 from vlm_tune.errors import DataError
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vlm_tune.config.boxes import Boxes
-from vlm_tune.data.images.moves import Affine
+from vlm_tune.data.affine import Affine
 from vlm_tune.data.media_processor import MediaProcessor
 from vlm_tune.data.regions import Region, Size, located, regions_of, write_region
 from vlm_tune.data.types import Conversation, Message

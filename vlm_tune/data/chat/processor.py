@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_tune.config.boxes import Boxes
 from vlm_tune.config.native import OWN_TEMPLATE
+from vlm_tune.data.affine import Affine
 from vlm_tune.data.chat.grounding import Grounding
 from vlm_tune.data.chat.template import ChatTemplate, joined_texts, load_template
 from vlm_tune.data.chat.tokenize import LAYOUTS, TextEncoder
-from vlm_tune.data.images.moves import Affine
 from vlm_tune.data.media_processor import MediaProcessor
 from vlm_tune.data.media_slots import segment_slots
 from vlm_tune.data.packing import numbered, pair_layout

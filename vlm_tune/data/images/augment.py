@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlm_tune.config.data import Augment, RandAugment
+from vlm_tune.data.affine import Affine
 from vlm_tune.data.images.moves import (
-    Affine,
     Crop,
     Flip,
     Move,

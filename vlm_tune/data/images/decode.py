@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vlm_tune.data.images.moves import Affine
+from vlm_tune.data.affine import Affine
 from vlm_tune.data.images.split import Split, best_grid
 from vlm_tune.data.media_processor import MediaProcessor
 from vlm_tune.data.types import Media, Modality, NativeInputs, Segment, Tile

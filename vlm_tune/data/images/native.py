@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vlm_tune.data.affine import Affine
 from vlm_tune.data.images.decode import ImageProcessor, decode_image, encoded_bytes, image_size
-from vlm_tune.data.images.moves import Affine
 from vlm_tune.data.types import Media, NativeInputs, Segment
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import reason_of
