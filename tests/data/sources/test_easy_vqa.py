@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from vlm_tune.config.data import EasyVqaSource
 from vlm_tune.data.images.decode import decode_image
 from vlm_tune.data.regions import regions_of
+from vlm_tune.data.sources import easy_vqa
 from vlm_tune.data.sources.easy_vqa import COLORS, SHAPES, answer_type, questions, revealed
 from vlm_tune.data.sources.registry import open_source, read_all
 from vlm_tune.data.types import Conversation
@@ -162,3 +165,15 @@ def test_chunks_are_read_alone_and_the_fingerprint_follows_what_is_read() -> Non
         opened(categories=["color"]).fingerprint(),
     ]
     assert len(set(prints)) == len(prints) and prints[0] == opened(limit=5).fingerprint()
+
+
+def test_rows_of_another_installation_are_other_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Their images are elsewhere: prepared rows of one are none of the other."""
+    config = EasyVqaSource(kind="easy_vqa", split="test")
+    here = open_source(config, seed=0).fingerprint()
+    (tmp_path / "test").mkdir()
+    shutil.copy(easy_vqa.part_folder("test") / "questions.json", tmp_path / "test")
+    monkeypatch.setattr(easy_vqa, "_folder", lambda: tmp_path)
+    assert open_source(config, seed=0).fingerprint() != here

@@ -83,12 +83,18 @@ class EasyVqa:
         self._instructions = load_instructions(config.instructions, self._task)
 
     def fingerprint(self) -> str:
-        """A hash of the package's file, the options that choose rows, the prompt set, the seed."""
-        files = files_digest([part_folder(self._config.split) / "questions.json"])
+        """A hash of the package's file, the options that choose rows, the prompt set, the seed.
+
+        And of the folder, in which the images of the rows are.
+        """
+        folder = part_folder(self._config.split)
+        files = files_digest([folder / "questions.json"])
         options = (self._config.split, self._config.validation_images, self._config.task)
         if self._config.categories is not None:
             options = (*options, *sorted(self._config.categories))
-        return digest(files, *options, self._instructions.model_dump_json(), self._seed)
+        return digest(
+            files, str(folder), *options, self._instructions.model_dump_json(), self._seed
+        )
 
     def chunks(self) -> Iterator[Chunk]:
         """Ranges of questions or captions."""
