@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import string
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlm_tune.config.yaml_source import read_yaml
+from vlm_tune.data.chat.draws import draw
 from vlm_tune.data.types import Media, Message
 from vlm_tune.errors import DataError, RecipeError
 from vlm_tune.quoting import quoted, reason_of
@@ -63,10 +63,7 @@ class Instructions(BaseModel):
         Raises `DataError` if every phrasing needs a field that the row lacks.
         """
         prompts = self._fitting(values)
-        draw = hashlib.blake2b(
-            f"{seed}:{row_id}".encode("utf-8", "surrogatepass"), digest_size=8
-        ).digest()
-        prompt = prompts[int.from_bytes(draw, "big") % len(prompts)]
+        prompt = prompts[draw(seed, row_id) % len(prompts)]
         # format_map does not format the values, so braces inside a question are left unchanged.
         return prompt.format_map(values), self.answer.format_map(values)
 

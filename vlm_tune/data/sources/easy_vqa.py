@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_tune.config.data import EasyVqaSource
+from vlm_tune.data.chat.draws import draw
 from vlm_tune.data.chat.instructions import load_instructions
 from vlm_tune.data.images.decode import decode_image
 from vlm_tune.data.sources.base import CHUNK_ROWS, Chunk, digest, files_digest
@@ -134,8 +134,7 @@ class EasyVqa:
             return None
         answer = values["answer"]
         others = [other for other in KINDS[answer_type(answer)] if other != answer]
-        draw = hashlib.blake2b(f"{self._seed}:rejected {row_id}".encode(), digest_size=8).digest()
-        chosen = others[int.from_bytes(draw, "big") % len(others)]
+        chosen = others[draw(self._seed, f"rejected {row_id}") % len(others)]
         _, turn = self._instructions.turns((), self._instructions.answer.format(answer=chosen))[-2:]
         return turn
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 
+from vlm_tune.data.chat.draws import draw
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError
 
@@ -51,11 +51,7 @@ class Shots:
         chosen = set[int]()
         turns: list[Message] = []
         for number in range(self.count):
-            draw = hashlib.blake2b(
-                f"{self.seed}:shot {number}:{row.id}".encode("utf-8", "surrogatepass"),
-                digest_size=8,
-            ).digest()
-            start = int.from_bytes(draw, "big")
+            start = draw(self.seed, f"shot {number}:{row.id}")
             for step in range(len(pool)):
                 place = (start + step) % len(pool)
                 example = pool[place]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import re
@@ -11,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vlm_tune.data.chat.draws import draw
 from vlm_tune.data.sources.fields import CHOICES, LETTERS, REGIONS, is_empty, lettered
 from vlm_tune.data.sources.legible import is_legible
 from vlm_tune.data.sources.region_fields import escaped_regions, region_marks
@@ -231,11 +231,7 @@ def _order(count: int, row_id: str, options: TaskOptions) -> list[int]:
     """The order in which choices are shown: as stored, or shuffled by (seed, row id)."""
     order = list(range(count))
     if options.shuffle_seed is not None:
-        draw = hashlib.blake2b(
-            f"{options.shuffle_seed}:choices:{row_id}".encode("utf-8", "surrogatepass"),
-            digest_size=8,
-        ).digest()
-        random.Random(int.from_bytes(draw, "big")).shuffle(order)
+        random.Random(draw(options.shuffle_seed, f"choices:{row_id}")).shuffle(order)
     return order
 
 
