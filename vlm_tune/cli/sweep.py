@@ -26,6 +26,14 @@ SAME = (Acceleration, Environment, Tuning)
 """Events that are much the same in every trial; its log has them."""
 
 
+KeepOption = Annotated[
+    str,
+    typer.Option(
+        metavar="best|all", help="whose models and checkpoints stay: the best trial's alone, or all"
+    ),
+]
+
+
 def sweep(
     recipe: RecipeArgument,
     search: Annotated[
@@ -48,13 +56,7 @@ def sweep(
     no_prune: Annotated[
         bool, typer.Option("--no-prune", help="train every trial to its end, however bad it is")
     ] = False,
-    keep: Annotated[
-        str,
-        typer.Option(
-            metavar="best|all",
-            help="whose models and checkpoints stay: the best trial's alone, or all",
-        ),
-    ] = "best",
+    keep: KeepOption = "best",
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the sweep in the folder")
     ] = False,
