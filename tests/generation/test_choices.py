@@ -88,7 +88,7 @@ def test_what_choices_share_is_in_one_row(llm: str, tiny_recipe: Recipes) -> Non
         for request in REQUESTS[:4]
         for example in answered(model, request_conversation(1, request), COLORS)
     ]
-    rows = choice_rows(model, examples, [len(COLORS)] * 4)
+    rows = choice_rows(model, examples, [len(COLORS)] * 4, choosing.ROW)
     sizes = sorted(len(tree.members) for tree in rows)
     assert sizes == ([5, 5, 10] if llm == "causal" else [5, 5, 5, 5])
     assert sorted(member for tree in rows for member in tree.members) == list(range(20))

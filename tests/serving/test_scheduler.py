@@ -13,7 +13,6 @@ from tests.helpers.answered_jobs import Listening, job_of
 from tests.helpers.connector_kinds import with_connector
 from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import png
-from vlm_tune.generation import choices as choices_module
 from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving import alone
@@ -139,8 +138,7 @@ def test_an_answer_is_written_on_between_the_steps_of_another_job(
     llm: str, how: str, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each step of choices reads some of them, of a beam search adds a token, and all write."""
-    for module in (alone, choices_module):
-        monkeypatch.setattr(module, "ROW", 60)
+    monkeypatch.setattr(alone, "CHOICE_TOKENS", 60)
     model = talkative(tiny_recipe(llm))
     driver = Driver(model, batch=2)
     job = job_of("what is it?", IMAGES[0], temperature=5.0, seed=2, max_new_tokens=100)

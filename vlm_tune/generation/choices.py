@@ -123,10 +123,12 @@ def choice_steps(
         examples: the question with each of them, from `answered`.
         fetch: returns the pixels of a media item, or if `cached` the tower's features.
         cached: whether `fetch` returns features.
-        tokens: the most tokens of a step; a row of more is one by itself.
+        tokens: the most tokens of a step, unless one choice has more.
     """
     collated = {"fetch": fetch, "cached": cached}
-    logprobs = yield from _logprob_steps(model, examples, [len(texts)], 1, tokens, collated)
+    rows = choice_rows(model, examples, [len(texts)], tokens)
+    batches = _batches(rows, [len(texts)], 1, tokens)
+    logprobs = yield from _logprob_steps(model, examples, batches, collated)
     return _likeliest(model, texts, examples, logprobs)
 
 
@@ -160,8 +162,8 @@ def _logprobs_by_question(
     together = [example for of_question in examples for example in of_question]
     counts = [len(of_question) for of_question in examples]
     collated = {"fetch": fetch, "cached": cached}
-    steps = _logprob_steps(model, together, counts, batch_size, BATCH, collated)
-    logprobs = _last(steps)
+    batches = _batches(choice_rows(model, together, counts, ROW), counts, batch_size, BATCH)
+    logprobs = _last(_logprob_steps(model, together, batches, collated))
     ends = list(itertools.accumulate(counts))
     return [logprobs[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
@@ -212,9 +214,7 @@ def _last(steps: Generator[None, None, list[list[float]]]) -> list[list[float]]:
 def _logprob_steps(
     model: VisionLanguageNetwork,
     examples: Sequence[Example],
-    counts: Sequence[int],
-    batch_size: int,
-    tokens: int,
+    batches: Iterable[list[Tree]],
     collated: dict[str, Any],
 ) -> Generator[None, None, list[list[float]]]:
     """Returns the log-probabilities of each example's supervised tokens; yields after each batch.
@@ -222,13 +222,11 @@ def _logprob_steps(
     Args:
         model: the model.
         examples: questions with one choice each.
-        counts: the numbers of consecutive examples that are choices of one question.
-        batch_size: the most questions in a batch.
-        tokens: the most tokens in a batch; a row of more is one by itself.
+        batches: the rows that join them.
         collated: further arguments of `collate`.
     """
     logprobs: list[list[float]] = [[] for _ in examples]
-    for batch in _batches(choice_rows(model, examples, counts), counts, batch_size, tokens):
+    for batch in batches:
         of_batch = _batch_logprobs(model, [each.row for each in batch], collated)
         for member in (member for each in batch for member in each.members):
             count = examples[member].supervised
@@ -271,11 +269,11 @@ def _question_of(counts: Sequence[int]) -> list[int]:
 
 
 def choice_rows(
-    model: VisionLanguageNetwork, examples: Sequence[Example], counts: Sequence[int]
+    model: VisionLanguageNetwork, examples: Sequence[Example], counts: Sequence[int], most: int
 ) -> list[Tree]:
-    """Joins examples to rows, sorted by length, in which what they share stands once.
+    """Joins examples to rows of up to `most` tokens, in which what they share stands once.
 
-    A tree's leaves are of no use here.
+    They are sorted by length. A tree's leaves are of no use here.
     """
     llm = model.llm
     causal = llm.layout == "causal"
@@ -294,18 +292,18 @@ def choice_rows(
         members = [examples[place] for place in group]
         rows += [
             replace(tree, members=tuple(group[member] for member in tree.members))
-            for tree in (trees(members, ROW) if causal else _answers_to_one(members))
+            for tree in (trees(members, most) if causal else _answers_to_one(members, most))
         ]
     return sorted(rows, key=lambda tree: len(tree.row.input_ids))
 
 
-def _answers_to_one(examples: Sequence[Example]) -> list[Tree]:
-    """An encoder-decoder's examples of one question as rows with several answers."""
+def _answers_to_one(examples: Sequence[Example], most: int) -> list[Tree]:
+    """An encoder-decoder's examples of one question as rows with answers of `most` tokens."""
     groups: list[list[int]] = []
     length = 0
     for place, example in enumerate(examples):
         length += len(example.labels)
-        if not groups or length > ROW:
+        if not groups or length > most:
             groups.append([])
             length = len(example.labels)
         groups[-1].append(place)

@@ -8,12 +8,17 @@ from typing import Generic, TypeVar
 from vlm_tune.data.batching.collate import Fetch
 from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.answers import Answer
-from vlm_tune.generation.choices import ROW, choice_steps
+from vlm_tune.generation.choices import choice_steps
 from vlm_tune.generation.streaming import beam_search_steps, streamed
 from vlm_tune.serving.features import Features, features_of
 from vlm_tune.serving.jobs import Failed, Finished, JobEvent, Piece
 from vlm_tune.serving.request import Request, Submitted
 
+CHOICE_TOKENS = 256
+"""Tokens of choices that are read in a step: the answers of others wait for it.
+
+It is twice the question's where that is more, since each step reads the question again.
+"""
 Taken = TypeVar("Taken", bound=Submitted)
 Events = Generator[JobEvent | None, None, None]
 """The events of a job, which is answered while they are taken; None ends a step without one."""
@@ -45,7 +50,7 @@ def events_of(request: Request, remembered: Features | None) -> Events:
 
 
 def _chosen(request: Request, remembered: Features | None) -> Generator[None, None, Answer]:
-    """The likeliest choice; other jobs go on after each of its rows."""
+    """The likeliest choice; other jobs go on after each step."""
     model = request.model
     fetch: Fetch = request.images.pixels
     if remembered is not None and request.prompt.media:
@@ -61,7 +66,7 @@ def _chosen(request: Request, remembered: Features | None) -> Generator[None, No
             request.choices,
             fetch=fetch,
             cached=remembered is not None,
-            tokens=ROW,
+            tokens=max(CHOICE_TOKENS, 2 * len(request.prompt.input_ids)),
         )
     )
 
