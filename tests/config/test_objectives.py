@@ -107,6 +107,7 @@ CAPTIONS = {"kind": "contrastive"}
     ("objectives", "changes", "message"),
     [
         ([LANGUAGE, {"kind": "dpo"}], {}, "dpo adds losses by its own settings"),
+        ([{"kind": "kto"}], {}, "a stage of its own, without a list"),
         ([LANGUAGE, {"kind": "grpo"}], {}, "grpo trains on answers that it samples"),
         ([LANGUAGE, {"kind": "span_corruption"}], {"kind": "seq2seq"}, "masks all rows of a stage"),
         ([LANGUAGE, LANGUAGE], {}, "objective.1.kind|language_modeling is in the list twice"),

@@ -29,10 +29,10 @@ def mixture_contradictions(raw: Any, objectives: Sequence[Any]) -> list[Fault]:
     faults = broken(
         *(
             (
-                kind in ALONE and len(kinds) > 1,
+                kind in ALONE,
                 ("objective", place, "kind"),
-                f"{kind} {ALONE.get(kind)}: give it a stage of its own; a list may have "
-                f"{name_list(MIXED)}",
+                f"{kind} {ALONE.get(kind)}: give it a stage of its own, without a list; a list "
+                f"may have {name_list(MIXED)}",
             )
             for place, kind in enumerate(kinds)
         ),
