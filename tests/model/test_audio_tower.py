@@ -24,6 +24,7 @@ from vlm_tune.config.model import AudioTower
 from vlm_tune.data.types import distinct_media
 from vlm_tune.errors import DataError, ModelError, RecipeError
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.memory_plan.plan import plan
 from vlm_tune.model.audio_tower import WhisperTower
 from vlm_tune.model.build_checks import check_model
 from vlm_tune.model.feature_cache import tower_features
@@ -195,6 +196,17 @@ def test_a_trained_model_is_saved_loaded_and_asked(tmp_path: Path) -> None:
         model.eval().chat("is it high?", audios=clip),
     ]
     assert len(set(asked)) == 1
+
+
+def test_its_parameters_are_planned_from_configs_alone(tmp_path: Path) -> None:
+    recipe = hearing(tmp_path)
+    (stage,) = plan(recipe).stages
+    model = built(recipe)
+    parts = (model.tower, model.connector, model.llm.model)
+    assert [part.total for part in stage.parts] == [
+        sum(parameter.numel() for parameter in part.parameters()) for part in parts
+    ]
+    assert not stage.cached and stage.memory.trained > 0
 
 
 def test_the_wrong_medium_and_a_long_clip_are_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.helpers.audio_samples import tone, wav
 from tests.helpers.row_samples import file_source, good, read, write_rows, write_shard
 from vlm_tune.config.data import WebDatasetSource
 from vlm_tune.data.images.decode import decode_image
@@ -24,6 +25,8 @@ from vlm_tune.data.sources.media import ImageFolder, MediaFinder
 from vlm_tune.data.sources.video import evenly_spaced, video_parts
 from vlm_tune.data.types import Conversation, Media, Slice
 from vlm_tune.errors import DataError
+
+ANSWER = {"role": "assistant", "content": "a"}
 
 
 def png(color: Any = "red", size: int = 8) -> bytes:
@@ -87,6 +90,48 @@ def test_an_image_is_a_path_a_data_url_bytes_or_a_part_of_a_file(
 def test_what_is_no_image_says_why(finder: MediaFinder, value: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         finder.image(value)
+
+
+def test_audio_is_what_an_image_is_or_what_openai_sends(tmp_path: Path) -> None:
+    data = wav(tone())
+    (tmp_path / "a.wav").write_bytes(data)
+    finder = MediaFinder(ImageFolder(tmp_path))
+    code = base64.b64encode(data).decode()
+    same = [data, f"data:audio/wav;base64,{code}", {"data": code, "format": "wav"}]
+    assert {finder.audio(value) for value in same} == {Media(data, "audio")}
+    assert finder.audio({"bytes": None, "path": "a.wav"}) == Media(tmp_path / "a.wav", "audio")
+    for value, message in (
+        ({"data": "!!!"}, "the audio is bad base64"),
+        ("../a.wav", "the audio '../a.wav' lies outside the image root"),
+        ("b.wav", "no audio 'b.wav' under"),
+        ("https://example.org/a.wav", "is a URL"),
+    ):
+        with pytest.raises(DataError, match=message):
+            finder.audio(value)
+
+
+def test_clips_have_places_of_their_own_in_rows_and_shards(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav(tone()))
+    (tmp_path / "b.png").write_bytes(png())
+    sounds = [{"role": "user", "content": r"x <audio>\<audio> <image>y"}, ANSWER]
+    plain = [{"role": "user", "content": "is <audio> a mark?"}, ANSWER]
+    rows = [
+        {"messages": sounds, "audios": ["a.wav"], "image": "b.png"},
+        {"messages": plain},
+        {"messages": plain, "audio": ["a.wav", "a.wav"]},
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}, ANSWER], "audio": "a.wav"},
+    ]
+    first, second, third, fourth = read(file_source(write_rows(tmp_path / "rows.jsonl", rows)))
+    clip = Media(tmp_path / "a.wav", "audio")
+    assert isinstance(first, Conversation) and isinstance(fourth, Conversation)
+    parts = ("x ", clip, "<audio> ", Media(tmp_path / "b.png"), "y")
+    assert first.messages[0].parts == parts and fourth.media == (clip,)
+    assert isinstance(second, Conversation) and second.question == "is <audio> a mark?"
+    assert isinstance(third, DataError) and "2 audios and 1 <audio> mark" in third.message
+    sample = {"wav": wav(tone()), "json": b'{"question": "q", "answer": "a"}'}
+    shard = WebDatasetSource(kind="webdataset", path=str(write_shard(tmp_path / "s.tar", [sample])))
+    (row,) = good(read(shard))
+    assert row.media[0].modality == "audio" and row.media[0].read() == wav(tone())
 
 
 def test_a_path_needs_a_root() -> None:

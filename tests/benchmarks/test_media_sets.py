@@ -1,0 +1,84 @@
+"""The data sets of the audio and video recipes: what they hold, and that they are the same anew."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from benchmarks import moving_shapes, spoken_digits
+from tests.helpers.audio_samples import tone
+from tests.helpers.row_samples import file_source, good, read
+
+
+class Tones:
+    """Stands for espeak-ng: its voices are tones."""
+
+    rate = 16_000
+
+    def variants(self) -> list[str]:
+        return [f"v{number:02}" for number in range(12)]
+
+    def say(self, text: str, voice: str, speed: int, pitch: int) -> bytes:
+        return (tone(10.0 * pitch, 0.1 * len(text.split())) * 32767).astype("<i2").tobytes()
+
+
+def test_no_voice_is_in_two_parts() -> None:
+    voices = Tones().variants()
+    parts = {part: spoken_digits.variants_of(part, voices) for part in spoken_digits.PARTS}
+    assert sorted(name for names in parts.values() for name in names) == voices
+    assert min(map(len, parts.values())) >= 2
+
+
+def test_questions_about_digits_have_their_answers() -> None:
+    draw = random.Random(0)
+    named = set()
+    for _ in range(40):
+        asked = dict(spoken_digits.questions(["two", "nine"], draw))
+        *fixed, (question, answer) = asked.items()
+        assert [text for _, text in fixed] == ["two nine", "two", "nine", "2"]
+        assert answer == ("yes" if question.split()[1] in ("two", "nine") else "no")
+        named.add(answer)
+    assert named == {"yes", "no"}
+
+
+def test_clips_and_their_rows_are_written_anew_alike(tmp_path: Path) -> None:
+    speaker: Any = Tones()
+    for folder in ("one", "two"):
+        spoken_digits.build(tmp_path / folder, {"train": 3, "test": 2}, speaker)
+    rows = good(read(file_source(tmp_path / "one" / "train.jsonl")))
+    assert len(rows) == 15 and all(row.media[0].modality == "audio" for row in rows)
+    for path in (tmp_path / "one").rglob("*.*"):
+        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert path.read_bytes() == other.read_bytes()
+
+
+def test_a_shape_moves_as_its_row_says(tmp_path: Path) -> None:
+    """Places are angles around the picture, since a shape goes on at the other side."""
+    moving_shapes.build(tmp_path, {"test": 12})
+    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").open()]
+    captions = [json.loads(line) for line in (tmp_path / "test-captions.jsonl").open()]
+    for direction, shape, colour, caption in zip(
+        rows[::3], rows[1::3], rows[2::3], captions, strict=True
+    ):
+        with av.open(str(tmp_path / direction["video"])) as file:
+            frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        assert len(frames) == moving_shapes.FRAMES
+        moved = [0.0, 0.0]
+        for axis in (0, 1):
+            angle = 2j * np.pi * np.arange(moving_shapes.SIDE) / moving_shapes.SIDE
+            phases = []
+            for frame in (frames[0], frames[-1]):
+                weight = (frame.max(2) > 100).sum(1 - axis)
+                phases.append(np.angle((weight * np.exp(angle)).sum()))
+            turn = np.angle(np.exp(1j * (phases[1] - phases[0]))) / (2 * np.pi)
+            moved[1 - axis] = turn * moving_shapes.SIDE
+        right, down = moving_shapes.DIRECTIONS[direction["answer"]]
+        travel = moving_shapes.STEP * (moving_shapes.FRAMES - 1)
+        assert abs(moved[0] - right * travel) < 1.5 and abs(moved[1] - down * travel) < 1.5
+        answers = [colour["answer"], shape["answer"], direction["answer"]]
+        assert caption["caption"] == f"a {answers[0]} {answers[1]} moves {answers[2]}"
