@@ -38,8 +38,8 @@ def test_questions_about_digits_have_their_answers() -> None:
     draw = random.Random(0)
     named = set()
     for _ in range(40):
-        asked = dict(spoken_digits.questions(["two", "nine"], draw))
-        *fixed, (question, answer) = asked.items()
+        pairs = dict(spoken_digits.questions(["two", "nine"], draw))
+        *fixed, (question, answer) = pairs.items()
         assert [text for _, text in fixed] == ["two nine", "two", "nine", "2"]
         assert answer == ("yes" if question.split()[1] in ("two", "nine") else "no")
         named.add(answer)

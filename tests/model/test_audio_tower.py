@@ -187,7 +187,7 @@ def test_a_trained_model_is_saved_loaded_and_asked(tmp_path: Path) -> None:
     data = clip.read_bytes()
     code = base64.b64encode(data).decode()
     part = {"type": "input_audio", "input_audio": {"data": code, "format": "wav"}}
-    asked = [
+    answers = [
         loaded.chat("is it high?", audios=clip),
         loaded.chat("is it high?", audios=[data]),
         loaded.chat("<audio>is it high?", audios=f"data:audio/wav;base64,{code}"),
@@ -195,7 +195,7 @@ def test_a_trained_model_is_saved_loaded_and_asked(tmp_path: Path) -> None:
         loaded.start_chat().ask("is it high?", audios=clip).text,
         model.eval().chat("is it high?", audios=clip),
     ]
-    assert len(set(asked)) == 1
+    assert len(set(answers)) == 1
 
 
 def test_its_parameters_are_planned_from_configs_alone(tmp_path: Path) -> None:

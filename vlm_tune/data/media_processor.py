@@ -24,7 +24,7 @@ class MediaProcessor(Protocol):
 
     @property
     def modality(self) -> Modality:
-        """What the tower takes."""
+        """The modality of what the tower takes."""
         ...
 
     @property
@@ -69,7 +69,7 @@ class MediaProcessor(Protocol):
         ...
 
     def __call__(self, media: Media) -> torch.Tensor:
-        """What the tower takes of a frame. Raises `DataError` if it can't be decoded."""
+        """The tower's input for a frame. Raises `DataError` if it can't be decoded."""
         ...
 
     def inputs(self, media: Media) -> torch.Tensor | NativeInputs:
