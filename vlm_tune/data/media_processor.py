@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 class MediaProcessor(Protocol):
     """The preprocessing of a tower's media: images, or audio clips.
 
-    `shape` and `dtype` are those of what the tower takes of one frame: an image, a tile of one, or
-    a window of a clip. `layout` is all that the number of a media item's slots depends on, beside
-    the slots of a frame. `markers` are control tokens that stand between frames; `controls` are
-    those that no text may contain, where a media item has tokens of its own.
+    A frame is what the tower takes at once: an image, a tile of one, or a window of a clip.
     """
 
     @property
@@ -29,27 +26,27 @@ class MediaProcessor(Protocol):
 
     @property
     def markers(self) -> Sequence[str]:
-        """See the class."""
+        """The control tokens that stand between frames."""
         ...
 
     @property
     def controls(self) -> Sequence[str]:
-        """See the class."""
+        """Tokens that no text may contain, where a media item has tokens of its own."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """See the class."""
+        """The shape of the tower's input for a frame."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """See the class."""
+        """The dtype of the tower's input."""
         ...
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """See the class."""
+        """All that the number of a media item's slots depends on, beside the slots of a frame."""
         ...
 
     @property
