@@ -38,6 +38,7 @@ from tests.serving.test_scheduler import Driver, assert_same, offline
 from vlm_tune.api import sft
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.prepare.run import prepare
+from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting import export, possible_exports
 from vlm_tune.exporting.merge import merge
@@ -245,6 +246,17 @@ def test_cached_features_give_the_losses_of_pixels(recipe_text: str) -> None:
     with torch.no_grad():
         ours, expected = model(cached), model(batch_of(model, examples))
     assert float(ours.sum) == pytest.approx(float(expected.sum), rel=1e-6)
+
+
+def test_a_batch_without_images_gives_every_trained_weight_a_gradient(recipe_text: str) -> None:
+    """Other processes wait for it, also for that of the token for rows' ends."""
+    model = built(parsed(recipe_text))
+    tuned_by(model, parsed(recipe_text))
+    words = (Message("user", ("only words?",)), Message("assistant", ("yes",)))
+    batch = batch_of(model, model.processor.examples(Conversation("row", words)))
+    loss: Any = model.train()(batch)
+    loss.sum.backward()
+    assert all(parameter.grad is not None for parameter in model.connector.parameters())
 
 
 def test_a_tied_head_and_a_smaller_frame_are_written(tiny_recipe: Tiny, tmp_path: Path) -> None:
