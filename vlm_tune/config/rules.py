@@ -168,9 +168,31 @@ def _tower_contradictions(raw: Any) -> list[Fault]:
             "tiles are joined by their patches: leave the class token out",
         ),
     )
-    hears = value_at(tower, "kind") == "audio"
+    pair = value_at(tower, "towers")
+    towers: list[tuple[Path, Any]] = [(("model", "tower"), tower)]
+    towers += [
+        (("model", "tower", "towers", place), part)
+        for place, part in enumerate(pair if isinstance(pair, list) else [])
+    ]
+    return [
+        *cuts,
+        *_audio_contradictions(raw),
+        *(
+            (path, f"give exactly one of {dotted_name(path)}.name and {dotted_name(path)}.config")
+            for path, part in towers
+            if isinstance(part, dict)
+            and part.get("kind") in ("open_clip", "audio")
+            and (part.get("name") is None) == (part.get("config") is None)
+        ),
+    ]
+
+
+def _audio_contradictions(raw: Any) -> list[Fault]:
+    """Returns faults of what goes with a tower of audio."""
+    hears = value_at(raw, "model", "tower", "kind") == "audio"
+    connector = value_at(raw, "model", "connector")
     projects = value_at(connector, "base") or connector
-    cuts += broken(
+    return broken(
         (
             hears and value_at(projects, "kind") in ("pixel_shuffle", "avg_pool"),
             ("model", "connector"),
@@ -183,19 +205,6 @@ def _tower_contradictions(raw: Any) -> list[Fault]:
             "augmentation is for images, and the tower takes audio",
         ),
     )
-    pair = value_at(tower, "towers")
-    towers: list[tuple[Path, Any]] = [(("model", "tower"), tower)]
-    towers += [
-        (("model", "tower", "towers", place), part)
-        for place, part in enumerate(pair if isinstance(pair, list) else [])
-    ]
-    return cuts + [
-        (path, f"give exactly one of {dotted_name(path)}.name and {dotted_name(path)}.config")
-        for path, part in towers
-        if isinstance(part, dict)
-        and part.get("kind") in ("open_clip", "audio")
-        and (part.get("name") is None) == (part.get("config") is None)
-    ]
 
 
 def _boxes_contradictions(raw: Any) -> list[Fault]:

@@ -70,7 +70,7 @@ class MediaProcessor(Protocol):
         ...
 
     def inputs(self, media: Media) -> torch.Tensor | NativeInputs:
-        """What the model takes of a frame: what `__call__` gives, or a native model's inputs."""
+        """The model's input for a frame: the tower's, as `__call__`, or a native model's inputs."""
         ...
 
     def frame(self, width: int, height: int) -> tuple[int, int]:

@@ -214,10 +214,10 @@ def test_regions_are_copied_with_what_they_know() -> None:
 
 def test_a_native_model_reads_pixels_of_the_image_as_its_processor_resizes_it() -> None:
     text = "<|vision_start|><|image_pad|><|vision_end|>"
-    own: Any = native_processor("qwen2_5_vl")
-    images = NativeImages(0, processor=own, text=text)
+    theirs: Any = native_processor("qwen2_5_vl")
+    images = NativeImages(0, processor=theirs, text=text)
     width, height = 300, 130
-    sides = own.image_processor
+    sides = theirs.image_processor
     rows, columns = smart_resize(
         height,
         width,

@@ -58,7 +58,7 @@ class AudioProcessor:
         return ()
 
     def inputs(self, media: Media) -> torch.Tensor:
-        """What `__call__` gives."""
+        """The same as `__call__`: a tower has one input."""
         return self(media)
 
     def frame(self, width: int, height: int) -> tuple[int, int]:

@@ -60,12 +60,7 @@ def collate(
     inputs = _Columns(
         [slice(length - size, length) if pad_left else slice(0, size) for size in sizes], length
     )
-    lengths = [len(example.labels) for example in examples]
-    outputs = (
-        inputs
-        if spec.layout == "causal"
-        else _Columns([slice(0, size) for size in lengths], max(*lengths, 1))
-    )
+    outputs = inputs if spec.layout == "causal" else _answer_columns(examples)
     named = owners or [""] * len(examples)
     index, stacked, native = _media(examples, named, fetch, fetch_for)
     views = _media(examples, named, None, fetch_view)[1] if fetch_view else None
@@ -88,6 +83,12 @@ def collate(
         **_joined(examples, inputs, outputs),
         **_preferences(examples, outputs),
     )
+
+
+def _answer_columns(examples: Sequence[Example]) -> _Columns:
+    """The columns of an encoder-decoder's labels."""
+    sizes = [len(example.labels) for example in examples]
+    return _Columns([slice(0, size) for size in sizes], max(*sizes, 1))
 
 
 @dataclass(frozen=True)

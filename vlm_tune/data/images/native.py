@@ -24,7 +24,7 @@ SIZES = 100_000
 
 
 class Seen(NamedTuple):
-    """What a model sees of an image: its tokens, and width and height of what it is resized to."""
+    """An image as a model sees it: its tokens, and width and height of what it is resized to."""
 
     ids: tuple[int, ...]
     frame: tuple[int, int]
@@ -70,7 +70,7 @@ class NativeImages(ImageProcessor):
         return Affine.scale(frame_width / width, frame_height / height)
 
     def _of_size(self, size: tuple[int, int], name: str) -> Seen:
-        """What the model sees of an image of this size; `name` is the image's in errors."""
+        """An image of this size as the model sees it; `name` is the image's in errors."""
         from PIL.Image import new
 
         seen = self._seen.get(size)

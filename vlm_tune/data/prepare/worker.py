@@ -43,7 +43,6 @@ LEFT_OUT = 2
 KNOWN_IMAGES = 200_000
 """Images whose inspection a worker caches; rows that share an image are often far apart."""
 
-
 CONTENT = 10_000
 """The number of characters stored of an unusable row."""
 
