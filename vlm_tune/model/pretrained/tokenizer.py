@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config.model import Llm, ModelSection
+from vlm_tune.config.model import AnySection, Llm
 from vlm_tune.data.chat.grounding import Grounding
 from vlm_tune.data.chat.template import ChatTemplate
 from vlm_tune.data.media_processor import MediaProcessor
@@ -66,7 +66,7 @@ def train_tokenizer(
 
 
 def scratch_tokenizer(
-    section: ModelSection,
+    section: AnySection,
     template: ChatTemplate,
     images: MediaProcessor,
     conversations: Iterable[Conversation],
