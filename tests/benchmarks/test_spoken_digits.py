@@ -1,16 +1,12 @@
-"""The data sets of the audio and video recipes: what they hold, and that they are the same anew."""
+"""The data set of the audio recipe: what it holds, and that it is the same anew."""
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
-
-from benchmarks import moving_shapes, spoken_digits
+from benchmarks import spoken_digits
 from tests.helpers.audio_samples import tone
 from tests.helpers.row_samples import file_source, good, read
 
@@ -55,22 +51,3 @@ def test_clips_and_their_rows_are_written_anew_alike(tmp_path: Path) -> None:
     for path in (tmp_path / "one").rglob("*.*"):
         other = tmp_path / "two" / path.relative_to(tmp_path / "one")
         assert path.read_bytes() == other.read_bytes()
-
-
-def test_a_shape_moves_as_its_row_says(tmp_path: Path) -> None:
-    moving_shapes.build(tmp_path, {"test": 12})
-    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").open()]
-    captions = [json.loads(line) for line in (tmp_path / "test-captions.jsonl").open()]
-    for direction, shape, colour, caption in zip(
-        rows[::3], rows[1::3], rows[2::3], captions, strict=True
-    ):
-        with av.open(str(tmp_path / direction["video"])) as file:
-            frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-        assert len(frames) == moving_shapes.FRAMES
-        centres = [np.argwhere(frame.max(2) > 100).mean(0) for frame in (frames[0], frames[-1])]
-        down, right = centres[1] - centres[0]
-        travel = moving_shapes.STEP * (moving_shapes.FRAMES - 1)
-        expected = np.array(moving_shapes.DIRECTIONS[direction["answer"]]) * travel
-        assert np.abs(expected - (right, down)).max() < 1
-        answers = [colour["answer"], shape["answer"], direction["answer"]]
-        assert caption["caption"] == f"a {answers[0]} {answers[1]} moves {answers[2]}"
