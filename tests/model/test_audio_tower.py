@@ -182,6 +182,12 @@ def test_a_trained_model_is_saved_loaded_and_asked(tmp_path: Path) -> None:
         with torch.no_grad():
             assert torch.allclose(features(window), model.tower(frames)[0], atol=1e-5)
     model.save_pretrained(tmp_path / "saved")
+    again = hearing(tmp_path, model={"pretrained": str(tmp_path / "saved")})
+    assert built(again).processor.images == model.processor.images
+    with pytest.raises(ModelError, match=r"model.tower.grid: .*saved' hears audio"):
+        built(
+            hearing(tmp_path, model={"pretrained": str(tmp_path / "saved"), "tower": {"grid": 2}})
+        )
     loaded = VisionLanguageModel.from_pretrained(tmp_path / "saved", dtype="fp32", device="cpu")
     clip = tmp_path / "high.wav"
     data = clip.read_bytes()

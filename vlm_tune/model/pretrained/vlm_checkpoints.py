@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vlm_tune.config.model import AnySection, Llm, ModelSection, PretrainedModel
+from vlm_tune.config.model import AnySection, AudioTower, Llm, ModelSection, PretrainedModel
 from vlm_tune.config.native import NativeModel
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.rules import check_parts
@@ -73,7 +73,13 @@ def _own_section(folder: Path, source: PretrainedModel) -> ModelSection:
             bidirectional=llm.bidirectional,
             **source.llm.model_dump(),
         )
-    tower = section.tower.model_copy(update=_overrides(source))
+    overrides = _overrides(source)
+    if overrides and isinstance(section.tower, AudioTower):
+        raise ModelError(
+            f"model.tower.{min(overrides)}: {quoted(str(folder))} hears audio, and the options of "
+            "a tower beside model.pretrained are those of images"
+        )
+    tower = section.tower.model_copy(update=overrides)
     boxes = section.boxes if source.boxes is None else source.boxes
     return section.model_copy(update={"llm": llm, "tower": tower, "boxes": boxes})
 
