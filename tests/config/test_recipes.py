@@ -28,6 +28,8 @@ from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vlm import VisionLanguageConfig
+from vlm_tune.model.weights import count_of
+from vlm_tune.resources import resource_folder
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 LARGE = {
@@ -213,6 +215,21 @@ def test_internvl_3_5_1b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> N
     }
     total = sum(parameter.numel() for parameter in model.parameters())
     assert 1.0e9 < total - 28 * 16 * layer < 1.1e9
+
+
+def test_qwen3_vl_4b_builds_and_tunes_at_its_real_shape() -> None:
+    """From the config that is shipped: in each layer 16 rows of LoRA on 7 packed matrices."""
+    name = resource_folder("data_templates") / "models" / "Qwen" / "Qwen3-VL-4B-Instruct"
+    recipe = load_recipe(RECIPES / "qwen3-vl-4b-qlora.yaml", {"model.pretrained": str(name)})
+    model, _ = bare_model(recipe)
+    layer = (2560 + 4096) + 2 * (2560 + 1024) + (4096 + 2560) + 3 * (2560 + 9728)
+    assert trained(tuned(model, recipe)) == {
+        "tower.*": 0,
+        "connector.*": 0,
+        "llm.*": 36 * 16 * layer,
+    }
+    weights = sum(count_of(parameter) for parameter in model.parameters())
+    assert 4.4e9 < weights - 36 * 16 * layer < 4.5e9
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlm_tune.config.model import NativeSection
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.gguf.export import export_gguf, gguf_reasons
 from vlm_tune.exporting.hf_export import export_transformers, transformers_reasons
+from vlm_tune.exporting.native_model import export_native
 from vlm_tune.exporting.peft_adapter import adapter_reasons, export_adapter
 from vlm_tune.exporting.source import ExportReport
 from vlm_tune.model.base_places import BaseArgument, base_choice
 from vlm_tune.model.build import planned_config
 from vlm_tune.model.checkpoint import find_single
+from vlm_tune.model.restoring import read_config
 from vlm_tune.paths import check_path
 from vlm_tune.precision import dtype_name
 from vlm_tune.quoting import quoted
@@ -37,7 +40,7 @@ def export(
     """Exports a run, a checkpoint or a merged folder for another library.
 
     - `format="transformers"`: a model that plain transformers opens, of the class that it started
-      from (LLaVA-NeXT, Idefics3, SmolVLM, InternVL, Gemma 3), or else a
+      from (LLaVA-NeXT, Idefics3, SmolVLM, InternVL, Gemma 3, `kind: native`), or else a
       `LlavaForConditionalGeneration`.
     - `format="adapter"`: the LLM's adapter as a PEFT folder, with the connector and the tower's
       changes beside it.
@@ -72,6 +75,10 @@ def export(
     if format not in FORMATS:
         raise ModelError(f"format: there is no {quoted(format)}; there are {', '.join(FORMATS)}")
     dtype = dtype if format == "gguf" and dtype == "q8_0" else dtype_name(dtype)
+    if format == "transformers" and isinstance(
+        read_config(find_single(path), choice).model, NativeSection
+    ):
+        return export_native(path, output, dtype, max_shard_size, verify, choice)
     if format == "transformers":
         return export_transformers(path, output, dtype, max_shard_size, verify, choice)
     if format == "adapter":

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config.model import Tower
+from vlm_tune.config.model import NativeSection, Tower
 from vlm_tune.data.images.decode import decode_image, encoded_bytes
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import ModelError
@@ -67,6 +67,8 @@ def transformers_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
 
     `text` is the LLM's transformers config, None for an encoder-decoder.
     """
+    if isinstance(config.model, NativeSection):
+        return []
     return target_of(config).reasons(config, text)
 
 
@@ -168,7 +170,7 @@ def compared(
     return check_answers(expected, exported, texts, tolerance)
 
 
-def _messages(row: Conversation, *, prompt: bool = False) -> list[dict[str, Any]]:
+def messages_of(row: Conversation, *, prompt: bool = False) -> list[dict[str, Any]]:
     """A conversation in the form that transformers' processors take, with decoded images."""
 
     def part(one: str | Media) -> dict[str, Any]:
@@ -180,9 +182,10 @@ def _messages(row: Conversation, *, prompt: bool = False) -> list[dict[str, Any]
     return [{"role": turn.role, "content": [part(one) for one in turn.parts]} for turn in turns]
 
 
-def _inputs(
+def their_inputs(
     processor: Any, model: VisionLanguageNetwork, messages: list[dict[str, Any]], *, prompt: bool
 ) -> Any:
+    """The arguments of a forward pass that an exported processor makes of messages."""
     return processor.apply_chat_template(
         messages, add_generation_prompt=prompt, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
@@ -198,7 +201,7 @@ def _their_logits(
     """
     image_token = theirs.config.image_token_id
     (example,) = model.processor.examples(row)
-    inputs = _inputs(processor, model, _messages(row), prompt=False)
+    inputs = their_inputs(processor, model, messages_of(row), prompt=False)
     ids = (
         torch.from_numpy(example.input_ids)
         .long()
@@ -219,7 +222,7 @@ def _their_logits(
 def _their_answer(
     theirs: Any, processor: Any, model: VisionLanguageNetwork, row: Conversation
 ) -> str:
-    inputs = _inputs(processor, model, _messages(row, prompt=True), prompt=True)
+    inputs = their_inputs(processor, model, messages_of(row, prompt=True), prompt=True)
     ids = theirs.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
     return AnswerReader(model.processor, ()).answer(ids.tolist(), None).text
 

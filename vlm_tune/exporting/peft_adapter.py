@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vlm_tune.config.model import NativeSection
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.card import model_card
@@ -21,6 +22,7 @@ from vlm_tune.exporting.native_adapter import (
     WORDS_ADDED,
     write_native_adapter,
 )
+from vlm_tune.exporting.native_model import write_adapter_over_native
 from vlm_tune.exporting.source import EXACT, ExportReport, commit_export
 from vlm_tune.exporting.verify import probe_rows
 from vlm_tune.model.base_places import BaseChoice
@@ -60,11 +62,12 @@ CONNECTOR_NOTE = (
 def adapter_reasons(recipe: Recipe, config: VisionLanguageConfig) -> list[str]:
     """The reasons why a recipe's result can't be exported as an adapter over a named model."""
     rules = [rule for _, stage in recipe.resolved_stages() for rule in stage.tune]
-    of_llm = [rule for rule in rules if rule.match.split(".")[0] in ("llm", "*")]
+    native = isinstance(config.model, NativeSection)
+    of_llm = [rule for rule in rules if native or rule.match.split(".")[0] in ("llm", "*")]
     name = config.llm.name
     tower = [rule for rule in rules if rule.match.split(".")[0] == "tower"]
-    whole = name is not None and find_vlm(name) is not None and not _is_part(name)
-    trained = config.llm.quantize is None and any(rule.trains_base for rule in of_llm)
+    whole = not native and name is not None and find_vlm(name) is not None and not _is_part(name)
+    trained = not native and config.llm.quantize is None and any(r.trains_base for r in of_llm)
     return applying(
         (all(rule.how != "lora" for rule in of_llm), "no rule puts LoRA on the llm"),
         (
@@ -73,7 +76,7 @@ def adapter_reasons(recipe: Recipe, config: VisionLanguageConfig) -> list[str]:
         ),
         (name is not None and trained, "its language model's own weights are trained too"),
         (
-            name is not None and not trained and _is_part(name),
+            not native and name is not None and not trained and _is_part(name),
             f"its language model is a part of {name}, which PEFT can't load alone",
         ),
         (whole and any(rule.how != "frozen" for rule in tower), TOWER_TRAINED),
@@ -99,8 +102,9 @@ def export_adapter(
             f"the adapter's base is no model with a name, it is in {source}: use merge, or "
             "--format transformers"
         )
-    vlm = find_vlm(config.llm.name)
-    if _is_part(config.llm.name):
+    native = isinstance(config.model, NativeSection)
+    vlm = None if native else find_vlm(config.llm.name)
+    if not native and _is_part(config.llm.name):
         raise ModelError(
             f"the adapter's base is a part of {config.llm.name}, which PEFT can't load alone: use "
             "merge, or --format transformers"
@@ -117,13 +121,17 @@ def export_adapter(
 
     def write(folder: Path) -> tuple[ExportReport, str]:
         shutil.copytree(source / ADAPTERS["llm"], folder, dirs_exist_ok=True)
-        for name in BESIDE:
+        for name in () if native else BESIDE:
             if (source / name).is_dir():
                 shutil.copytree(source / name, folder / name)
             elif (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         if (source / OWN).is_file():
             _add_own_weights(folder, source)
+        if native:
+            report = write_adapter_over_native(folder, path, source, base, verify=verify)
+            report = replace(report, output=str(output), notes=_server_notes(folder))
+            return report, _adapter_card(path, config, report)
         tensors = read_safetensors(folder / "adapter_model.safetensors")
         report = ExportReport(
             str(output), "adapter", "fp32", [], sum(map(torch.numel, tensors.values())), None, None

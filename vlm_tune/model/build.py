@@ -20,7 +20,6 @@ from vlm_tune.config.model import (
     QFormerConnector,
     TimmTower,
 )
-from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate
@@ -50,7 +49,7 @@ from vlm_tune.model.pretrained.language_model import (
     scratch_llm,
 )
 from vlm_tune.model.pretrained.native import (
-    check_own_template,
+    fit_template,
     load_native_processor,
     native_images,
     recipe_template,
@@ -146,12 +145,13 @@ def bases_of(model: VisionLanguageNetwork, *, bare: bool = False) -> dict[str, B
 
 
 def _config(
-    recipe: Recipe, section: AnySection, tower: MediaTower, template: ChatTemplate
+    recipe: Recipe, section: AnySection, tower: MediaTower, template: ChatTemplate | None
 ) -> VisionLanguageConfig:
+    """The config of a recipe's model; the template is None for one that is only planned."""
     return VisionLanguageConfig(
         model=section,
         tower_rebuild=tower.rebuild,
-        template=template.model_dump(),
+        template={} if template is None else template.model_dump(),
         system=recipe.data.system,
         max_length=recipe.data.max_length,
         precision=recipe.last_stage.train.precision,
@@ -238,8 +238,8 @@ def _processor(
         words=tuple(section.llm.words),
         boxes=section.boxes,
     )
-    if template.name == OWN_TEMPLATE:
-        check_own_template(processor, native)
+    if native is not None:
+        fit_template(processor, native, saved=folder is not None)
     return processor
 
 
@@ -374,7 +374,6 @@ def bare_model(
         ModelError: a name is unknown.
     """
     section = model_section(recipe)
-    template = recipe_template(recipe, section)
     ids = tokenizer or SimpleNamespace(
         **{f"{name}_id": place for place, name in enumerate(SPECIALS)}
     )
@@ -395,7 +394,7 @@ def bare_model(
     )
     processor: Any = SimpleNamespace(spec=spec, stop_ids=[spec.eos_id])
     return VisionLanguageNetwork(
-        _config(recipe, section, tower, template), tower, connector, llm, processor
+        _config(recipe, section, tower, None), tower, connector, llm, processor
     ), measured
 
 
@@ -429,7 +428,7 @@ def planned_config(recipe: Recipe) -> tuple[VisionLanguageConfig, Any]:
     else:
         ids: Any = SimpleNamespace(**{f"{name}_id": place for place, name in enumerate(SPECIALS)})
         text = scratch_config(section.llm, section.llm.scratch, ids, section.llm.scratch.vocab_size)
-    return _config(recipe, section, tower, recipe_template(recipe, section)), text
+    return _config(recipe, section, tower, None), text
 
 
 def restore_tower(

@@ -96,7 +96,11 @@ def cache_choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, g
     """
     setting = stage.train.cache_features
     if model.llm.native:
-        return Choice(False, "a native model's own forward pass takes images alone")
+        return Choice(
+            False,
+            "a native model's own forward pass takes images, and what its tower computes of them "
+            "is not planned",
+        )
     if stage.data.streaming or stage.data.augment:
         return Choice(False, f"images are {'streamed' if stage.data.streaming else 'augmented'}")
     if trains_tower(model):

@@ -68,11 +68,25 @@ def clean(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def same_adapter(one: Any, other: Any) -> bool:
-    """Whether two LoRA configs describe the same adapter."""
-    return all(getattr(one, key) == getattr(other, key) for key in SETTINGS) and set(
-        one.target_modules
-    ) == set(other.target_modules)
+def same_adapter(module: nn.Module, one: Any, other: Any) -> bool:
+    """Whether two LoRA configs describe the same adapter of a module.
+
+    PEFT shortens a long list of target modules, so the layers that the names stand for count.
+    """
+    return all(getattr(one, key) == getattr(other, key) for key in SETTINGS) and (
+        _targets(module, one) == _targets(module, other)
+    )
+
+
+def _targets(module: nn.Module, config: Any) -> set[str]:
+    """The layers that the target modules of a LoRA config stand for, by PEFT's rule."""
+    names = {clean(f"{name}.").removesuffix(".") for name, _ in module.named_modules()}
+    return {
+        name
+        for name in names
+        if not is_adapter(name)
+        and any(name == target or name.endswith(f".{target}") for target in config.target_modules)
+    }
 
 
 def is_pissa(config: Any) -> bool:

@@ -59,7 +59,7 @@ def apply_lora_rules(
             present is not None
             and config is not None
             and sharing == present_sharing
-            and same_adapter(present.peft_config["default"], config)
+            and same_adapter(module, present.peft_config["default"], config)
         ):
             continue
         if present_sharing is not None:

@@ -32,9 +32,8 @@ def load_dtype(recipe: Recipe) -> torch.dtype:
     fp32 keeps the base weights exact. A quantised LLM is always loaded in the training precision:
     the parameters that train beside its quantised weights are separate fp32 tensors.
     """
-    native = isinstance(recipe.model, NativeModel)
     full = recipe.model.llm.quantize is None and any(
-        rule.trains_base and (native or rule.match.startswith("llm") or rule.match.startswith("*"))
+        rule.trains_base and (rule.match.startswith("llm") or rule.match.startswith("*"))
         for _, stage in recipe.resolved_stages()
         for rule in stage.tune
     )

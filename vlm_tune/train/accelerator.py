@@ -15,6 +15,7 @@ from accelerate.utils import (
 )
 
 from vlm_tune.compat import allow_precision, launched_without_others
+from vlm_tune.config.native import NativeModel
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import Problem, RecipeError, TrainingError
 from vlm_tune.precision import precision_note
@@ -45,7 +46,11 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
         kwargs_handlers=[
             _group(recipe.train.timeout),
             # DDP sends the gradients themselves and no copies of them.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True,
+                # A native model's own forward pass runs no tower on rows without images.
+                find_unused_parameters=isinstance(recipe.model, NativeModel),
+            ),
         ],
         # Given here, so that the recipe decides and not an accelerate config.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

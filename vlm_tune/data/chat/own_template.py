@@ -22,28 +22,23 @@ MARKS = ("first question", "first answer", "second question", "second answer")
 SYSTEM = "system words"
 
 
-def own_template(
-    render: Render, special: Sequence[str], bos: str | None, jinja: str
-) -> ChatTemplate:
+def own_template(render: Render, special: Sequence[str]) -> ChatTemplate:
     """Takes a chat template apart.
 
     Args:
         render: runs the template.
         special: the tokenizer's special tokens, by their texts.
-        bos: the tokenizer's start token.
-        jinja: the template.
 
     Raises:
         DataError: it can't be taken apart.
     """
     turns = _turns(render)
     start, system, default = _system(render, turns)
-    opening = bos if bos and start.startswith(bos) else ""
     pieces = _Pieces(special)
     return ChatTemplate(
         name=OWN_TEMPLATE,
         layouts=["causal"],
-        start=[*pieces.of(opening), *pieces.of(start[len(opening) :])],
+        start=pieces.of(start),
         system=[]
         if system is None
         else [*pieces.of(system[0]), Piece(content="prompt"), *pieces.of(system[1])],
@@ -59,7 +54,6 @@ def own_template(
         ],
         default_system=default,
         strip=_strips(render),
-        jinja=jinja,
     )
 
 

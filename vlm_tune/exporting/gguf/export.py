@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vlm_tune.config.model import NativeSection
 from vlm_tune.data.chat.template import ChatTemplate
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import ModelError
@@ -126,6 +127,8 @@ def gguf_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
 
     `text` is the LLM's transformers config, None for an encoder-decoder.
     """
+    if isinstance(config.model, NativeSection):
+        return ["a model of kind: native has the layout of its own checkpoint"]
     language = (
         ["its language model is an encoder-decoder"] if text is None else decoder_reasons(text)
     )

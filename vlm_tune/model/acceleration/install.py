@@ -228,7 +228,8 @@ def running(
         return report
     for module in llm.model.modules():
         if is_decoder_layer(module):
-            report.add(LAYER, _layer_reason(module, dtype, place))
+            stays = "a native model's own forward pass stays as it is" if llm.native else None
+            report.add(LAYER, stays or _layer_reason(module, dtype, place))
         if isinstance(module, GatedModule):
             report.add(MLP, _mlp_reason(module, dtype, place))
         if isinstance(module, LoraLinear):

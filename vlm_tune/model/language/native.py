@@ -115,8 +115,15 @@ class NativeLLM(LanguageModel):
 
     @property
     def image_id(self) -> int:
-        """The id of the tokens that the model puts image features in the places of."""
-        return int(self.model.config.image_token_id)
+        """The id of the tokens that the model puts image features in the places of.
+
+        Raises `ModelError` for a config without one.
+        """
+        token = getattr(self.model.config, "image_token_id", None)
+        if token is None:
+            name = type(self.model).__name__
+            raise ModelError(f"a {name} can't be used here: its config has no image_token_id")
+        return int(token)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The arguments of the model's own forward pass for a batch.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from vlm_tune.config.native import OWN_TEMPLATE, NativeModel
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.own_template import Render, image_text, message, own_template, refusal
 from vlm_tune.data.chat.processor import Processor
-from vlm_tune.data.chat.template import ChatTemplate, load_template
+from vlm_tune.data.chat.template import ChatTemplate, load_template, processor_jinja
 from vlm_tune.data.images.decode import decode_image, encoded_bytes
 from vlm_tune.data.images.native import OF_TEXT, NativeImages, joined_inputs, prepared_images
 from vlm_tune.data.types import Conversation, Media, Message
@@ -133,10 +134,7 @@ def special_tokens(tokenizer: Any) -> list[str]:
 
 def template_of(processor: Any) -> ChatTemplate:
     """A processor's own chat template. Raises `DataError` if it can't be taken apart."""
-    tokenizer = processor.tokenizer
-    return own_template(
-        renderer(processor), special_tokens(tokenizer), tokenizer.bos_token, processor.chat_template
-    )
+    return own_template(renderer(processor), special_tokens(processor.tokenizer))
 
 
 def recipe_template(recipe: Recipe, section: AnySection) -> ChatTemplate:
@@ -193,6 +191,30 @@ def _tried_images() -> list[Image]:
     from PIL import Image
 
     return [Image.radial_gradient("L").resize(size).convert("RGB") for size in TRIED]
+
+
+def fit_template(processor: Processor, native: Any, *, saved: bool) -> None:
+    """Makes a native model's own processor write chats as they are trained.
+
+    The checkpoint's own template is compared with it, and stays unless the recipe has a system
+    text. Another chat format takes its place.
+
+    Args:
+        processor: the processor of the model.
+        native: transformers' own, changed in place.
+        saved: whether it comes from a folder that was saved so.
+
+    Raises:
+        DataError: the checkpoint's own template gives other ids.
+    """
+    if saved:
+        return
+    if processor.template.name == OWN_TEMPLATE:
+        check_own_template(replace(processor, system=None), native)
+        if processor.system is None:
+            return
+    text = processor_jinja(processor.template, processor.system, image_text(renderer(native)))
+    native.chat_template = native.tokenizer.chat_template = text
 
 
 def check_own_template(processor: Processor, native: Any) -> None:

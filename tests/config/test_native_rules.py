@@ -1,0 +1,44 @@
+"""Settings that a native model does not take are refused, each with its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.native_models import with_native
+from tests.helpers.tiny_models import parsed
+from tests.helpers.tiny_recipes import tiny_text
+from vlm_tune.errors import RecipeError
+
+
+def refused(text: str, **changes: object) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parsed(text, **changes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "reason"),
+    [
+        ({"data__group": "image"}, "data.group", "reads one sample a row"),
+        ({"data__packing": True}, "data.packing", "samples can't be packed"),
+        ({"data__augment": {"flip": 0.5}}, "data.augment", "augments none"),
+        ({"train__cache_features": True}, "train.cache_features", "no features of a cache"),
+        ({"objective": {"kind": "dpo"}}, "objective.kind", "language_modeling alone"),
+        ({"objective__image_noise": 0.1}, "objective.image_noise", "no noise"),
+        ({"engine": {"kind": "fsdp"}}, "engine", "not sharded"),
+        ({"model__min_pixels": 9, "model__max_pixels": 8}, "model.max_pixels", "under min_pixels"),
+        ({"tune__1__how": "last_layers", "tune__1__layers": 1}, "tune.1.how", "not for a native"),
+        ({"tune__1__layer_decay": 0.9}, "tune.1.layer_decay", "not for a native model"),
+    ],
+)
+def test_each_is_refused(changes: dict[str, object], place: str, reason: str) -> None:
+    text = with_native(tiny_text("causal", Path("rows.jsonl"), Path("run")), "vlm")
+    message = refused(text, **changes)
+    assert place in message and reason in message
+
+
+def test_the_checkpoints_own_template_is_a_native_models() -> None:
+    text = tiny_text("causal", Path("rows.jsonl"), Path("run"))
+    assert "template: own is of model.kind: native" in refused(text, data__template="own")
