@@ -110,6 +110,14 @@ def processor(
     return Processor(tokens, load_template(name), spec, ImageProcessor(16))
 
 
+def fitting(name: str, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns that a format takes: for one that takes one question, those up to its answer."""
+    if not load_template(name).one_question:
+        return messages
+    question = next(place for place, turn in enumerate(messages) if turn.role == "user")
+    return messages[: question + 2]
+
+
 def turns(*texts: str, system: str | None = None, image: bool = False) -> tuple[Message, ...]:
     """User and assistant in turn, the image first."""
     out = [Message("system", (system,))] if system is not None else []

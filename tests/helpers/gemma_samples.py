@@ -1,10 +1,10 @@
-"""Tiny Gemma 3 models as transformers writes them, with their processors."""
+"""Tiny Gemma 3 and PaliGemma models as transformers writes them, with their processors."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken
@@ -144,20 +144,84 @@ def save_gemma3(folder: Path, *, tied: bool = True, **changes: Any) -> Any:
     return theirs
 
 
+@cache
+def paligemma_tokenizer() -> Any:
+    """A tokenizer of the format's texts; the processor adds its tokens of places and images."""
+    rows = [Conversation("", turns(text, text)) for text in TEXTS]
+    return train_tokenizer(rows, 420, load_template("paligemma"))
+
+
+def save_paligemma(folder: Path, language: Literal["gemma", "gemma2"], *, tied: bool = True) -> Any:
+    """A tiny PaliGemma with its processor; over a Gemma 2 it is a PaliGemma 2."""
+    import transformers
+
+    images: Any = transformers.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
+    images.image_seq_length = 16
+    paligemma_tokenizer().save_pretrained(folder)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    processor = transformers.PaliGemmaProcessor(images, tokenizer)
+    processor.save_pretrained(folder)
+    torch.manual_seed(7)
+    windows = {
+        "query_pre_attn_scalar": 16,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    }
+    config = transformers.PaliGemmaConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            **VISION,
+            "image_size": SIDE,
+            "patch_size": 8,
+            "projection_dim": 32,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": language,
+            "vocab_size": len(tokenizer) + 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "max_position_embeddings": 256,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            **(windows if language == "gemma2" else {}),
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        projection_dim=32,
+        hidden_size=32,
+        tie_word_embeddings=tied,
+    )
+    theirs = stir(transformers.PaliGemmaForConditionalGeneration(config))
+    theirs.save_pretrained(folder)
+    # sdpa, its default, leaves out the cap of scores.
+    theirs.set_attn_implementation("eager")
+    return theirs
+
+
+SO400M = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+"""The shape of SigLIP So400m/14."""
+
+
 def write_gemma3_4b(folder: Path) -> None:
     """Writes the configs of Gemma 3 4B."""
     import transformers
 
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 896,
-        "patch_size": 14,
-        "vision_use_head": False,
-    }
+    vision = {**SO400M, "image_size": 896}
     text = {
         "hidden_size": 2560,
         "intermediate_size": 10240,
@@ -171,3 +235,26 @@ def write_gemma3_4b(folder: Path) -> None:
     transformers.Gemma3ImageProcessorPil(
         size={"height": 896, "width": 896}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(folder)
+
+
+def write_paligemma2_3b(folder: Path) -> None:
+    """Writes the configs of PaliGemma 2 3B at 224 pixels."""
+    import transformers
+
+    text = {
+        "model_type": "gemma2",
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 257216,
+    }
+    transformers.PaliGemmaConfig(
+        vision_config={**SO400M, "image_size": 224, "projection_dim": 2304},
+        text_config=text,
+        image_token_index=257152,
+        projection_dim=2304,
+        hidden_size=2304,
+    ).save_pretrained(folder)
+    transformers.SiglipImageProcessorPil(size={"height": 224, "width": 224}).save_pretrained(folder)

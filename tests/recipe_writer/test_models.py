@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.gemma_samples import save_gemma3, save_paligemma
 from tests.helpers.vlm_samples import save_idefics3
 from vlm_tune.config.model import ModelSection
 from vlm_tune.recipe_writer import fit as fitting
@@ -125,6 +126,19 @@ def test_a_model_that_cuts_images_is_left_to_cut_them(tmp_path: Path) -> None:
         assert "model.tower" not in draft.values
         assert choice.splits and choice.image_tokens == 5 * (4 + 3)
         assert draft.values["data.max_length"] >= 8 * 5 * 7
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_questions_share_an_image_where_the_model_lets_them(shares: bool, tmp_path: Path) -> None:
+    """A PaliGemma's images see their question; a Gemma 3's do not."""
+    if shares:
+        save_gemma3(tmp_path / "vlm")
+    else:
+        save_paligemma(tmp_path / "vlm", "gemma")
+    choice = named_model(str(tmp_path / "vlm"), None)
+    draft = draft_of(choice, CPU, FACTS, 1)
+    assert draft.values["data.template"] == ("gemma3" if shares else "paligemma")
+    assert draft.values.get("data.group") == ("image" if shares else None)
 
 
 def test_rows_of_many_images_get_fewer_tokens_for_each() -> None:

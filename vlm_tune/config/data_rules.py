@@ -67,7 +67,14 @@ def _group_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
             ("data", "group"),
             "a text-conditioned connector reads an image once a question, so it needs "
             "data.group: none",
-        )
+        ),
+        (
+            data.get("group") == "image"
+            and value_at(raw, "model", "llm", "bidirectional") == "prompt",
+            ("data", "group"),
+            "the tokens of an image see its question (model.llm.bidirectional: prompt), so "
+            "questions share no prefix: set data.group: none",
+        ),
     )
 
 

@@ -424,10 +424,11 @@ class Llm(Config):
         default=None, description="load the frozen linear layers in 4 or 8 bit"
     )
     attention: Attention = ATTENTION
-    bidirectional: Literal["images"] | None = Field(
+    bidirectional: Literal["images", "prompt"] | None = Field(
         default=None,
         description="tokens of a decoder that see each other both ways, where others see earlier "
-        "ones alone: `images`, those of one image (Gemma 3)",
+        "ones alone: `images`, those of one image (Gemma 3); `prompt`, all before the answer "
+        "(PaliGemma)",
     )
     added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],

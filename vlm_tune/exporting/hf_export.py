@@ -20,6 +20,7 @@ from vlm_tune.exporting.internvl_layout import INTERNVL
 from vlm_tune.exporting.llava_layout import LLAVA
 from vlm_tune.exporting.llava_next_layout import LLAVA_NEXT
 from vlm_tune.exporting.merge import check_output
+from vlm_tune.exporting.paligemma_layout import PALIGEMMA
 from vlm_tune.exporting.source import (
     Expected,
     ExportReport,
@@ -36,6 +37,7 @@ from vlm_tune.exporting.source import (
 from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_single
+from vlm_tune.model.hub import config_source
 from vlm_tune.model.pretrained.tokenizer import pin_tokenizer
 from vlm_tune.model.restoring import read_config
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
@@ -55,9 +57,13 @@ TARGETS_BY_SPLIT = {"gemma3": GEMMA3, "llava_next": LLAVA_NEXT}
 
 
 def target_of(config: VisionLanguageConfig) -> Target:
-    """The layout that a model is written in: that of its tower or its tiles, or LLaVA's."""
+    """The layout that a model is written in: that of its prompts, tiles or tower, or LLaVA's."""
     tower = config.model.tower
-    if isinstance(tower, Tower) and tower.split and tower.split.kind in TARGETS_BY_SPLIT:
+    if not isinstance(tower, Tower):
+        return LLAVA
+    if config.llm.bidirectional == "prompt":
+        return PALIGEMMA
+    if tower.split and tower.split.kind in TARGETS_BY_SPLIT:
         return TARGETS_BY_SPLIT[tower.split.kind]
     return TARGETS.get(config.tower_rebuild.get("vision_config", {}).get("model_type"), LLAVA)
 
@@ -140,11 +146,23 @@ def verify_transformers(
     from transformers import AutoModelForImageTextToText
 
     opened: Any = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
+        folder, dtype=torch.float32, output_loading_info=True, **exact_attention(str(folder))
     )
     theirs, info = opened
     check_loading(info, "nothing was written: the exported weights do not fit")
     return compared(theirs.eval(), folder, model, expected, tolerance), True
+
+
+def exact_attention(name: str) -> dict[str, str]:
+    """transformers' option for attention that caps its scores, where a model's config says so.
+
+    sdpa, its default, leaves the cap out.
+    """
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(config_source(name)).get_text_config()
+    capped = getattr(text, "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
 
 
 def compared(
@@ -186,6 +204,9 @@ def their_inputs(
     processor: Any, model: VisionLanguageNetwork, messages: list[dict[str, Any]], *, prompt: bool
 ) -> Any:
     """The arguments of a forward pass that an exported processor makes of messages."""
+    make = target_of(model.config).inputs
+    if make is not None:
+        return make(processor, messages).to(model.device)
     return processor.apply_chat_template(
         messages, add_generation_prompt=prompt, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(model.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class Target:
         empty: makes the model with its weights on the meta device, for the id of the image's token
             and a dtype, and gives it with the weights of its parts.
         image_token: the token whose id stands in an image's slots.
+        inputs: makes a processor's inputs of messages, where its chat template takes prompts alone.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Target:
     processor: Callable[[VisionLanguageNetwork], Any]
     empty: Callable[[VisionLanguageNetwork, int, torch.dtype], tuple[Any, Weights]]
     image_token: str = IMAGE_TOKEN
+    inputs: Callable[[Any, Sequence[dict[str, Any]]], Any] | None = None
 
 
 def vision_of(model: VisionLanguageNetwork) -> tuple[VisionTower, ImageProcessor]:

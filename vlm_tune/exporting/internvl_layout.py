@@ -17,6 +17,7 @@ from vlm_tune.exporting.hf_layout import (
     vision_of,
     written_tokenizer,
 )
+from vlm_tune.exporting.llava_layout import bidirectional_reasons
 from vlm_tune.model.connectors.projectors import PixelShuffle
 from vlm_tune.model.vision.transformers_tower import TransformersVision
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
@@ -54,6 +55,7 @@ def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
             ),
         ),
         *decoder_reasons(text, "InternVL"),
+        *bidirectional_reasons(config),
     ]
 
 

@@ -65,7 +65,7 @@ def bidirectional_reasons(config: VisionLanguageConfig) -> list[str]:
     return applying(
         (
             config.llm.bidirectional is not None,
-            "tokens of its images see each other both ways (model.llm.bidirectional)",
+            "some of its tokens see each other both ways (model.llm.bidirectional)",
         )
     )
 

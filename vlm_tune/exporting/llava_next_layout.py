@@ -16,7 +16,7 @@ from vlm_tune.exporting.hf_layout import (
     vision_of,
     written_tokenizer,
 )
-from vlm_tune.exporting.llava_layout import vision_weights
+from vlm_tune.exporting.llava_layout import bidirectional_reasons, vision_weights
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.quoting import applying
 
@@ -54,6 +54,7 @@ def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
             ),
         ),
         *decoder_reasons(text, "LLaVA-NeXT"),
+        *bidirectional_reasons(config),
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting.hf_export import compared, target_of
+from vlm_tune.exporting.hf_export import compared, exact_attention, target_of
 from vlm_tune.exporting.source import ExportReport, expected_of
 from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.build import CONNECTOR, TOWER
@@ -140,6 +140,6 @@ def _over_checkpoint(folder: Path, vlm: Vlm) -> Any:
     from transformers import AutoModelForImageTextToText
 
     whole: Any = AutoModelForImageTextToText.from_pretrained(
-        config_source(vlm.name), dtype=torch.float32
+        config_source(vlm.name), dtype=torch.float32, **exact_attention(vlm.name)
     )
     return PeftModel.from_pretrained(whole, str(folder)).eval()

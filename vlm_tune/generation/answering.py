@@ -113,7 +113,12 @@ def continues(model: VisionLanguageNetwork, decoding: Decoding) -> bool:
 
 
 def shares_prefix(model: VisionLanguageNetwork, decoding: Decoding) -> bool:
-    """Whether one prefill of a decoder serves several continuations: branches, or later turns."""
+    """Whether one prefill of a decoder serves prompts that go on differently, or later turns."""
+    return model.llm.shares_beginnings and _branches(model, decoding)
+
+
+def _branches(model: VisionLanguageNetwork, decoding: Decoding) -> bool:
+    """Whether one prefill of a decoder serves several continuations of a prompt at least."""
     return (
         model.llm.layout == "causal"
         and continues(model, decoding)
@@ -129,10 +134,12 @@ def prompt_rows(
     Prompts that share an image, and equal prompts, are joined to one row if the model can continue
     its branches. A prompt that leaves too few positions for all new tokens gets a row of its own.
     """
-    joins = shares_prefix(model, decoding)
+    joins = _branches(model, decoding)
+    by_media = shares_prefix(model, decoding)
     groups: dict[Any, list[int]] = {}
     for place, prompt in enumerate(prompts):
-        shared = prompt.media or prompt.input_ids.tobytes()
+        whole = (prompt.media, prompt.input_ids.tobytes())
+        shared = prompt.media or whole if by_media else whole
         joined = joins and not _is_crowded(model, prompt, decoding)
         groups.setdefault(shared if joined else place, []).append(place)
     rows = [

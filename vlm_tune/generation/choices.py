@@ -285,7 +285,7 @@ def choice_rows(
     )
     groups: dict[Any, list[int]] = {}
     for place, (example, question) in enumerate(zip(examples, _question_of(counts), strict=True)):
-        key = example.media if causal and example.media else question
+        key = example.media if causal and example.media and llm.shares_beginnings else question
         groups.setdefault(key if shares else (place,), []).append(place)
     rows: list[Tree] = []
     for group in groups.values():

@@ -13,7 +13,7 @@ import torch
 
 from vlm_tune.generation.logprobs import TokenLogprobs
 from vlm_tune.generation.picking import Picker
-from vlm_tune.model.language.base import Branches
+from vlm_tune.model.language.row_buffers import Branches
 
 SPARED = 0.8
 """Share of unfinished branches below which the finished ones are dropped from the batch."""

@@ -29,7 +29,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.acceleration.install import install
 from vlm_tune.model.base_places import Base
 from vlm_tune.model.base_weights import llm_base, tower_base
-from vlm_tune.model.build_checks import check_memory
+from vlm_tune.model.build_checks import check_memory, check_questions
 from vlm_tune.model.connectors.instruction import Reader
 from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.connectors.registry import build_connector
@@ -227,6 +227,7 @@ def _processor(
 ) -> Processor:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {quoted(section.llm.name)} has no end token")
+    check_questions(section, template)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     native = load_native_processor(section, folder) if isinstance(section, NativeSection) else None
     processor = Processor(

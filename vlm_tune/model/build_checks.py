@@ -21,6 +21,7 @@ from torch import nn
 
 from vlm_tune.config.model import AudioTower, ModelSection, OpenClipTower, PairTower, Scratch
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.chat.template import ChatTemplate
 from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.quoting import REASON, cut, quoted
 
@@ -344,3 +345,16 @@ def _numbers(value: Any) -> Iterable[int | float]:
     elif isinstance(value, dict):
         for each in value.values():
             yield from _numbers(each)
+
+
+def check_questions(section: ModelSection, template: ChatTemplate) -> None:
+    """Raises `ModelError` for a chat format of several questions where prompts see them both ways.
+
+    In training the later ones would stand behind an answer, and be read one way.
+    """
+    if section.llm.bidirectional == "prompt" and not template.one_question:
+        raise ModelError(
+            f"data.template: the chat format {quoted(template.name)} takes later questions, whose "
+            "tokens would see each other both ways in a prompt alone (model.llm.bidirectional: "
+            "prompt); expected one with one_question, as paligemma"
+        )

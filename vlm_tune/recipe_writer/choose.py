@@ -213,7 +213,7 @@ def planned_tokens(facts: Facts, choice: ModelChoice) -> int | None:
 
 def _groups_images(facts: Facts, choice: ModelChoice) -> bool:
     """Whether the rows of an image are one unit; a decoder gains most from that."""
-    return choice.causal and facts.questions_per_image >= QUESTIONS
+    return choice.causal and choice.shares and facts.questions_per_image >= QUESTIONS
 
 
 def step_units(facts: Facts, choice: ModelChoice) -> int:

@@ -62,6 +62,7 @@ class ModelChoice:
     """A model in words, its size and kind, and a draft with what the recipe says about it.
 
     `image_tokens` is the most that an image takes. With `splits` the model cuts images in its way.
+    With `shares` the questions of an image can share it in a row.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ModelChoice:
     draft: Draft
     image_tokens: int
     splits: bool = False
+    shares: bool = True
 
 
 def candidates(
@@ -149,12 +151,14 @@ def named_model(model: str, tower: str | None) -> ModelChoice:
         causal = config.get("model", {}).get("llm", {}).get("kind") == "causal"
         whole = _whole(model, template, causal, "named by --model")
         cuts = config.get("model", {}).get("tower", {}).get("split") is not None
-        return replace(whole, size="small", splits=cuts)
+        shares = config.get("model", {}).get("llm", {}).get("bidirectional") != "prompt"
+        return replace(whole, size="small", splits=cuts, shares=shares)
     vlm = find_vlm(model)
     if vlm is not None:
         _refuse_tower(model, tower)
         causal = is_causal(vlm)
         whole = _whole(model, whole_template(vlm), causal, "named by --model")
+        whole = replace(whole, shares=vlm.family.bidirectional != "prompt")
         tokens = _split_tokens(vlm)
         return whole if tokens is None else replace(whole, image_tokens=tokens, splits=True)
     config = llm_config(Llm(kind="causal", name=model))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.chat_samples import CHAT, IMAGE, LAYOUTS, processor, turns
+from tests.helpers.chat_samples import CHAT, IMAGE, LAYOUTS, fitting, processor, turns
 from vlm_tune.data.types import Conversation
 
 FOLDER = Path(__file__).parent.parent.parent / "golden" / "chat"
@@ -25,6 +26,7 @@ ROW = Conversation(
 def golden(name: str) -> dict[str, Any]:
     """Ids (of bytes: the tokenizer has no merges) and labels, by layout."""
     examples: dict[str, Any] = {}
+    row = replace(ROW, messages=fitting(name, ROW.messages))
     for layout in [layout for other, layout in LAYOUTS if other == name]:
         chat_processor = processor(name, "bytes", layout)
         examples[layout] = [
@@ -36,7 +38,7 @@ def golden(name: str) -> dict[str, Any]:
                 "image": [int(place) for place in example.image_mask.nonzero()[0]],
                 "labels": example.labels.tolist(),
             }
-            for example in chat_processor.examples(ROW)
+            for example in chat_processor.examples(row)
         ]
     return examples
 

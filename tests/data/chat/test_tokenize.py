@@ -15,6 +15,7 @@ from tests.helpers.chat_samples import (
     IMAGE_SLOTS,
     LAYOUTS,
     Kind,
+    fitting,
     processor,
     tokenizer,
     turns,
@@ -92,6 +93,7 @@ def controls(example: Example, tokens: Any) -> list[list[int]]:
 def test_control_ids_occur_exactly_where_the_template_put_them(
     name: str, layout: Any, kind: Kind, conversation: Conversation
 ) -> None:
+    conversation = replace(conversation, messages=fitting(name, conversation.messages))
     chat_processor, tokens = processor(name, kind, layout), tokenizer(name, kind)
     control_ids = [controls(example, tokens) for example in chat_processor.examples(conversation)]
     assert control_ids == [
@@ -110,6 +112,7 @@ def test_control_ids_occur_exactly_where_the_template_put_them(
 def test_labels_are_exactly_the_trained_segments(
     name: str, layout: Any, conversation: Conversation
 ) -> None:
+    conversation = replace(conversation, messages=fitting(name, conversation.messages))
     chat_processor, template = processor(name, "bytes", layout), load_template(name)
     tokens = chat_processor.tokenizer
     end = [

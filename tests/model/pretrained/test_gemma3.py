@@ -121,7 +121,7 @@ def test_rows_that_join_and_leave_have_the_states_of_whole_rows(
     prompts = [model.processor.prompt(row) for row in (both, second)]
     rows = model.llm.rows()
     with torch.inference_mode():
-        expected = [_last_state(model, prompt) for prompt in prompts]
+        expected = [last_state(model, prompt) for prompt in prompts]
         batch = batch_of(model, prompts)
         lengths = [len(prompt.input_ids) for prompt in prompts]
         joined = (model.embed(batch), lengths, [None, None], model.llm.blocks(batch))
@@ -145,7 +145,7 @@ def test_rows_that_join_and_leave_have_the_states_of_whole_rows(
         assert largest(state, whole) <= 1e-5
 
 
-def _last_state(model: VisionLanguageModel, prompt: Example) -> torch.Tensor:
+def last_state(model: VisionLanguageModel, prompt: Example) -> torch.Tensor:
     batch = batch_of(model, [prompt])
     leaves = torch.tensor([[len(prompt.input_ids) - 1]])
     return model.llm.branches(model.embed(batch), batch, leaves, 1).hidden[0, 0]

@@ -33,6 +33,7 @@ from tests.helpers.tiny_models import (
 from tests.helpers.vlm_samples import save_idefics3, with_pretrained
 from tests.invariants.test_resume import assert_same_runs, run_of
 from vlm_tune.api import sft
+from vlm_tune.config.model import Idefics3Split
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import ModelError
@@ -278,7 +279,7 @@ def test_fewer_tiles_by_the_recipe(smolvlm: str) -> None:
     (row, *_) = rows_of(parsed(smolvlm))
     assert len(model.processor.prompt(row).media) == 1
     saved = model.config.model.tower.split
-    assert saved is not None and saved.longest_edge == 32
+    assert isinstance(saved, Idefics3Split) and saved.longest_edge == 32
 
 
 @pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])

@@ -21,6 +21,7 @@ from vlm_tune.resources import find_resource, resource_names
 class Piece(BaseModel):
     """One piece of a turn: literal text, a control token by its text, or the turn's content.
 
+    Of the content it may be the `images` alone, or the `words` alone.
     One that stands `before` text is left out of a turn whose content begins with an image, one
     with `unless: system` of a turn right after the system's.
     """
@@ -29,7 +30,7 @@ class Piece(BaseModel):
 
     text: str | None = None
     control: str | None = None
-    content: Literal["trained", "prompt"] | None = None
+    content: Literal["trained", "prompt", "images", "words"] | None = None
     trained: bool = False
     before: Literal["text"] | None = None
     unless: Literal["system"] | None = None
@@ -42,7 +43,8 @@ class ChatTemplate(BaseModel):
     text gets `default_system` if there is one. The control names `bos` and `eos` stand for the
     tokenizer's own tokens. `strip` removes white space at both ends of a turn; with `texts` at both
     ends of each text between its images, and none in a system's turn. `after_image` follows each
-    image, unless the text after it begins so.
+    image, unless the text after it begins so. With `one_question` a conversation is one question
+    and its answer, and its BOS token may stand in the question's turn.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -56,6 +58,7 @@ class ChatTemplate(BaseModel):
     default_system: str | None = None
     strip: bool | Literal["texts"] = False
     after_image: str = ""
+    one_question: bool = False
     jinja: str = ""
 
     @property
@@ -91,6 +94,7 @@ class ChatTemplate(BaseModel):
         segments: list[Segment] = [
             segment for piece in self.start for segment in self._piece(piece, None)
         ]
+        self._check_questions(messages, conversation)
         before: Message | None = None
         for message in messages:
             if message.role not in ROLES:
@@ -127,6 +131,17 @@ class ChatTemplate(BaseModel):
             for segment in joined_texts(segments)
         ]
 
+    def _check_questions(self, messages: Iterable[Message], conversation: Conversation) -> None:
+        roles = [message.role for message in messages]
+        if self.one_question and roles.count("user") != 1:
+            raise DataError(
+                f"the {self.name} format has one question and its answer, and not the turns "
+                f"{', '.join(roles)}",
+                source="conversation",
+                row=conversation.id,
+                kind="template",
+            )
+
     def _piece(self, piece: Piece, message: Message | None) -> list[Segment]:
         learned = message is None or message.trained
         if piece.before and message and message.parts and isinstance(message.parts[0], Media):
@@ -138,6 +153,9 @@ class ChatTemplate(BaseModel):
         assert message is not None
         trained = piece.content == "trained" and learned
         parts = self._images_ended(message.parts)
+        if piece.content in PARTS_OF_TURN:
+            images = piece.content == "images"
+            parts = [part for part in parts if isinstance(part, Media) == images]
         if self.strip == "texts":
             parts = parts if message.role == "system" else [_stripped([part])[0] for part in parts]
         elif self.strip:
@@ -183,6 +201,8 @@ def joined_texts(segments: Iterable[Segment]) -> list[Segment]:
     return joined
 
 
+PARTS_OF_TURN = ("images", "words")
+"""The contents of pieces that are not the whole of a turn's; so are the names of their macros."""
 TURN = "content(message)"
 """The Jinja expression of a turn's content."""
 BEGINS_WITH_TEXT = (
@@ -217,6 +237,8 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
         "{%- endmacro -%}",
         _written(template.start, ""),
     ]
+    if any(piece.content in PARTS_OF_TURN for piece in template.user):
+        lines += _macros_of_parts(image, whole, text)
     if system:
         words = system.strip() if template.strip is True else system
         lines += [
@@ -256,6 +278,24 @@ def _written_after_image(text: str) -> str:
     )
 
 
+def _macros_of_parts(image: str, whole: str, text: str) -> list[str]:
+    """The Jinja macros of `PARTS_OF_TURN`.
+
+    `whole` and `text` are the expressions of a content that is a text, and of a text in a list.
+    """
+    return [
+        "{%- macro images(message) -%}{%- if message['content'] is not string -%}",
+        "{%- for part in message['content'] if part['type'] == 'image' -%}"
+        f"{{{{- {_quoted(image)} -}}}}{{%- endfor -%}}",
+        "{%- endif -%}{%- endmacro -%}",
+        "{%- macro words(message) -%}{%- if message['content'] is string -%}"
+        f"{{{{- {whole} -}}}}{{%- else -%}}",
+        "{%- for part in message['content'] if part['type'] != 'image' -%}"
+        f"{{{{- {text} -}}}}{{%- endfor -%}}",
+        "{%- endif -%}{%- endmacro -%}",
+    ]
+
+
 def _unless_system(expression: str, other: str) -> str:
     """A Jinja expression that is another one in a system's turn."""
     return f"({other} if message['role'] == 'system' else {expression})"
@@ -270,6 +310,8 @@ def _written(pieces: list[Piece], content: str, *, system: bool = False) -> str:
     after_system = f"(loop.previtem['role'] == 'system' if loop.previtem is defined else {first})"
 
     def written(piece: Piece) -> str:
+        if piece.content in PARTS_OF_TURN:
+            return f"{piece.content}(message)"
         if piece.content:
             return content
         if piece.control in ("bos", "eos"):
@@ -348,7 +390,8 @@ def read_template(path: Path) -> ChatTemplate:
         for piece in getattr(template, role)
         if piece.control == "bos"
     ]
-    if bos or sum(piece.control == "bos" for piece in template.start) > 1:
+    starts = sum(piece.control == "bos" for piece in template.start)
+    if (bos and not template.one_question) or starts + len(bos) > 1:
         raise DataError(
             "the start token stands in a turn or twice: a conversation would begin more than once",
             source=str(path),

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from vlm_tune.compat import attention_name, flex_attention
 from vlm_tune.model.language.attention import MaskedAttention, whole_rows
-from vlm_tune.model.language.masks import WINDOWS, layer_kinds
+from vlm_tune.model.language.masks import WINDOWS, Blocks, layer_kinds
 
 DEVICE = "cuda"
 """The type of the devices that all of this is for."""
@@ -114,7 +114,7 @@ class CudaAttention(MaskedAttention):
         length: int,
         *,
         joinable: bool,
-        blocks: Tensor | None = None,
+        blocks: Blocks | None = None,
     ) -> Any:
         device = row_mask.device
         if blocks is not None:

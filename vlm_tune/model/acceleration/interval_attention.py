@@ -34,6 +34,7 @@ from vlm_tune.model.acceleration.flex_attention import (
 )
 from vlm_tune.model.acceleration.lora_layers import compute_dtype
 from vlm_tune.model.language.attention import MaskedAttention, Prefill
+from vlm_tune.model.language.masks import Blocks
 
 NAMES = {"eager": "vlm_tune_eager", "sdpa": "vlm_tune_sdpa"}
 """The names under which the attention is registered with transformers.
@@ -123,7 +124,7 @@ class IntervalAttention(MaskedAttention):
         length: int,
         *,
         joinable: bool,
-        blocks: Tensor | None = None,
+        blocks: Blocks | None = None,
     ) -> Any:
         # Rows may be on another device than the weights, which FSDP keeps on the CPU if it is told.
         if blocks is not None or not self._applies(model, row_mask.device):
@@ -150,7 +151,7 @@ class IntervalAttention(MaskedAttention):
         positions: Tensor,
         visible: Tensor,
         steps: int,
-        blocks: Tensor | None = None,
+        blocks: Blocks | None = None,
     ) -> Prefill:
         if blocks is None and self._applies(model, embeds.device):
             rows = IntervalPrefill(body, embeds, visible_until, positions)

@@ -67,7 +67,7 @@ class Family:
     parts: Callable[[Vlm], VlmParts]
     language: Callable[[Vlm], Any]
     modules: Mapping[str, str] = field(default_factory=dict)
-    bidirectional: Literal["images"] | None = None
+    bidirectional: Literal["images", "prompt"] | None = None
     by_language: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -11,6 +11,7 @@ from vlm_tune.model.families.idefics3 import IDEFICS3, SMOLVLM
 from vlm_tune.model.families.internvl import INTERNVL
 from vlm_tune.model.families.llava import LLAVA, LLAVA_ORIGINAL, ORIGINAL_TYPES
 from vlm_tune.model.families.llava_next import LLAVA_NEXT
+from vlm_tune.model.families.paligemma import PALIGEMMA
 from vlm_tune.model.hub import config_source
 
 FAMILIES: dict[str, Family] = {
@@ -22,6 +23,7 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": SMOLVLM,
     "internvl": INTERNVL,
     "gemma3": GEMMA3,
+    "paligemma": PALIGEMMA,
 }
 """The families by transformers' model type."""
 

@@ -18,7 +18,7 @@ from vlm_tune.model.language.kv_cache import (
     steps_of_room,
     takes_static_cache,
 )
-from vlm_tune.model.language.masks import layer_masks, tree_mask
+from vlm_tune.model.language.masks import Blocks, layer_masks, tree_mask
 
 
 class Prefill(Protocol):
@@ -69,7 +69,7 @@ class MaskedAttention:
         length: int,
         *,
         joinable: bool,
-        blocks: torch.Tensor | None = None,
+        blocks: Blocks | None = None,
     ) -> Any:
         """The attention mask that the model's body takes for rows.
 
@@ -81,16 +81,17 @@ class MaskedAttention:
             dtype: The type of the embeddings.
             length: S, the number of last tokens that are queries.
             joinable: Whether the model takes masks of joined rows.
-            blocks: Numbers int[B, L] of blocks whose tokens see each other both ways, as
-                `tree_mask` takes them; None where there are none.
+            blocks: The tokens that see each other both ways; None where none do.
         """
         if visible_until is None or positions is None:
             if blocks is None and (row_mask.device.type != "cuda" or not joinable):
                 return row_mask.long()
             # transformers looks whether a mask of rows has padding, for which the host would wait.
             visible_until, positions = whole_rows(row_mask)
-        tree = tree_mask(visible_until, blocks)[:, :, -length:]
-        return layer_masks(model.config, tree, positions[:, -length:], positions, dtype)
+        tree = tree_mask(visible_until)[:, :, -length:]
+        queries = positions[:, -length:]
+        last = None if blocks is None else blocks.last(length)
+        return layer_masks(model.config, tree, queries, positions, dtype, last)
 
     def prefill(
         self,
@@ -101,7 +102,7 @@ class MaskedAttention:
         positions: torch.Tensor,
         visible: torch.Tensor,
         steps: int,
-        blocks: torch.Tensor | None = None,
+        blocks: Blocks | None = None,
     ) -> Prefill:
         """Prefills joined rows.
 
@@ -138,7 +139,7 @@ class MaskedPrefill:
         visible_until: torch.Tensor,
         positions: torch.Tensor,
         visible: torch.Tensor,
-        blocks: torch.Tensor | None = None,
+        blocks: Blocks | None = None,
         cache: Any = None,
     ) -> None:
         from transformers import DynamicCache
@@ -150,9 +151,10 @@ class MaskedPrefill:
         self.visible = visible
         self.cached_positions = positions
         length = embeds.shape[1]
-        tree = tree_mask(visible_until, blocks)[:, :, -length:]
+        tree = tree_mask(visible_until)[:, :, -length:]
         queries = positions[:, -length:]
-        mask = layer_masks(self.config, tree, queries, positions, embeds.dtype)
+        last = None if blocks is None else blocks.last(length)
+        mask = layer_masks(self.config, tree, queries, positions, embeds.dtype, last)
         self.hidden = _run(self.body, self.cache, embeds, mask, queries)
 
     def step(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -192,7 +194,7 @@ class StaticPrefill:
         positions: torch.Tensor,
         visible: torch.Tensor,
         steps: int,
-        blocks: torch.Tensor | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
         _, branches, length = visible.shape
         self.steps_taken = 0
@@ -209,10 +211,11 @@ class StaticPrefill:
         self._open(visible)
         mask = layer_masks(
             self.config,
-            pad(tree_mask(visible_until, blocks), (0, room), value=False),
+            pad(tree_mask(visible_until), (0, room), value=False),
             positions,
             self.cached_positions,
             embeds.dtype,
+            None if blocks is None else blocks.padded(after=room),
         )
         self.hidden = _run(self.body, self.cache, embeds, mask, positions)
 

@@ -25,8 +25,9 @@ from vlm_tune.model.language.logits import (
     own_logits,
 )
 from vlm_tune.model.language.loss import Reduction, token_loss
+from vlm_tune.model.language.masks import Blocks
 from vlm_tune.model.language.positions import learned_positions
-from vlm_tune.model.language.row_buffers import Rows
+from vlm_tune.model.language.row_buffers import Branches, Rows
 from vlm_tune.model.language.virtual_tokens import VirtualTokens
 from vlm_tune.quoting import quoted, reason_of
 
@@ -90,24 +91,6 @@ class Loss(Protocol):
         temperature: float = 1.0,
         /,
     ) -> torch.Tensor: ...
-
-
-class Branches(Protocol):
-    """K branches of each of B rows, which are continued by a token per decode step.
-
-    Attributes:
-        hidden: Hidden states [B, K, E] of the branches' last tokens.
-    """
-
-    hidden: torch.Tensor
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """A decode step: the hidden states [B, K, E] of the branches' new tokens int64[B, K]."""
-        ...
-
-    def select(self, places: torch.Tensor) -> None:
-        """Drops all branches but those at `places` int64[B, K']."""
-        ...
 
 
 class LanguageModel(nn.Module):
@@ -178,14 +161,19 @@ class LanguageModel(nn.Module):
                 f"data.max_length to at most {self.longest - self.virtual}, or ask less"
             )
 
-    def blocks(self, batch: Batch) -> torch.Tensor | None:
-        """The numbers int64[B, L] of `tree_mask` for a batch's blocks; None if it has none."""
+    def blocks(self, batch: Batch) -> Blocks | None:
+        """The tokens of a batch that see each other both ways; None where none do."""
         return None
 
     @property
     def supports_intervals(self) -> bool:
         """Whether attention on this device can take `visible_until` in place of a mask."""
         return False
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether prompts that begin alike have the same states there."""
+        return True
 
     @cached_property
     def unjoined(self) -> str | None:

@@ -11,17 +11,20 @@ from torch.nn.functional import pad
 
 from vlm_tune.compat import cache_name
 from vlm_tune.data.types import Batch
+from vlm_tune.errors import ModelError
 from vlm_tune.model.language.attention import MaskedAttention, MaskedPrefill, whole_rows
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.causal_rows import CausalRows
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.kv_cache import crop_cache
 from vlm_tune.model.language.masks import (
+    Blocks,
     image_blocks,
     joining_reason,
     layer_masks,
-    same_block,
+    prompt_blocks,
     shared_rotation_reason,
+    shortest_window,
 )
 from vlm_tune.model.language.virtual_tokens import KeyValuePrefix
 
@@ -35,7 +38,7 @@ class CausalLLM(LanguageModel):
     """
 
     layout = "causal"
-    bidirectional: Literal["images"] | None = None
+    bidirectional: Literal["images", "prompt"] | None = None
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -59,10 +62,15 @@ class CausalLLM(LanguageModel):
             input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
         ).logits
 
-    def blocks(self, batch: Batch) -> torch.Tensor | None:
-        if self.bidirectional is None or not len(batch.slots):
-            return None
-        return image_blocks(batch.image_mask)
+    def blocks(self, batch: Batch) -> Blocks | None:
+        if self.bidirectional == "prompt":
+            return prompt_blocks(batch)
+        return image_blocks(batch) if self.bidirectional and len(batch.slots) else None
+
+    @property
+    def shares_beginnings(self) -> bool:
+        # Else the tokens of a beginning see those that prompts differ in.
+        return self.bidirectional != "prompt"
 
     @property
     def supports_intervals(self) -> bool:
@@ -101,7 +109,7 @@ class CausalLLM(LanguageModel):
             first = torch.arange(virtual, device=positions.device).expand(len(positions), -1)
             positions = torch.cat([first, positions + virtual], dim=1)
         if virtual and blocks is not None:
-            blocks = pad(blocks, (virtual, 0))
+            blocks = blocks.padded(before=virtual)
         row_positions = None if positions is None else positions[:, -embeds.shape[1] :]
         visible = self.attention_of_rows.mask(
             self.model,
@@ -154,7 +162,7 @@ class CausalLLM(LanguageModel):
             embeds = pad(embeds, (0, 0, self.virtual, 0))
         return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), **options)
 
-    def _cached(self, embeds: torch.Tensor, mask: torch.Tensor, blocks: torch.Tensor | None) -> Any:
+    def _cached(self, embeds: torch.Tensor, mask: torch.Tensor, blocks: Blocks | None) -> Any:
         """The KV cache with which transformers' `generate` begins.
 
         It has a prefix of keys and values, and where blocks see each other both ways all but the
@@ -173,17 +181,27 @@ class CausalLLM(LanguageModel):
             return cache
         columns = mask.shape[1]
         length = embeds.shape[1]
-        blocks = pad(blocks, (columns - blocks.shape[1], 0))
+        window = shortest_window(self.model.config)
+        if blocks.unlimited is not None and window is not None and columns > window:
+            raise ModelError(
+                f"a prompt of {columns} tokens, and layers of a {type(self.model).__name__} see "
+                f"{window} of them in transformers' generate: leave out beams and virtual tokens"
+            )
+        blocks = blocks.padded(before=columns - blocks.keys.shape[1]).last(length)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         place = torch.arange(columns, device=embeds.device)
         visible = (place[:, None] >= place)[None, None] & mask[:, None, None]
-        visible = visible | same_block(blocks, blocks)
-        visible |= torch.eye(columns, dtype=torch.bool, device=embeds.device)
+        visible = visible | torch.eye(columns, dtype=torch.bool, device=embeds.device)
         queries = positions[:, -length:]
         self.body(
             inputs_embeds=embeds,
             attention_mask=layer_masks(
-                self.model.config, visible[:, :, -length:], queries, positions, embeds.dtype
+                self.model.config,
+                visible[:, :, -length:],
+                queries,
+                positions,
+                embeds.dtype,
+                blocks,
             ),
             position_ids=queries,
             use_cache=True,

@@ -9,12 +9,13 @@ Shapes: R rows, B rows that join, S of their tokens, C columns, E width.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from vlm_tune.compat import cache_name
-from vlm_tune.model.language.masks import layer_masks, same_block
+from vlm_tune.model.language.masks import Blocks, layer_masks
 from vlm_tune.model.language.row_buffers import Prefix, RowBuffers, order_after
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class CausalRows:
         embeds: torch.Tensor,
         lengths: Sequence[int],
         prefixes: Sequence[Prefix | None],
-        blocks: torch.Tensor | None = None,
+        blocks: Blocks | None = None,
     ) -> torch.Tensor:
         """Prefills rows, see `Rows`."""
         rows, size, _ = embeds.shape
@@ -92,7 +93,7 @@ class CausalRows:
         columns: torch.Tensor,
         filled: int,
         stop: int,
-        blocks: torch.Tensor | None = None,
+        blocks: Blocks | None = None,
     ) -> torch.Tensor:
         """Hidden states [B, S, E] of embeds at columns [B, S] of the rows from `first` on.
 
@@ -103,10 +104,10 @@ class CausalRows:
         every = torch.arange(stop, device=columns.device)[None]
         visible = (every[:, None] <= columns[..., None])[:, None]
         if blocks is not None:
-            of_columns = blocks.new_zeros(len(columns), stop).scatter_(1, columns, blocks)
-            visible = visible | same_block(blocks, of_columns)
+            keys = columns.new_zeros(len(columns), stop).scatter_(1, columns, blocks.queries)
+            blocks = replace(blocks, keys=keys)
         config = self.llm.model.config
-        mask = layer_masks(config, visible, columns, every, embeds.dtype)
+        mask = layer_masks(config, visible, columns, every, embeds.dtype, blocks)
         positions = columns
         if self.llm.longest is not None:
             # Padding may lie behind the last position.

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
 from vlm_tune.compat import is_stateful
+from vlm_tune.data.types import IGNORE_INDEX, Batch
 
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """transformers' kinds of layers that attend to a part of the earlier tokens only.
@@ -22,28 +24,79 @@ The values are the settings of the config that hold the part's size in tokens.
 KINDS = ("full_attention", *WINDOWS)
 
 
-def image_blocks(image_mask: torch.Tensor) -> torch.Tensor:
-    """The numbers int64[B, L] of the images that slots belong to, from 1 in each row.
+@dataclass(frozen=True)
+class Blocks:
+    """Tokens that see each other both ways, by the numbers of their blocks: 0 is none.
 
-    0 is for other tokens. `image_mask` is bool[B, L]. Markers stand between any two images.
+    Attributes:
+        queries: The queries' numbers int64[B, Q].
+        keys: The keys' numbers int64[B, C].
+        unlimited: bool[B, Q], queries that no layer's window limits; None: windows limit all.
     """
-    begins = image_mask & ~pad(image_mask[:, :-1], (1, 0))
-    return begins.cumsum(1) * image_mask
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    unlimited: torch.Tensor | None = None
+
+    def padded(self, before: int = 0, after: int = 0) -> Blocks:
+        """With keys of no block before and after the others."""
+        return replace(self, keys=pad(self.keys, (before, after)))
+
+    def last(self, count: int) -> Blocks:
+        """With the last `count` tokens alone, virtual ones before them included, as queries."""
+
+        def cut(queries: torch.Tensor) -> torch.Tensor:
+            missing = count - queries.shape[1]
+            return pad(queries, (missing, 0)) if missing > 0 else queries[:, -count:]
+
+        unlimited = None if self.unlimited is None else cut(self.unlimited)
+        return replace(self, queries=cut(self.queries), unlimited=unlimited)
+
+    @property
+    def pairs(self) -> torch.Tensor:
+        """The mask bool[B, 1, Q, C] that is True where query and key are of one block."""
+        return same_sample(self.queries, self.keys) & (self.queries > 0)[:, None, :, None]
 
 
-def same_block(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The mask bool[B, 1, Q, C] that is True where query and key are of one block.
+def image_blocks(batch: Batch) -> Blocks:
+    """The slots of each image of a batch's rows. Markers stand between any two images."""
+    begins = batch.image_mask & ~pad(batch.image_mask[:, :-1], (1, 0))
+    numbers = begins.cumsum(1) * batch.image_mask
+    return Blocks(numbers, numbers)
 
-    `rows` [B, Q] and `columns` [B, C] are the queries' and keys' numbers of blocks, 0 for none.
+
+def prompt_blocks(batch: Batch) -> Blocks:
+    """The prompt of each sample of a batch's rows: up to what predicts its first trained token.
+
+    Rows without labels are prompts. The samples of a row with branches are answers to one prompt,
+    whose last token, which predicts an answer's first one, is repeated in each of them. The prompt
+    sees that of the first one; the others have the same states.
     """
-    return same_sample(rows, columns) & (rows > 0)[:, None, :, None]
+    labelled = (batch.labels != IGNORE_INDEX).long()
+    before = labelled.cumsum(1) - labelled
+    samples = batch.packed
+    if samples is None or batch.positions is None:
+        prompt = (before == 0) & batch.attention_mask
+        return Blocks(prompt.long(), prompt.long(), prompt)
+    begins = samples != pad(samples[:, :-1], (1, 0), value=-1)
+    place = torch.arange(samples.shape[1], device=samples.device).expand_as(samples)
+    first = torch.where(begins, place, 0).cummax(1).values
+    opening = before == before.gather(1, first)
+    numbers = begins.cumsum(1)
+    # The position of the prompt's last token, of each sample.
+    last = torch.zeros_like(numbers).scatter_reduce(
+        1, numbers - 1, batch.positions * opening, "amax"
+    )
+    prompt = (batch.positions <= last.gather(1, numbers - 1)) & batch.attention_mask
+    # A later branch goes on at a position that is behind its place.
+    in_first = prompt & opening & (batch.positions == place - first)
+    return Blocks(numbers * in_first, numbers * in_first, prompt)
 
 
-def tree_mask(visible_until: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
+def tree_mask(visible_until: torch.Tensor) -> torch.Tensor:
     """The mask bool[B, 1, L, L] in which token i sees token j where j <= i < visible_until[b, j].
 
-    `visible_until` is int[B, L]. With `blocks` int[B, L], the tokens of a block see each other both
-    ways; 0 is none. Every token sees itself, so padding, whose value is 0, sees itself
+    `visible_until` is int[B, L]. Every token sees itself, so padding, whose value is 0, sees itself
     alone. A prefix p of two tokens and its branches a and b, then padding:
 
         visible_until   6 6 4 4 6 6 0
@@ -58,8 +111,7 @@ def tree_mask(visible_until: torch.Tensor, blocks: torch.Tensor | None = None) -
     """
     place = torch.arange(visible_until.shape[1], device=visible_until.device)
     visible = (place[None, :] <= place[:, None]) & (place[:, None] < visible_until[:, None, :])
-    visible |= torch.eye(len(place), dtype=torch.bool, device=visible_until.device)
-    return visible[:, None] if blocks is None else visible[:, None] | same_block(blocks, blocks)
+    return (visible | torch.eye(len(place), dtype=torch.bool, device=visible_until.device))[:, None]
 
 
 def same_sample(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -87,6 +139,14 @@ def layer_kinds(config: Any) -> set[str]:
                 "full_attention",
             )
         }
+    )
+
+
+def shortest_window(config: Any) -> int | None:
+    """The fewest tokens that a layer sees of a long row; None if all see the whole of it."""
+    text = config.get_text_config()
+    return min(
+        (getattr(text, WINDOWS[kind]) for kind in layer_kinds(text) & {*WINDOWS}), default=None
     )
 
 
@@ -146,6 +206,7 @@ def layer_masks(
     rows: torch.Tensor,
     columns: torch.Tensor,
     dtype: torch.dtype,
+    blocks: Blocks | None = None,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """The additive masks of a decoder's layers.
 
@@ -156,6 +217,7 @@ def layer_masks(
             counted.
         columns: Positions [B, C] of keys.
         dtype: The type of the masks.
+        blocks: Which of them see each other both ways, too.
 
     Returns:
         One mask [B, 1, Q, C] if all layers are of one kind, else one for each kind by name, as
@@ -163,6 +225,8 @@ def layer_masks(
     """
     text = config.get_text_config()
     masks: dict[str, torch.Tensor] = {}
+    if blocks is not None:
+        visible = visible | blocks.pairs
     for kind in layer_kinds(text):
         near = visible
         if kind == "sliding_attention":
@@ -173,5 +237,7 @@ def layer_masks(
             near = visible & same_sample(
                 rows // text.attention_chunk_size, columns // text.attention_chunk_size
             )
+        if blocks is not None and blocks.unlimited is not None:
+            near = near | (visible & blocks.unlimited[:, None, :, None])
         masks[kind] = additive(near, dtype)
     return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -30,7 +30,6 @@ def wrapped_llm(section: Llm, language: Any) -> LanguageModel:
         llm.bidirectional = section.bidirectional
         if llm.bidirectional and llm.unjoined:
             raise ModelError(
-                f"model.llm.bidirectional: a {type(language).__name__} takes no masks of its rows: "
-                f"{llm.unjoined}"
+                f"model.llm.bidirectional: not for a {type(language).__name__}: {llm.unjoined}"
             )
     return llm

@@ -13,6 +13,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch.nn.functional import pad
 
+from vlm_tune.model.language.masks import Blocks
+
 FIRST_COLUMNS = 64
 """Columns of a new buffer; it doubles when they are full."""
 
@@ -28,6 +30,24 @@ class Prefix:
     def nbytes(self) -> int:
         """The memory that it takes, in bytes."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+
+class Branches(Protocol):
+    """K branches of each of B rows, which are continued by a token per decode step.
+
+    Attributes:
+        hidden: Hidden states [B, K, E] of the branches' last tokens.
+    """
+
+    hidden: torch.Tensor
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """A decode step: the hidden states [B, K, E] of the branches' new tokens int64[B, K]."""
+        ...
+
+    def select(self, places: torch.Tensor) -> None:
+        """Drops all branches but those at `places` int64[B, K']."""
+        ...
 
 
 class Rows(Protocol):
@@ -50,7 +70,7 @@ class Rows(Protocol):
         embeds: torch.Tensor,
         lengths: Sequence[int],
         prefixes: Sequence[Prefix | None],
-        blocks: torch.Tensor | None = None,
+        blocks: Blocks | None = None,
     ) -> torch.Tensor:
         """Prefills rows, which follow the present ones.
 
@@ -58,7 +78,7 @@ class Rows(Protocol):
             embeds: Input embeddings [B, S, E], padded on the right.
             lengths: The number of tokens in each of them.
             prefixes: What comes before each of them, if anything. They end with whole blocks.
-            blocks: Numbers int64[B, S] of the blocks of their tokens, see `LanguageModel.blocks`.
+            blocks: The tokens of them that see each other both ways.
 
         Returns:
             The hidden states [B, E] of the rows' last tokens.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm_tune.compat import cache_name
-from vlm_tune.model.language.masks import additive
+from vlm_tune.model.language.masks import Blocks, additive
 from vlm_tune.model.language.row_buffers import Prefix, RowBuffers, order_after
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Seq2SeqRows:
         embeds: torch.Tensor,
         lengths: Sequence[int],
         prefixes: Sequence[Prefix | None],
-        blocks: torch.Tensor | None = None,
+        blocks: Blocks | None = None,
     ) -> torch.Tensor:
         """Encodes prompts and takes their first decode step, see `Rows`."""
         rows, size, _ = embeds.shape
