@@ -68,9 +68,8 @@ def _opened(folder: Path) -> Any:
     """transformers' model of a folder, in fp32. Raises `ModelError` if weights do not fit."""
     from transformers import AutoModelForImageTextToText
 
-    theirs, info = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
+    loader: Any = AutoModelForImageTextToText
+    theirs, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     check_loading(info, "nothing was written: the exported weights do not fit")
     return theirs.eval()
 

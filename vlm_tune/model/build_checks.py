@@ -19,7 +19,14 @@ import psutil
 import torch
 from torch import nn
 
-from vlm_tune.config.model import AudioTower, ModelSection, OpenClipTower, PairTower, Scratch
+from vlm_tune.config.model import (
+    AnySection,
+    AudioTower,
+    ModelSection,
+    OpenClipTower,
+    PairTower,
+    Scratch,
+)
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.template import ChatTemplate
 from vlm_tune.errors import ModelError, Problem, RecipeError
@@ -347,7 +354,7 @@ def _numbers(value: Any) -> Iterable[int | float]:
             yield from _numbers(each)
 
 
-def check_questions(section: ModelSection, template: ChatTemplate) -> None:
+def check_questions(section: AnySection, template: ChatTemplate) -> None:
     """Raises `ModelError` for a chat format of several questions where prompts see them both ways.
 
     In training the later ones would stand behind an answer, and be read one way.
