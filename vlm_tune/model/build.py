@@ -20,9 +20,10 @@ from vlm_tune.config.model import (
     QFormerConnector,
     TimmTower,
 )
+from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.processor import Processor
-from vlm_tune.data.chat.template import ChatTemplate
+from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.prepare.job import distinct_tasks
 from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
@@ -147,7 +148,7 @@ def bases_of(model: VisionLanguageNetwork, *, bare: bool = False) -> dict[str, B
 def _config(
     recipe: Recipe, section: AnySection, tower: MediaTower, template: ChatTemplate | None
 ) -> VisionLanguageConfig:
-    """The config of a recipe's model; the template is None for one that is only planned."""
+    """The config of a recipe's model; the template is None for a checkpoint's own, not read."""
     return VisionLanguageConfig(
         model=section,
         tower_rebuild=tower.rebuild,
@@ -394,9 +395,9 @@ def bare_model(
         tokens, section.llm.kind, recipe.data.max_length, ids.pad_token_id or 0, ids.eos_token_id
     )
     processor: Any = SimpleNamespace(spec=spec, stop_ids=[spec.eos_id])
-    return VisionLanguageNetwork(
-        _config(recipe, section, tower, None), tower, connector, llm, processor
-    ), measured
+    name = recipe.data.template
+    config = _config(recipe, section, tower, None if name == OWN_TEMPLATE else load_template(name))
+    return VisionLanguageNetwork(config, tower, connector, llm, processor), measured
 
 
 def tune_bare_model(model: VisionLanguageNetwork, recipe: Recipe, number: int) -> Tuned:

@@ -34,7 +34,7 @@ from vlm_tune.exporting import export, possible_exports
 from vlm_tune.exporting.merge import merge
 from vlm_tune.generation.answering import answer_prompts, prompt_rows, shares_prefix
 from vlm_tune.generation.chat import VisionLanguageModel
-from vlm_tune.generation.choices import choice_rows
+from vlm_tune.generation.choices import ROW, choice_rows
 from vlm_tune.memory_plan.plan import plan
 from vlm_tune.model.acceleration.install import BOTH_WAYS, running
 from vlm_tune.model.build import build_processor
@@ -100,7 +100,7 @@ def test_only_equal_prompts_share_their_prefill(recipe: str) -> None:
     assert not shares_prefix(model, Decoding(4))
     choices = [answered(row, text) for row in rows[:2] for text in ("yes", "no")]
     examples = [model.processor.examples(row)[0] for row in choices]
-    trees = choice_rows(model, examples, [2, 2])
+    trees = choice_rows(model, examples, [2, 2], ROW)
     assert sorted(sorted(tree.members) for tree in trees) == [[0, 1], [2, 3]]
 
 
