@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,19 @@ from tests.helpers.tiny_models import (
     loss_and_gradients,
     parsed,
     rows_of,
+    run,
     tuned_by,
     wake_adapters,
     with_tune,
 )
 from tests.helpers.vlm_samples import with_pretrained
 from tests.invariants.test_resume import assert_same_runs, run_of
-from tests.model.pretrained.test_idefics3 import logits_of
+from tests.model.pretrained.test_idefics3 import OTHER_PATHS, PLAIN, logits_of
 from tests.serving.test_scheduler import Driver, assert_same, offline
 from vlm_tune.api import sft
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.prepare.run import prepare
-from vlm_tune.data.types import Conversation, Message
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Message
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting import export, possible_exports
 from vlm_tune.exporting.merge import merge
@@ -257,6 +259,36 @@ def test_a_batch_without_images_gives_every_trained_weight_a_gradient(recipe_tex
     loss: Any = model.train()(batch)
     loss.sum.backward()
     assert all(parameter.grad is not None for parameter in model.connector.parameters())
+
+
+@pytest.mark.slow
+def test_what_was_trained_opens_in_a_process_without_vlm_tune(
+    sample: Sample, recipe_text: str, tmp_path: Path
+) -> None:
+    model = trained(recipe_text, tmp_path)
+    export(tmp_path / "run", tmp_path / "exported", dtype="fp32")
+    rows = rows_of(parsed(recipe_text))[:3]
+    written = [
+        {
+            "image": str(row.media[0].source),
+            "question": row.messages[0].text,
+            "answer": row.messages[1].text,
+        }
+        for row in rows
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(written))
+    folder = tmp_path / "exported"
+    run([sys.executable, "-c", PLAIN, str(folder)], cwd=tmp_path, PYTHONPATH=OTHER_PATHS)
+    names, logits = json.loads((folder / "logits.json").read_text())
+    stem = {"internvl": "InternVL", "llava_mistral": "LlavaNext"}[sample.template]
+    assert names == [f"{stem}ForConditionalGeneration", f"{stem}Processor"]
+    for row, theirs in zip(rows, logits, strict=True):
+        batch = batch_of(model, model.processor.examples(row))
+        with torch.no_grad():
+            ours = model.llm.supervised_logits(model.embed(batch), batch)
+        supervised = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0]
+        other = torch.tensor(theirs)[supervised]
+        assert largest(ours, other) <= 1e-5 * max(1.0, float(ours.abs().max()))
 
 
 def test_a_tied_head_and_a_smaller_frame_are_written(tiny_recipe: Tiny, tmp_path: Path) -> None:
