@@ -21,10 +21,11 @@ from benchmarks.on_gpu.measuring import device_type
 from benchmarks.on_gpu.report import Report
 from vlm_tune.config.load import parse_recipe
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.packing import branch_layout, pack_layout
 from vlm_tune.data.prepare.run import conversations, prepare
-from vlm_tune.data.types import Batch, Conversation, Example
+from vlm_tune.data.types import Conversation, Example
 from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.acceleration.compiling import blocks, compiled

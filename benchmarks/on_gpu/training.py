@@ -24,7 +24,7 @@ from benchmarks.on_gpu.work import Useful, batch_amount
 from benchmarks.ours import Amount
 from vlm_tune.config.load import parse_recipe
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.events import Event, StageStart, TrainSteps
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build

@@ -19,7 +19,7 @@ from benchmarks.on_gpu.profiling import idle, kind_of, summarise
 from benchmarks.on_gpu.report import bars, table
 from benchmarks.on_gpu.work import Useful, batch_amount, projector_operations, tower_operations
 from benchmarks.ours import Amount
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from torch import nn
 from tests.helpers.counted_device import CountedDevice, counted_device, to_counted_device
 from tests.helpers.pretended_gpu import CUDA, pretended
 from tests.helpers.tiny_models import built, parsed, rows_of
-from vlm_tune.data.types import Batch, Example
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import Example
 from vlm_tune.generation import continuing
 from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.answers import Answer

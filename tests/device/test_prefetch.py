@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from tests.helpers.counted_device import CUDA, counted_device
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import collate
-from vlm_tune.data.types import Batch, Example, InputSpec, Media
+from vlm_tune.data.types import Example, InputSpec, Media
 from vlm_tune.errors import DataError
 from vlm_tune.train.prefetch import on_device
 from vlm_tune.train.stage_data import loader_workers

@@ -31,9 +31,10 @@ from tests.helpers.tiny_models import (
 )
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import TuneRule
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.packing import pack_layout, trees
-from vlm_tune.data.types import Batch, Example
+from vlm_tune.data.types import Example
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.acceleration.install import uninstall

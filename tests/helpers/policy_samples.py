@@ -12,12 +12,13 @@ import torch
 from tests.helpers.preference_samples import LORA
 from tests.helpers.tiny_models import batch_of, parsed, with_tune
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.batch import Batch, Completions
 from vlm_tune.data.batching.loader import Position
 from vlm_tune.data.batching.prompts import PromptFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.packing import completed, group_layout
 from vlm_tune.data.prepare.run import conversations, prepare
-from vlm_tune.data.types import Batch, Completions, Example
+from vlm_tune.data.types import Example
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.train.sampling import Sampler
 

@@ -11,8 +11,9 @@ import torch
 
 from tests.helpers.tiny_models import built, parsed, tuned_by, wake_adapters, with_tune
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.prepare.run import conversations
-from vlm_tune.data.types import Batch, Example
+from vlm_tune.data.types import Example
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.train.objective_registry import build_objective
 from vlm_tune.train.objectives import Loss, Objective

@@ -14,7 +14,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import cross_entropy
 
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.model.language.registry import LLMS
 
 Layout = Literal["causal", "seq2seq"]

@@ -29,6 +29,7 @@ from vlm_tune.config.grpo import Grpo
 from vlm_tune.config.load import parse_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.loader import PreparedFeed
 from vlm_tune.data.batching.prompts import PromptFeed
@@ -39,7 +40,7 @@ from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.job import distinct_tasks
 from vlm_tune.data.prepare.run import conversations, prepare
-from vlm_tune.data.types import Batch, Conversation, Example, Media
+from vlm_tune.data.types import Conversation, Example, Media
 from vlm_tune.errors import Interrupted
 from vlm_tune.events import Evaluation, Event, StageReport, TrainSteps
 from vlm_tune.generation.chat import VisionLanguageModel

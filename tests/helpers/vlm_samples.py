@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.helpers.chat_samples import TEXTS, turns
 from tests.helpers.tiny_models import CLIP, LLAMA, T5, batch_of
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.chat.template import load_template
-from vlm_tune.data.types import Batch, Conversation, Example
+from vlm_tune.data.types import Conversation, Example
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.pretrained.tokenizer import train_tokenizer
 

@@ -24,8 +24,8 @@ from tests.helpers.policy_samples import (
 from tests.helpers.preference_samples import awake, objective_of
 from tests.helpers.tiny_models import assert_close, batch_of, largest, tensors_of
 from vlm_tune.api import grpo
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.packing import completed
-from vlm_tune.data.types import Batch
 from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.train.sampling import draw_seed

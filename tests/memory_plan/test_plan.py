@@ -27,7 +27,7 @@ from tests.helpers.tiny_models import (
     with_tower,
     with_tune,
 )
-from vlm_tune.config.model import QFormerConnector
+from vlm_tune.config.connectors import QFormerConnector
 from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.kernels.cpu import native

@@ -20,7 +20,7 @@ from tests.helpers.tiny_models import (
     rows_of,
     stage_loop,
 )
-from vlm_tune.config.model import AudioTower
+from vlm_tune.config.towers import AudioTower
 from vlm_tune.data.types import distinct_media
 from vlm_tune.errors import DataError, ModelError, RecipeError
 from vlm_tune.generation.chat import VisionLanguageModel

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlm_tune.config.model import TransformersTower
+from vlm_tune.config.towers import TransformersTower
 from vlm_tune.model.tower_pass import (
     batch_size,
     decoding_threads,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.helpers.tiny_models import largest
-from vlm_tune.config.model import (
+from vlm_tune.config.connectors import (
     MlpConnector,
     PixelShuffleConnector,
     QFormerConnector,

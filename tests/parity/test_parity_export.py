@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlm_tune.config.model import OpenClipTower
+from vlm_tune.config.towers import OpenClipTower
 from vlm_tune.exporting.llava_layout import vision_weights
 from vlm_tune.model.vision.registry import architecture, build_tower
 

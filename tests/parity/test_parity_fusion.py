@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import gelu, layer_norm
 
 from tests.helpers.tiny_models import largest
-from vlm_tune.config.model import FusionConnector
+from vlm_tune.config.connectors import FusionConnector
 from vlm_tune.model.connectors.cross_attention import GatedBlock, Seen
 from vlm_tune.model.connectors.instruction import Text
 from vlm_tune.model.connectors.registry import build_connector

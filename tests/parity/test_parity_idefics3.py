@@ -14,7 +14,8 @@ from PIL import Image
 from tests.helpers.tiny_models import batch_of, built, largest, parsed, rows_of
 from tests.helpers.vlm_samples import save_idefics3, with_pretrained
 from tests.parity.test_parity_pretrained import our_step, same_gradients, their_step
-from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Example, Media
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.language.decoding import Decoding

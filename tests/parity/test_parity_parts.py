@@ -22,7 +22,7 @@ from tests.helpers.tiny_models import (
     unshifted,
     with_llm,
 )
-from vlm_tune.config.model import OpenClipTower, TransformersTower
+from vlm_tune.config.towers import OpenClipTower, TransformersTower
 from vlm_tune.data.types import Conversation, Example, Message
 from vlm_tune.model.vision.registry import build_tower
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.tiny_models import CLIP, assert_same_outputs, largest
-from vlm_tune.config.model import AnyTower, OpenClipTower, PairTower, TimmTower, TransformersTower
+from vlm_tune.config.towers import AnyTower, OpenClipTower, PairTower, TimmTower, TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build import bare_tower
 from vlm_tune.model.vision.base import IMAGENET_MEAN, resized

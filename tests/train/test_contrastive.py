@@ -16,7 +16,8 @@ from tests.helpers.contrastive_samples import contrastive_recipe
 from tests.helpers.tiny_models import assert_same_bits, batch_of, built, interrupted, rows_of
 from vlm_tune.api import evaluate, merge, sft
 from vlm_tune.config.objectives import Contrastive
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.similarity import Similarity
 from vlm_tune.model.vlm import Alignment

@@ -15,8 +15,9 @@ from tests.helpers.contrastive_samples import matching_recipe
 from tests.helpers.tiny_models import assert_same_bits, batch_of, built, interrupted, rows_of
 from vlm_tune.api import evaluate, sft
 from vlm_tune.config.objectives import Matching
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.packing import separate_rows
-from vlm_tune.data.types import Batch, Conversation
+from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
 from vlm_tune.train import matching
 from vlm_tune.train.matching import MatchingObjective, negative_rows

@@ -21,7 +21,7 @@ from tests.helpers.tiny_models import (
 from vlm_tune.api import sft
 from vlm_tune.config.objectives import parts_of
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.events import TrainSteps
 from vlm_tune.train.contrastive import single_rank
 from vlm_tune.train.objective_registry import build_objective

@@ -11,10 +11,11 @@ import torch
 
 from vlm_tune.config.objectives import AnyObjective, Contrastive, Matching, parts_of
 from vlm_tune.config.train import EvaluateSection
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.regions import region_size
-from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Media, References, distinct_media
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Media, References, distinct_media
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.answering import answer_rows
 from vlm_tune.evaluation.metrics import Answer, Losses, Scores, scores, sum_losses

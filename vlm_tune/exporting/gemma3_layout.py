@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config.model import Gemma3Connector, Tower, TransformersTower
+from vlm_tune.config.connectors import Gemma3Connector
+from vlm_tune.config.towers import Tower, TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.hf_layout import Target, Weights, vision_of, written_tokenizer
 from vlm_tune.exporting.llava_layout import vision_weights

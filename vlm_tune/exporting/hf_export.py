@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config.model import NativeSection, Tower
+from vlm_tune.config.model import NativeSection
+from vlm_tune.config.towers import Tower
 from vlm_tune.data.images.decode import decode_image, encoded_bytes
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import ModelError

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from vlm_tune.config.model import AudioTower, PixelShuffleConnector, TransformersTower
+from vlm_tune.config.connectors import PixelShuffleConnector
+from vlm_tune.config.towers import AudioTower, TransformersTower
 from vlm_tune.data.images.split import Idefics3Frames
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.hf_layout import (

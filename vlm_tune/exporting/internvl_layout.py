@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config.model import InternVLSplit, PixelShuffleConnector, Tower, TransformersTower
+from vlm_tune.config.connectors import PixelShuffleConnector
+from vlm_tune.config.towers import InternVLSplit, Tower, TransformersTower
 from vlm_tune.data.images.split import InternVLFrames
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.hf_layout import (

@@ -9,13 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vlm_tune.config.model import (
-    AudioTower,
-    LinearConnector,
-    MlpConnector,
-    OpenClipTower,
-    TransformersTower,
-)
+from vlm_tune.config.connectors import LinearConnector, MlpConnector
+from vlm_tune.config.towers import AudioTower, OpenClipTower, TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.hf_layout import (
     IMAGE_TOKEN,

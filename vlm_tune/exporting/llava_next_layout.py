@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config.model import MlpConnector, Tower, TransformersTower
+from vlm_tune.config.connectors import MlpConnector
+from vlm_tune.config.towers import Tower, TransformersTower
 from vlm_tune.data.images.split import LlavaNextFrames
 from vlm_tune.exporting.hf_layout import (
     IMAGE_TOKEN,

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config.model import LinearConnector, Tower, TransformersTower
+from vlm_tune.config.connectors import LinearConnector
+from vlm_tune.config.towers import Tower, TransformersTower
 from vlm_tune.data.chat.template import processor_jinja
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.hf_layout import IMAGE_TOKEN, Target, Weights, vision_of, written_tokenizer

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.packing import Tree, trees
-from vlm_tune.data.types import Batch, Example
+from vlm_tune.data.types import Example
 from vlm_tune.generation.answers import Answer, AnswerReader
 from vlm_tune.generation.constraints import JsonConstraint, json_constraint
 from vlm_tune.generation.continuing import Continuation, look_interval

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.generation.logprobs import TokenLogprobs
 from vlm_tune.generation.picking import Picker

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.packing import Tree
-from vlm_tune.data.types import Batch, Example
+from vlm_tune.data.types import Example
 from vlm_tune.generation.answering import continuation_of, continues
 from vlm_tune.generation.answers import Answer, AnswerReader
 from vlm_tune.generation.constraints import json_constraint

@@ -12,6 +12,7 @@ import torch
 from vlm_tune.config.grpo import Grpo
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.corruption import corruption_of
 from vlm_tune.data.batching.loader import Place, Position, PreparedFeed
@@ -21,7 +22,7 @@ from vlm_tune.data.packing import completed, group_layout, prompt_of, separate_r
 from vlm_tune.data.prepare.dataset import Group, Prepared
 from vlm_tune.data.prepare.forms import check_forms
 from vlm_tune.data.prepare.run import prepare, scratch_texts
-from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec
+from vlm_tune.data.types import IGNORE_INDEX, Example, InputSpec
 from vlm_tune.errors import DataError, Interrupted, ModelError
 from vlm_tune.model.build import build_processor
 from vlm_tune.model.feature_choice import Usage, stage_usage

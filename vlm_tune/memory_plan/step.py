@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm_tune.config.objectives import parts_of, reads_two_views
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.memory_plan.cuda import cuda_autocast, recomputed
 from vlm_tune.memory_plan.heap import allocator, holes
 from vlm_tune.memory_plan.tracer import by_depth, to_fake, trace_step

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.memory_plan.batch_stats import Work, longest_batch, work_of
 from vlm_tune.memory_plan.results import PartSize
 from vlm_tune.memory_plan.step import traced

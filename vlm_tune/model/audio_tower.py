@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config.model import AudioTower
+from vlm_tune.config.towers import AudioTower
 from vlm_tune.data.audio.log_mel import HOP, RATE, AudioProcessor
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import check_base, config_source, load_reason

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError
 
 from vlm_tune.config.base import Config
-from vlm_tune.config.model import AnySection, AnyTower, PairTower
+from vlm_tune.config.model import AnySection
+from vlm_tune.config.towers import AnyTower, PairTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import is_path, read_json
 from vlm_tune.paths import check_path, exists, shown_path

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config.model import AnyTower, Llm, NativeLlm
+from vlm_tune.config.model import Llm, NativeLlm
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.towers import AnyTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.base_places import Base, BaseChoice, tower_paths
 from vlm_tune.model.families.registry import find_vlm

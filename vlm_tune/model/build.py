@@ -10,18 +10,11 @@ from typing import Any
 
 import torch
 
-from vlm_tune.config.model import (
-    AnySection,
-    AnyTower,
-    AudioTower,
-    NativeSection,
-    OpenClipTower,
-    PairTower,
-    QFormerConnector,
-    TimmTower,
-)
+from vlm_tune.config.connectors import QFormerConnector
+from vlm_tune.config.model import AnySection, NativeSection
 from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.towers import AnyTower, AudioTower, OpenClipTower, PairTower, TimmTower
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.prepare.job import distinct_tasks

@@ -19,15 +19,9 @@ import psutil
 import torch
 from torch import nn
 
-from vlm_tune.config.model import (
-    AnySection,
-    AudioTower,
-    ModelSection,
-    OpenClipTower,
-    PairTower,
-    Scratch,
-)
+from vlm_tune.config.model import AnySection, ModelSection, Scratch
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.towers import AudioTower, OpenClipTower, PairTower
 from vlm_tune.data.chat.template import ChatTemplate
 from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.quoting import REASON, cut, quoted

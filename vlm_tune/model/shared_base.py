@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vlm_tune.compat import without_harmless_warnings
-from vlm_tune.config.model import AnyTower, PairTower
+from vlm_tune.config.towers import AnyTower, PairTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.base_places import AS_SAVED, BaseChoice
 from vlm_tune.model.base_weights import differences, file_digest, folder_base

@@ -22,8 +22,9 @@ from torch.nn.functional import normalize
 
 from vlm_tune.config.base import Config
 from vlm_tune.config.model import Llm, SavedSection
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.chat.processor import Processor
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import DataError, ModelError
 from vlm_tune.model.base_places import Base
 from vlm_tune.model.connectors.instruction import Text, instructions, places

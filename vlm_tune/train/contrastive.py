@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vlm_tune.config.objectives import Contrastive
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.model.vlm import Alignment
 from vlm_tune.train.objectives import Counts, Loss, Objective
 from vlm_tune.transfer import to_device

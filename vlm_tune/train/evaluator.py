@@ -10,12 +10,13 @@ import torch
 from accelerate.utils import gather_object
 
 from vlm_tune.config.train import EvaluateSection
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.corruption import corruption_of
 from vlm_tune.data.batching.references import StoredReferences
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.prepare.dataset import Group
-from vlm_tune.data.types import Batch, Conversation, Example
+from vlm_tune.data.types import Conversation, Example
 from vlm_tune.evaluation.assessment import add_metrics
 from vlm_tune.evaluation.evaluate import score, score_options
 from vlm_tune.evaluation.metrics import Scores, join_scores

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from vlm_tune.config.objectives import Matching
-from vlm_tune.data.types import ANSWER_KINDS, CHOSEN, REJECTED, Batch
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import ANSWER_KINDS, CHOSEN, REJECTED
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import name_list
 from vlm_tune.train.objectives import Counts, Loss

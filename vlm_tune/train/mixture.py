@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm_tune.config.objectives import ObjectiveMixture, parts_of
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.train.contrastive import ByRank
 from vlm_tune.train.objectives import Counts, Loss, Metrics, Objective
 

@@ -18,7 +18,8 @@ from vlm_tune.config.objectives import (
     LanguageModeling,
     SpanCorruption,
 )
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.model.vlm import Alignment
 from vlm_tune.transfer import to_device
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vlm_tune.config.grpo import Grpo
-from vlm_tune.data.types import ANSWER_KINDS, CHOSEN, Batch, Completions
+from vlm_tune.data.batch import Batch, Completions
+from vlm_tune.data.types import ANSWER_KINDS, CHOSEN
 from vlm_tune.train.objectives import Counts, Loss, Metrics
 from vlm_tune.train.policy_losses import (
     PolicyLoss,

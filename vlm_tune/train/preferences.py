@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vlm_tune.config.objectives import Dpo, Kto, Orpo, SimPo
-from vlm_tune.data.types import ANSWER_KINDS, CHOSEN, MISMATCHED, REJECTED, Batch
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import ANSWER_KINDS, CHOSEN, MISMATCHED, REJECTED
 from vlm_tune.train.objectives import Counts, Loss, Metrics
 from vlm_tune.train.preference_losses import dpo_losses, kto_losses, orpo_losses, simpo_losses
 from vlm_tune.train.references import ReferenceModel

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 
 Window = list[Batch]
 

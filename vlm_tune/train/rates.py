@@ -10,7 +10,7 @@ from typing import TypedDict
 
 import torch
 
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 
 
 class RateFigures(TypedDict):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vlm_tune.config.objective_rules import CONTINUED
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.errors import ModelError, TrainingError
 from vlm_tune.model.lora import adapters_off
 from vlm_tune.model.optimizer_groups import Tuned

@@ -14,9 +14,10 @@ import xxhash
 
 from vlm_tune.config.grpo import Grpo
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.batch import Batch, Completions
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.packing import completed, group_layout, numbered, trees
-from vlm_tune.data.types import CHOSEN, Batch, Completions, Example, Media, Prompt
+from vlm_tune.data.types import CHOSEN, Example, Media, Prompt
 from vlm_tune.evaluation.rewards import Sample, reward_functions
 from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.answers import Answer

@@ -21,6 +21,7 @@ from vlm_tune.config.grpo import Grpo
 from vlm_tune.config.objectives import reads_two_views
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.bounds import stream_bounds, unkept_bounds
 from vlm_tune.data.batching.corruption import corruption_of
 from vlm_tune.data.batching.grounded import GroundedFeed, check_joins, follows
@@ -37,7 +38,7 @@ from vlm_tune.data.prepare.forms import check_forms
 from vlm_tune.data.prepare.job import PartName
 from vlm_tune.data.prepare.run import part_conversations, prepared_parts
 from vlm_tune.data.prepare.worker import BAD
-from vlm_tune.data.types import Batch, Conversation, distinct_media
+from vlm_tune.data.types import Conversation, distinct_media
 from vlm_tune.events import Features, Note, Preparing, StageReport
 from vlm_tune.model.feature_cache import FeatureStore, tower_features
 from vlm_tune.model.feature_choice import cache_choice, stage_usage, trains_tower

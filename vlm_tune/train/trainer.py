@@ -18,8 +18,8 @@ from peft.helpers import disable_input_dtype_casting
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.loader import PreparedFeed
-from vlm_tune.data.types import Batch
 from vlm_tune.errors import Interrupted
 from vlm_tune.events import Note, StageReport, TrainSteps
 from vlm_tune.model.acceleration.compiling import blocks, compiled, why_not

@@ -17,6 +17,7 @@ from tests.helpers.row_samples import write_rows
 from vlm_tune.config.boxes import Boxes
 from vlm_tune.config.data import Augment, DataSection, FileSource
 from vlm_tune.config.train import TrainSection
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.grounded import Follower, GroundedFeed, check_joins, follows
 from vlm_tune.data.batching.loader import Position, PreparedFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes
@@ -26,7 +27,7 @@ from vlm_tune.data.images.decode import ImageProcessor, PixelCache
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.regions import Region, located
-from vlm_tune.data.types import IGNORE_INDEX, Batch, Conversation, Media, Message
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Media, Message
 from vlm_tune.errors import DataError
 
 SIDE = 64

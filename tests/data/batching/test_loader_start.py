@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from tests.helpers.tiny_models import built, parsed
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching import loader
 from vlm_tune.data.batching.loader import Position, PreparedFeed
 from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.prepare.run import prepare
-from vlm_tune.data.types import Batch, Media
+from vlm_tune.data.types import Media
 from vlm_tune.errors import TrainingError
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.resources import cache_folder

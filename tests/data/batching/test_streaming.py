@@ -13,9 +13,10 @@ import torch
 from tests.helpers.chat_samples import processor
 from tests.helpers.row_samples import write_rows
 from vlm_tune.config.data import DataSection, FileSource
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.loader import Position
 from vlm_tune.data.batching.streaming import StreamFeed, mixed, shuffled
-from vlm_tune.data.types import Batch, Media
+from vlm_tune.data.types import Media
 from vlm_tune.errors import DataError
 
 

@@ -30,7 +30,7 @@ from tests.helpers.tiny_models import (
     wake_adapters,
     with_tune,
 )
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.generation.continuing import Continuation
 from vlm_tune.generation.picking import Picker
 from vlm_tune.kernels import devices

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from tests.helpers.tiny_architectures import mappings, tiny
 from vlm_tune.compat import attention_name, set_attention
 from vlm_tune.config.model import Llm, Scratch
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.acceleration import flex_attention
 from vlm_tune.model.acceleration.flex_attention import (

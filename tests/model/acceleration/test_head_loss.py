@@ -21,7 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.kernels.loss import linear_cross_entropy, losses, reference_losses
 from vlm_tune.model.acceleration.head_loss import head_reason
 from vlm_tune.model.acceleration.install import install

@@ -26,8 +26,8 @@ from tests.helpers.tiny_models import (
     with_tune,
 )
 from vlm_tune.api import sft
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.prepare.run import prepare
-from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.generation.continuing import Continuation
 from vlm_tune.generation.picking import Picker

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from vlm_tune.compat import attention_name
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.acceleration import flex_attention
 from vlm_tune.model.acceleration.install import install, running, uninstall

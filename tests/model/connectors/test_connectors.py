@@ -27,13 +27,13 @@ from tests.helpers.tiny_models import (
     with_tower,
     with_tune,
 )
-from vlm_tune.config.load import dump_recipe
-from vlm_tune.config.model import (
+from vlm_tune.config.connectors import (
     AvgPoolConnector,
     Gemma3Connector,
     PixelShuffleConnector,
     ResamplerConnector,
 )
+from vlm_tune.config.load import dump_recipe
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.types import Conversation, Example, Message

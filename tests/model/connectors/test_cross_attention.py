@@ -30,9 +30,10 @@ from tests.helpers.tiny_models import (
     with_llm,
     with_tune,
 )
-from vlm_tune.config.model import CrossAttentionConnector, LinearConnector
+from vlm_tune.config.connectors import CrossAttentionConnector, LinearConnector
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.packing import branch_layout
-from vlm_tune.data.types import Batch, Conversation, Example, Message
+from vlm_tune.data.types import Conversation, Example, Message
 from vlm_tune.errors import ModelError
 from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.chat import VisionLanguageModel

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.model.language.masks import image_blocks, layer_masks, prompt_blocks, tree_mask
 
 KINDS = ["sliding_attention", "full_attention"]

@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from tests.helpers.tiny_architectures import LLMS, Layout, tiny
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.row_buffers import order_after
 

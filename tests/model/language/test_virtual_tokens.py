@@ -29,8 +29,8 @@ from tests.helpers.tiny_models import (
 )
 from vlm_tune.api import sft
 from vlm_tune.config.tune import TuneRule
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.packing import branch_layout, pack_layout
-from vlm_tune.data.types import Batch
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.events import TrainSteps
 from vlm_tune.exporting.verify import observe

@@ -33,7 +33,7 @@ from tests.helpers.tiny_models import (
 from tests.helpers.vlm_samples import save_idefics3, with_pretrained
 from tests.invariants.test_resume import assert_same_runs, run_of
 from vlm_tune.api import sft
-from vlm_tune.config.model import Idefics3Split
+from vlm_tune.config.towers import Idefics3Split
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import ModelError

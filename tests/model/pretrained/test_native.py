@@ -10,8 +10,9 @@ from transformers import LlamaConfig
 
 from tests.helpers.native_models import KINDS, Kind, native_processor, save_native
 from tests.helpers.vlm_samples import save_idefics3
-from vlm_tune.config.model import NativeLlm, NativeSection, NativeTower
+from vlm_tune.config.model import NativeLlm, NativeSection
 from vlm_tune.config.native import NativeModel
+from vlm_tune.config.towers import NativeTower
 from vlm_tune.data.chat.own_template import message
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError, ModelError

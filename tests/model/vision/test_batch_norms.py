@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from vlm_tune.config.model import TimmTower
+from vlm_tune.config.towers import TimmTower
 from vlm_tune.model.vision.registry import build_tower
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.images.native import joined_inputs
 from vlm_tune.data.media_slots import slot_tokens
 from vlm_tune.data.packing import numbered_from
-from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec, Media, NativeInputs
+from vlm_tune.data.types import IGNORE_INDEX, Example, InputSpec, Media, NativeInputs
 
 if TYPE_CHECKING:
     import torch

@@ -21,6 +21,7 @@ import numpy as np
 
 from vlm_tune.compat import worker_processes
 from vlm_tune.config.data import Augment
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.augmented import Attempts, Augmented
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.batching.corruption import Corruption
@@ -28,7 +29,7 @@ from vlm_tune.data.batching.references import StoredReferences
 from vlm_tune.data.batching.sampler import Epoch, Plan, Rows
 from vlm_tune.data.packing import pack_layout, with_mismatched
 from vlm_tune.data.prepare.dataset import Group, Prepared
-from vlm_tune.data.types import IGNORE_INDEX, Batch, Example, InputSpec
+from vlm_tune.data.types import IGNORE_INDEX, Example, InputSpec
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import name_list, reason_of
 

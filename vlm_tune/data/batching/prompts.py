@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.loader import Place, Position, PreparedFeed
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.dataset import Prepared
-from vlm_tune.data.types import Batch, Conversation, Prompt
+from vlm_tune.data.types import Conversation, Prompt
 from vlm_tune.errors import DataError
 
 

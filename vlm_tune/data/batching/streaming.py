@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_tune.config.data import DataSection, Source
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.augmented import Augmented
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.batching.grounded import Follower, check_joins
@@ -29,7 +30,7 @@ from vlm_tune.data.prepare.dataset import Group
 from vlm_tune.data.regions import regions_of
 from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.registry import open_source, read_all
-from vlm_tune.data.types import Batch, Conversation, Media
+from vlm_tune.data.types import Conversation, Media
 from vlm_tune.errors import DataError
 
 if TYPE_CHECKING:

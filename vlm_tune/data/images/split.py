@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from vlm_tune.config.model import AnySplit
+from vlm_tune.config.towers import AnySplit
 from vlm_tune.data.images.gemma3_frames import Gemma3Frames
 from vlm_tune.data.types import Media, Segment, Tile
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import conv2d, gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
-from vlm_tune.config.model import MlpConnector
+from vlm_tune.config.connectors import MlpConnector
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.gguf.writer import read_fields, read_tensors, write_gguf
 from vlm_tune.exporting.hf_layout import vision_of

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config.model import CrossAttentionConnector
-from vlm_tune.data.types import Batch
+from vlm_tune.config.connectors import CrossAttentionConnector
+from vlm_tune.data.batch import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.instruction import places
 from vlm_tune.model.connectors.layers import Attention, feed_forward, matched

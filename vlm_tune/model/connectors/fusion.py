@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from vlm_tune.config.model import FusionConnector
+from vlm_tune.config.connectors import FusionConnector
 from vlm_tune.model.connectors.instruction import Text
 from vlm_tune.model.connectors.layers import Attention
 from vlm_tune.model.connectors.projectors import Connector

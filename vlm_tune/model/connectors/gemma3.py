@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from vlm_tune.config.model import Gemma3Connector
+from vlm_tune.config.connectors import Gemma3Connector
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.projectors import Connector, square
 from vlm_tune.model.pooling import grid_means

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import ModelError
 from vlm_tune.quoting import name_list
 from vlm_tune.transfer import to_device

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config.model import (
+from vlm_tune.config.connectors import (
     AvgPoolConnector,
     LinearConnector,
     MlpConnector,
     PixelShuffleConnector,
     Projector,
 )
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.instruction import Reader
 from vlm_tune.model.pooling import grid_means

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vlm_tune.config.model import QFormerConnector
+from vlm_tune.config.connectors import QFormerConnector
 from vlm_tune.model.connectors.instruction import Text
 from vlm_tune.model.connectors.layers import Attention, feed_forward
 from vlm_tune.model.connectors.projectors import Connector, entry

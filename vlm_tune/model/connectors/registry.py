@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_tune.config.model import AnyConnector, CrossAttentionConnector, FusionConnector
+from vlm_tune.config.connectors import AnyConnector, CrossAttentionConnector, FusionConnector
 from vlm_tune.model.connectors.cross_attention import CrossAttention
 from vlm_tune.model.connectors.fusion import Fusion
 from vlm_tune.model.connectors.gemma3 import Gemma3Projector

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vlm_tune.config.model import ResamplerConnector
+from vlm_tune.config.connectors import ResamplerConnector
 from vlm_tune.model.connectors.layers import Attention, feed_forward
 from vlm_tune.model.connectors.projectors import Connector, entry
 

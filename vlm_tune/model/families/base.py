@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from vlm_tune.config.model import BaseConnector, QFormerConnector, TransformersTower
+from vlm_tune.config.connectors import BaseConnector, QFormerConnector
+from vlm_tune.config.towers import TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import config_source, load_reason
 from vlm_tune.model.weights import check_folder, check_safetensors

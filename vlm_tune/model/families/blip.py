@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_tune.config.model import QFormerConnector, TransformersTower
+from vlm_tune.config.connectors import QFormerConnector
+from vlm_tune.config.towers import TransformersTower
 from vlm_tune.model.families.base import (
     Family,
     Layout,

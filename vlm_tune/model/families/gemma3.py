@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 
-from vlm_tune.config.model import Gemma3Connector, Gemma3Split, TransformersTower
+from vlm_tune.config.connectors import Gemma3Connector
+from vlm_tune.config.towers import Gemma3Split, TransformersTower
 from vlm_tune.model.families.base import (
     Family,
     Layout,

@@ -5,7 +5,8 @@ An image is cut in tiles with markers (`vlm_tune/data/images/split.py`).
 
 from __future__ import annotations
 
-from vlm_tune.config.model import Idefics3Split, PixelShuffleConnector, TransformersTower
+from vlm_tune.config.connectors import PixelShuffleConnector
+from vlm_tune.config.towers import Idefics3Split, TransformersTower
 from vlm_tune.model.families.base import (
     Family,
     Layout,

@@ -5,7 +5,8 @@ An image is cut in tiles between markers (`vlm_tune/data/images/split.py`).
 
 from __future__ import annotations
 
-from vlm_tune.config.model import InternVLSplit, PixelShuffleConnector, TransformersTower
+from vlm_tune.config.connectors import PixelShuffleConnector
+from vlm_tune.config.towers import InternVLSplit, TransformersTower
 from vlm_tune.model.families.base import (
     Family,
     Layout,

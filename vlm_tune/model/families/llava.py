@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vlm_tune.config.model import LinearConnector, MlpConnector, TransformersTower
+from vlm_tune.config.connectors import LinearConnector, MlpConnector
+from vlm_tune.config.towers import TransformersTower
 from vlm_tune.model.families.base import (
     Family,
     Layout,

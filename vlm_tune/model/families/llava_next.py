@@ -6,7 +6,8 @@ An image is seen whole and as tiles, which are joined without the padding around
 
 from __future__ import annotations
 
-from vlm_tune.config.model import LlavaNextSplit, MlpConnector, TransformersTower
+from vlm_tune.config.connectors import MlpConnector
+from vlm_tune.config.towers import LlavaNextSplit, TransformersTower
 from vlm_tune.model.families.base import (
     Family,
     Layout,

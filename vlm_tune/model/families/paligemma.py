@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_tune.config.model import LinearConnector, TransformersTower
+from vlm_tune.config.connectors import LinearConnector
+from vlm_tune.config.towers import TransformersTower
 from vlm_tune.model.families.base import (
     Family,
     Vlm,

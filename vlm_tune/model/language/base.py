@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from vlm_tune.compat import cache_name
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.decoding import Decoding, plain_generation
 from vlm_tune.model.language.logits import (

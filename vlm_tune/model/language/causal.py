@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from vlm_tune.compat import cache_name
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.attention import MaskedAttention, MaskedPrefill, whole_rows
 from vlm_tune.model.language.base import LanguageModel

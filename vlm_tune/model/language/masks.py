@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import pad
 
 from vlm_tune.compat import is_stateful
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import IGNORE_INDEX
 
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """transformers' kinds of layers that attend to a part of the earlier tokens only.

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from vlm_tune.data.types import Batch
+from vlm_tune.data.batch import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.functional import pad
 
 from vlm_tune.compat import cache_name
-from vlm_tune.data.types import IGNORE_INDEX, Batch
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding

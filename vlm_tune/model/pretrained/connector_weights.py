@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config.model import AnyConnector, CrossAttentionConnector, FusionConnector
+from vlm_tune.config.connectors import AnyConnector, CrossAttentionConnector, FusionConnector
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.projectors import Linear, Mlp
 from vlm_tune.model.connectors.qformer import QFormer

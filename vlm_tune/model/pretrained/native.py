@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_tune.config.model import AnySection, NativeLlm, NativeSection, NativeTower
+from vlm_tune.config.model import AnySection, NativeLlm, NativeSection
 from vlm_tune.config.native import OWN_TEMPLATE, NativeModel
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.towers import NativeTower
 from vlm_tune.data.chat.own_template import Render, image_text, message, own_template, refusal
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate, load_template, processor_jinja

@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vlm_tune.config.model import AnySection, AudioTower, Llm, ModelSection, PretrainedModel
+from vlm_tune.config.model import AnySection, Llm, ModelSection, PretrainedModel
 from vlm_tune.config.native import NativeModel
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.rules import check_parts
+from vlm_tune.config.towers import AudioTower
 from vlm_tune.config.yaml_source import value_at
 from vlm_tune.errors import ModelError
 from vlm_tune.model.build_checks import check_model

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import interpolate
 
-from vlm_tune.config.model import Tower
+from vlm_tune.config.towers import Tower
 from vlm_tune.model.media_tower import MediaTower
 from vlm_tune.model.pooling import grid_means
 

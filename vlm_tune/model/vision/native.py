@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_tune.config.model import NativeTower
+from vlm_tune.config.towers import NativeTower
 from vlm_tune.model.vision.base import IMAGENET_MEAN, IMAGENET_STD, FeatureMaps, VisionTower
 
 PROBED_SIDE = 224

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config.model import OpenClipTower
+from vlm_tune.config.towers import OpenClipTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.hub import hub_answers, is_path, load_reason
 from vlm_tune.model.vision.base import CLIP_MEAN, CLIP_STD, FeatureMaps, VisionTower

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config.model import (
+from vlm_tune.config.towers import (
     AnyTower,
     AudioTower,
     NativeTower,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.config.model import TransformersTower
+from vlm_tune.config.towers import TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.families.base import part_tensors
 from vlm_tune.model.families.registry import family_names, find_vlm
