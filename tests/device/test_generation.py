@@ -140,7 +140,9 @@ class _Chosen:
     prefill_class: Any
 
     def prefill(self, *args: Any) -> Any:
-        return self.prefill_class(*(args if self.prefill_class is StaticPrefill else args[:-1]))
+        *shared, steps, blocks = args
+        own_steps = [steps] if self.prefill_class is StaticPrefill else []
+        return self.prefill_class(*shared, *own_steps, blocks)
 
 
 def _batch(ids: torch.Tensor, positions: torch.Tensor, until: torch.Tensor) -> Batch:

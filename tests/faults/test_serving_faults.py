@@ -388,7 +388,7 @@ def test_fault_65_every_route_but_health_needs_the_key(
         for path, methods in schema.json()["paths"].items()
         for method in methods
     ]
-    assert len(routes) == 5
+    assert len(routes) == 6
     routes += [("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/nothing"), ("PUT", "/health/")]
     routes += [("GET", "/v1"), ("OPTIONS", CHAT), ("GET", "//v1/models"), ("GET", "/index.html/x")]
     wrong: Any = (

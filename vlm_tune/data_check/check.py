@@ -165,7 +165,7 @@ def _parts(
         prepared, ms = _prepared(report, name, part, stage, sources, variant, show)
         if prepared is None:
             continue
-        for source, reader in zip(sources, prepared.readers, strict=True):
+        for source, reader in zip(prepared.sources, prepared.readers, strict=True):
             fault = form_fault(stage.objective, reader.form, part, source.objective)
             if fault is not None:
                 report.add_whole(name, part, "form", fault, reader.name)

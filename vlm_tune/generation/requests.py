@@ -56,13 +56,16 @@ def request_conversation(number: int, request: Any) -> Conversation:
         messages = _messages(request)
     except DataError as error:
         raise DataError(f"request {number}: {error.message}", kind=error.kind) from None
-    labels = {kind: (f"request {number}: {kind} {place}" for place in count(1)) for kind in KINDS}
+    places = {kind: count(1) for kind in KINDS}
+
+    def labelled(part: str | Media) -> str | Media:
+        if isinstance(part, str):
+            return part
+        kind = part.modality
+        return replace(part, label=f"request {number}: {kind} {next(places[kind])}")
+
     for place, message in enumerate(messages):
-        parts = (
-            part if isinstance(part, str) else replace(part, label=next(labels[part.modality]))
-            for part in message.parts
-        )
-        messages[place] = replace(message, parts=tuple(parts))
+        messages[place] = replace(message, parts=tuple(map(labelled, message.parts)))
     return Conversation(f"request {number}", tuple(messages), row=number)
 
 

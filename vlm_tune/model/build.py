@@ -152,6 +152,12 @@ def _config(
     )
 
 
+def _planned(recipe: Recipe, section: AnySection, tower: MediaTower) -> VisionLanguageConfig:
+    """The config of a model that is only planned: a checkpoint's own template is not read."""
+    name = recipe.data.template
+    return _config(recipe, section, tower, None if name == OWN_TEMPLATE else load_template(name))
+
+
 def _from_scratch(tower: AnyTower) -> bool:
     """Whether some of a tower's weights are random, so that they can't be reloaded by its name."""
     if isinstance(tower, PairTower):
@@ -388,8 +394,7 @@ def bare_model(
         tokens, section.llm.kind, recipe.data.max_length, ids.pad_token_id or 0, ids.eos_token_id
     )
     processor: Any = SimpleNamespace(spec=spec, stop_ids=[spec.eos_id])
-    name = recipe.data.template
-    config = _config(recipe, section, tower, None if name == OWN_TEMPLATE else load_template(name))
+    config = _planned(recipe, section, tower)
     return VisionLanguageNetwork(config, tower, connector, llm, processor), measured
 
 
@@ -423,7 +428,7 @@ def planned_config(recipe: Recipe) -> tuple[VisionLanguageConfig, Any]:
     else:
         ids: Any = SimpleNamespace(**{f"{name}_id": place for place, name in enumerate(SPECIALS)})
         text = scratch_config(section.llm, section.llm.scratch, ids, section.llm.scratch.vocab_size)
-    return _config(recipe, section, tower, None), text
+    return _planned(recipe, section, tower), text
 
 
 def restore_tower(
