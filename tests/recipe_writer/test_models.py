@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.gemma_samples import save_gemma3, save_paligemma
+from tests.helpers.native_models import Kind, native_model
 from tests.helpers.vlm_samples import save_idefics3
 from vlm_tune.config.model import ModelSection
+from vlm_tune.config.native import NativeModel
+from vlm_tune.errors import RecipeError
 from vlm_tune.recipe_writer import fit as fitting
 from vlm_tune.recipe_writer.choose import batches, held_out, set_data, set_evaluation, set_training
 from vlm_tune.recipe_writer.draft import Draft
@@ -139,6 +142,23 @@ def test_questions_share_an_image_where_the_model_lets_them(shares: bool, tmp_pa
     draft = draft_of(choice, CPU, FACTS, 1)
     assert draft.values["data.template"] == ("gemma3" if shares else "paligemma")
     assert draft.values.get("data.group") == ("image" if shares else None)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "lfm2_vl"])
+def test_another_model_of_transformers_is_native(kind: Kind, tmp_path: Path) -> None:
+    """Its images are bounded where its processor takes bounds, and its rows share nothing."""
+    native_model(kind).config.save_pretrained(tmp_path / "vlm")
+    facts = replace(FACTS, elongated=1.0, most_images=2)
+    for choice in candidates(GPU, facts, str(tmp_path / "vlm"), None):
+        recipe = draft_of(choice, GPU, facts, 1).recipe("recipe")
+        model = recipe.model
+        assert isinstance(model, NativeModel)
+        assert model.max_pixels == (1024 * 28 * 28 if kind == "qwen3_vl" else None)
+        assert (recipe.data.template, recipe.data.group) == ("own", "none")
+        assert [rule.how for rule in recipe.tune] == ["frozen", "frozen", "lora"]
+    assert model.llm.quantize == "nf4"
+    with pytest.raises(RecipeError, match="has a vision tower"):
+        named_model(str(tmp_path / "vlm"), "ViT-B-32:openai")
 
 
 def test_rows_of_many_images_get_fewer_tokens_for_each() -> None:

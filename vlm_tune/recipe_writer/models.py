@@ -9,14 +9,16 @@ from typing import Any, Literal
 import torch
 
 from vlm_tune.config.model import Llm
+from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.images.split import split_of
 from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.families.base import Vlm
-from vlm_tune.model.families.registry import family_names, find_vlm
+from vlm_tune.model.families.registry import family_names, stored_config, vlm_of
 from vlm_tune.model.hub import is_ours, read_json
 from vlm_tune.model.pretrained.language_model import llm_config
+from vlm_tune.model.pretrained.native import native_types, takes_pixel_bounds
 from vlm_tune.model.pretrained.tokenizer import load_tokenizer
 from vlm_tune.model.vision.base import VisionTower
 from vlm_tune.model.vision.registry import meta_tower
@@ -46,6 +48,11 @@ SCRATCH_TOKENS = 16
 MOST_TOKENS = 1024
 """Tokens of an image: of the small towers, of CLIP ViT-L/14 at 336 pixels, of the tower from random
 weights, and at most of one that the user names."""
+MOST_PIXELS = 28 * 28 * MOST_TOKENS
+"""Pixels of an image of a native model: Qwen2-VL makes a token of 28 x 28, others of as many or
+more."""
+NATIVE_REASON = "a model of transformers, called as it is (docs/model.md)"
+OWN_REASON = "the checkpoint's own chat template"
 MARKERS = 3
 """Tokens that mark a tile where a tokenizer has tokens for rows and columns."""
 SCRATCH_SIDES = (64, 128)
@@ -62,7 +69,8 @@ class ModelChoice:
     """A model in words, its size and kind, and a draft with what the recipe says about it.
 
     `image_tokens` is the most that an image takes. With `splits` the model cuts images in its way.
-    With `shares` the questions of an image can share it in a row.
+    With `shares` the questions of an image can share it in a row. `native_type` is transformers'
+    type of a native model.
     """
 
     name: str
@@ -72,6 +80,7 @@ class ModelChoice:
     image_tokens: int
     splits: bool = False
     shares: bool = True
+    native_type: str | None = None
 
 
 def candidates(
@@ -147,13 +156,17 @@ def named_model(model: str, tower: str | None) -> ModelChoice:
     if is_folder(model) and is_ours(folder):
         _refuse_tower(model, tower)
         config = read_json(folder / "config.json")
+        if config.get("model", {}).get("tower", {}).get("kind") == "native":
+            whole = stored_config(str(folder / "llm")) or {}
+            return _native(model, str(whole.get("model_type")))
         template = config.get("template", {}).get("name", "chatml")
         causal = config.get("model", {}).get("llm", {}).get("kind") == "causal"
         whole = _whole(model, template, causal, "named by --model")
         cuts = config.get("model", {}).get("tower", {}).get("split") is not None
         shares = config.get("model", {}).get("llm", {}).get("bidirectional") != "prompt"
         return replace(whole, size="small", splits=cuts, shares=shares)
-    vlm = find_vlm(model)
+    stored = stored_config(model) or {}
+    vlm = vlm_of(model, stored)
     if vlm is not None:
         _refuse_tower(model, tower)
         causal = is_causal(vlm)
@@ -161,17 +174,52 @@ def named_model(model: str, tower: str | None) -> ModelChoice:
         whole = replace(whole, shares=vlm.family.bidirectional != "prompt")
         tokens = _split_tokens(vlm)
         return whole if tokens is None else replace(whole, image_tokens=tokens, splits=True)
+    if stored.get("model_type") in native_types():
+        _refuse_tower(model, tower)
+        return _native(model, stored["model_type"])
     config = llm_config(Llm(kind="causal", name=model))
     if getattr(config, "vision_config", None) is not None:
         raise ModelError(
-            f"--model: {quoted(model)} is a vision-language model of the kind {config.model_type}; "
-            f"{family_names()} are loaded whole, others are not: name one of "
-            "these, or an LLM (and --tower)"
+            f"--model: {quoted(model)} is a vision-language model of the kind {config.model_type}, "
+            f"which can't be taken; {family_names()} can, and others of which transformers has an "
+            "image-text-to-text model: name one of these, or an LLM (and --tower)"
         )
     if config.is_encoder_decoder:
         return _under_tower(model, "seq2seq", "flan", tower, _width(config), "named by --model")
     template = causal_template(model)
     return _under_tower(model, "causal", template, tower, _width(config), "named by --model")
+
+
+def _native(name: str, model_type: str) -> ModelChoice:
+    """A model of transformers that is called as it is, its LLM tuned by LoRA."""
+    draft = Draft()
+    draft.set("model.kind", "native", NATIVE_REASON)
+    draft.set("model.pretrained", name, "named by --model")
+    if takes_pixel_bounds(model_type):
+        reason = f"larger images are shrunk to these, so that each takes up to {MOST_TOKENS} tokens"
+        draft.set("model.max_pixels", MOST_PIXELS, reason)
+    draft.set("data.template", OWN_TEMPLATE, OWN_REASON)
+    _frozen_tower(draft)
+    draft.rule("the connector has learned already", match="connector.*", how="frozen")
+    draft.rule(
+        "LoRA keeps what the LLM knows, and needs memory for a hundredth of the weights",
+        match="llm.*",
+        how="lora",
+        r=32,
+        lora_alpha=64,
+        target_modules="all-linear",
+        learning_rate=2.0e-4,
+    )
+    return ModelChoice(
+        name,
+        "large",
+        True,
+        draft,
+        MOST_TOKENS,
+        splits=True,
+        shares=False,
+        native_type=model_type,
+    )
 
 
 def whole_template(vlm: Vlm) -> str:

@@ -192,9 +192,14 @@ def test_ms_swift() -> None:
     written = converted("train.sh", SWIFT)
     recipe = written.recipe
     assert written.framework == "ms-swift"
-    assert recipe.model.model_dump()["pretrained"] == "llava-hf/llava-1.5-7b-hf"
-    assert recipe.model.llm.quantize == "nf4"
-    assert recipe.model.llm.added_special_tokens == ["<loc>", "<end>"]
+    model = recipe.model.model_dump(exclude_unset=True)
+    assert model == {
+        "kind": "native",
+        "pretrained": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "max_pixels": 1003520,
+        "llm": {"quantize": "nf4"},
+    }
+    assert recipe.data.template == "own"
     assert [source.model_dump(exclude_unset=True) for source in recipe.data.train] == [
         {"kind": "file", "path": "rows.jsonl", "limit": 500},
         {"kind": "dataset", "name": "some/set", "config": "part"},
@@ -209,9 +214,10 @@ def test_ms_swift() -> None:
     assert "by LoRA; here it trains in full" in written.path.read_text()
     assert recipe.engine.model_dump()["stage"] == 2
     missing = reasons(written)
-    assert set(missing) == {"MAX_PIXELS", "deepspeed", "model", "neftune_noise_alpha"}
-    assert "packed weights can't be sharded" in missing["deepspeed"]
-    assert "InternVL are loaded whole" in missing["model"]
+    assert set(missing) == {"deepspeed", "neftune_noise_alpha", "new_special_tokens"}
+    assert "a native model's weights are not sharded" in missing["deepspeed"]
+    assert "keeps its vocabulary" in missing["new_special_tokens"]
+    assert "its config is not on this machine" in written.path.read_text()
     assert "ms-swift's default of weight_decay" in written.path.read_text()
 
 

@@ -68,6 +68,29 @@ def native_config(name: str) -> Any:
     return config
 
 
+def native_types() -> set[str]:
+    """The model types of which transformers has an image-text-to-text model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def takes_pixel_bounds(model_type: str) -> bool:
+    """Whether the image processor of a model type takes bounds of pixels, as far as is known."""
+    from transformers import CONFIG_MAPPING, IMAGE_PROCESSOR_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return False
+    processors: Any = IMAGE_PROCESSOR_MAPPING
+    config = CONFIG_MAPPING[model_type]
+    return config in processors and any(map(_has_pixel_bounds, processors[config].values()))
+
+
+def _has_pixel_bounds(images: Any) -> bool:
+    """Whether a class of image processors takes the least and most pixels of an image."""
+    return "min_pixels" in getattr(images.valid_kwargs, "__annotations__", {})
+
+
 def load_native_processor(section: NativeSection, folder: Path | None) -> Any:
     """transformers' own processor of a native model, from a saved folder or by its name.
 
@@ -98,7 +121,7 @@ def _bound_pixels(processor: Any, tower: NativeTower) -> None:
     if not given:
         return
     images = processor.image_processor
-    if "min_pixels" not in getattr(type(images).valid_kwargs, "__annotations__", {}):
+    if not _has_pixel_bounds(type(images)):
         raise ModelError(
             f"model.min_pixels, max_pixels: a {type(images).__name__} takes no bounds of pixels; "
             "leave them out"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ class Conversion:
         draft: The recipe.
         model: The model that the user names in place of the configuration's.
         tower: The tower that the user names.
+        model_type: transformers' type of a native model, where it is known.
     """
 
     framework: str
@@ -29,6 +30,12 @@ class Conversion:
     model: str | None = None
     tower: str | None = None
     draft: Draft = field(default_factory=Draft)
+    model_type: str | None = None
+
+    @property
+    def native(self) -> bool:
+        """Whether the recipe's model is of `kind: native`."""
+        return self.draft.values.get("model.kind") == "native"
 
     def set(self, name: str, value: Any, key: str = "") -> None:
         """Sets a value of the recipe, and the key that it comes from as its reason."""
@@ -69,6 +76,10 @@ def set_rules(conversion: Conversion, trains: WhatTrains, *, new_connector: bool
     """Writes the rules of `tune`; a connector from random weights trains in any case."""
     draft = conversion.draft
     framework = conversion.framework
+    if conversion.native and trains.last_layers:
+        reason = "the last blocks of a native model don't train alone; the recipe takes LoRA"
+        conversion.arguments.refuse("finetuning_type", "freeze", reason)
+        trains = replace(trains, method="lora", last_layers=None)
     if trains.tower:
         _rule(draft, "tower.*", trains, trains.tower_rate, f"{framework} trains the tower")
     else:

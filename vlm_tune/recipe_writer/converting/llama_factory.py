@@ -9,9 +9,10 @@ from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.paths import is_file, is_folder, shown_path
 from vlm_tune.recipe_writer.converting.arguments import Arguments
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
-from vlm_tune.recipe_writer.converting.models import Family, lora_rule, set_model
+from vlm_tune.recipe_writer.converting.models import NATIVE, REMOTE, TEXT, lora_rule, set_model
+from vlm_tune.recipe_writer.converting.pixels import set_pixels
 from vlm_tune.recipe_writer.converting.reading import json_value
-from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources
+from vlm_tune.recipe_writer.converting.sources import set_max_length, set_packing, set_sources
 from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer, refuse_left
 
 MARKERS = {
@@ -20,22 +21,57 @@ MARKERS = {
 }  # fmt: skip
 """Keys by which a configuration is known."""
 
-VLM_TEMPLATES: dict[str, Family] = {
+VLM_TEMPLATES = {
+    "ernie_vl": "ernie4_5_vl_moe",
+    "gemma3": "gemma3",
+    "gemma3n": "gemma3n",
+    "gemma4": "gemma4",
+    "glm4v": "glm4v",
+    "glm4_5v": "glm4v_moe",
+    "glm_ocr": "glm_ocr",
+    "intern_vl": "internvl",
+    "lfm2_vl": "lfm2_vl",
+    "llama4": "llama4",
     "llava": "llava",
     **dict.fromkeys(
         (
-            "gemma3", "gemma3n", "glm4v", "intern_vl", "kimi_vl", "llama4", "llava_next",
-            "llava_next_llama3", "llava_next_mistral", "llava_next_qwen", "llava_next_yi",
-            "minicpm_v", "minicpm_o", "mllama", "paligemma", "paligemma_chat", "pixtral",
-            "qwen2_omni", "qwen2_vl", "qwen3_vl", "qwen3_vl_nothink", "smolvlm", "video_llava",
-            "yi_vl",
+            "llava_next", "llava_next_llama3", "llava_next_mistral", "llava_next_qwen",
+            "llava_next_yi",
         ),
-        "other",
+        "llava_next",
+    ),
+    **dict.fromkeys(
+        ("llava_next_video", "llava_next_video_mistral", "llava_next_video_yi"),
+        "llava_next_video",
+    ),
+    "mimo_vl": "qwen2_5_vl",
+    "mllama": "mllama",
+    "paligemma": "paligemma",
+    "paligemma_chat": "paligemma",
+    "pixtral": NATIVE,
+    "qwen2_vl": "qwen2_vl",
+    "qwen3_5": "qwen3_5",
+    "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_nothink": "qwen3_vl",
+    "qvq": "qwen2_vl",
+    "smolvlm": "smolvlm",
+    "video_llava": "video_llava",
+    **dict.fromkeys(
+        (
+            "dots_ocr", "intern_s1", "keye_vl", "kimi_vl", "minicpm_o", "minicpm_v", "qwen2_omni",
+            "qwen3_omni", "yi_vl", "youtu_vl",
+        ),
+        REMOTE,
     ),
 }  # fmt: skip
-"""Templates of vision-language models; the others are of language models."""
+"""transformers' model types by the templates of vision-language models; others are of LLMs."""
 TEMPLATES = {
     "llava": "vicuna",
+    "llava_next": "vicuna",
+    "llava_next_llama3": "llama3",
+    "llava_next_mistral": "llava_mistral",
+    "llava_next_qwen": "chatml",
+    "llava_next_yi": "chatml",
     "vicuna": "vicuna",
     "llama3": "llama3",
     "qwen": "chatml",
@@ -44,6 +80,8 @@ TEMPLATES = {
     "yi": "chatml",
 }
 """Our names of templates."""
+MAX_PIXELS = 768 * 768
+"""LLaMA-Factory's default of `image_max_pixels`."""
 
 QUIET = {
     "do_predict", "double_quantization", "enable_liger_kernel", "flash_attn", "low_cpu_mem_usage",
@@ -96,10 +134,15 @@ def convert(conversion: Conversion) -> None:
         conversion,
         "model_name_or_path",
         arguments.text("model_name_or_path"),
-        family=VLM_TEMPLATES.get(template, "text") if template else None,
+        declared=VLM_TEMPLATES.get(template, TEXT) if template else None,
         template=TEMPLATES.get(template or ""),
         quantize="fp4" if packed == "nf4" and kind == "fp4" else packed,
     )
+    if template == "paligemma_chat" and conversion.model is None:
+        reason = "PaliGemma's chat format here has one question and its answer, and no turns"
+        arguments.refuse("template", template, reason)
+    set_pixels(conversion, "min_pixels", "image_min_pixels")
+    set_pixels(conversion, "max_pixels", "image_max_pixels", default=MAX_PIXELS)
     _set_data(conversion)
     convert_trainer(conversion, Defaults(checkpointing=True))
     _set_tuning(conversion, new)
@@ -136,8 +179,7 @@ def _set_data(conversion: Conversion) -> None:
     conversion.draft.set(
         "data.overlong", "trim", "LLaMA-Factory cuts long rows; here only questions are cut"
     )
-    if arguments.flag("packing") | arguments.flag("neat_packing"):
-        conversion.set("data.packing", True, "packing")
+    set_packing(conversion, arguments.flag("packing") | arguments.flag("neat_packing"))
     if arguments.flag("streaming"):
         conversion.set("data.streaming", True, "streaming")
         buffer = arguments.count("buffer_size")

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_tune.model.families.registry import find_vlm
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
-from vlm_tune.recipe_writer.converting.models import lora_rule, set_model
+from vlm_tune.recipe_writer.converting.models import TEXT, lora_rule, set_model
 from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources, source_of
 from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer, refuse_left
 
@@ -50,7 +50,7 @@ def convert(conversion: Conversion) -> None:
         conversion,
         "model_name_or_path",
         name,
-        family="text" if "model.tower" in conversion.draft.values else "llava",
+        declared=TEXT if "model.tower" in conversion.draft.values else "llava",
         template=TEMPLATES.get(version or "v1"),
         quantize={4: kind, 8: "int8"}.get(bits),
     )

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
+from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.errors import ModelError
-from vlm_tune.model.families.registry import family_names, stored_config, vlm_of
+from vlm_tune.model.families.base import Vlm
+from vlm_tune.model.families.registry import FAMILIES, family_names, stored_config, vlm_of
+from vlm_tune.model.pretrained.native import native_types
 from vlm_tune.quoting import quoted
 from vlm_tune.recipe_writer.converting.conversion import Conversion
 from vlm_tune.recipe_writer.models import (
     LARGE_WIDTH,
     LLAVA,
+    NATIVE_REASON,
+    OWN_REASON,
     causal_template,
     named_model,
     tower_section,
     whole_template,
 )
 
-Family = Literal["llava", "other", "text"]
-"""LLaVA-1.5; another vision-language model; a language model."""
+TEXT = "text"
+NATIVE = "native"
+REMOTE = "remote"
+"""What a configuration may say of a model in place of transformers' model type: a language model; a
+vision-language model of transformers, of one type or another; one whose code comes with it."""
+OPENGVLAB = "internvl_chat"
+"""The model type of InternVL in OpenGVLab's own layout, whose code comes with it."""
+UNREAD = (
+    "; its config is not on this machine, so `vlm-tune check` has to say whether it can be taken"
+)
+LAYOUTS = (
+    "; of an InternVL, name the checkpoint in transformers' layout, which ends in -hf: OpenGVLab's "
+    "own has code of its own"
+)
 
 LLAMA_MODULES = {
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -31,7 +48,7 @@ def set_model(
     key: str,
     name: str | None,
     *,
-    family: Family | None = None,
+    declared: str | None = None,
     template: str | None = None,
     quantize: str | None = None,
 ) -> bool:
@@ -41,7 +58,8 @@ def set_model(
         conversion: the configuration on its way.
         key: the key that names the model.
         name: the model's folder or hub name; None where the configuration names none.
-        family: what the configuration says the model is; used where its config can't be read.
+        declared: what the configuration says the model is: transformers' model type, or one of
+            `TEXT`, `NATIVE` and `REMOTE`. The model's config goes first, where it can be read.
         template: our name of the configuration's chat format.
         quantize: how the LLM's weights are packed.
 
@@ -53,38 +71,68 @@ def set_model(
     name = name or LLAVA
     config = stored_config(name)
     vlm = None if config is None else vlm_of(name, config)
-    if vlm is not None:
-        family = "llava"
-        template = whole_template(vlm)
-    elif config is not None:
-        family = "other" if "vision_config" in config else "text"
-    if family == "text":
+    model_type = declared if config is None else str(config.get("model_type"))
+    if vlm is not None or (config is None and model_type in (None, *FAMILIES)):
+        _set_whole(conversion, key, name, vlm, _family_template(vlm, model_type, template))
+    elif model_type == NATIVE or model_type in native_types():
+        _set_native(conversion, key, name, model_type, read=config is not None)
+    elif declared in (None, TEXT) and "vision_config" not in (config or {}):
         _set_llm(conversion, key, name, config, template, quantize)
         return True
-    if family == "other":
-        reason = (
-            f"{family_names()} are loaded whole, others are not; the recipe takes "
-            f"{LLAVA} (--model chooses another)"
-        )
-        conversion.arguments.refuse(key, name, reason)
-        conversion.draft.set("model.pretrained", LLAVA, f"in place of {quoted(name)}")
-        template = "vicuna"
     else:
-        conversion.set("model.pretrained", name, key)
-        if config is None:
-            conversion.draft.reasons["model.pretrained"] += (
-                "; its config is not on this machine, so `vlm-tune check` has to say whether it is "
-                "of a kind that is loaded whole"
-            )
+        _replace(conversion, key, name, model_type)
     if quantize:
         conversion.set("model.llm", {"quantize": quantize}, "its quantisation")
-    conversion.draft.set("data.template", template or "vicuna", "the chat format of this model")
     return False
+
+
+def _family_template(vlm: Vlm | None, model_type: str | None, template: str | None) -> str:
+    """The chat format of a family's model: by the model, the configuration, or the family."""
+    if vlm is not None:
+        return whole_template(vlm)
+    return template or FAMILIES[model_type or "llava"].templates[-1]
+
+
+def _set_whole(conversion: Conversion, key: str, name: str, vlm: Vlm | None, template: str) -> None:
+    """Sets a model of a family; `vlm` is None where its config is not on this machine."""
+    conversion.set("model.pretrained", name, key)
+    if vlm is None:
+        layouts = LAYOUTS if template == "internvl" else ""
+        conversion.draft.reasons["model.pretrained"] += UNREAD + layouts
+    conversion.draft.set("data.template", template, "the chat format of this model")
+
+
+def _set_native(
+    conversion: Conversion, key: str, name: str, model_type: str | None, *, read: bool
+) -> None:
+    """Sets a model of transformers of no family; `read` says that its config was read."""
+    conversion.model_type = model_type
+    draft = conversion.draft
+    draft.set("model.kind", "native", NATIVE_REASON)
+    conversion.set("model.pretrained", name, key)
+    if not read:
+        draft.reasons["model.pretrained"] += UNREAD
+    draft.set("data.template", OWN_TEMPLATE, OWN_REASON)
+
+
+def _replace(conversion: Conversion, key: str, name: str, model_type: str | None) -> None:
+    """Sets LLaVA-1.5 in place of a model that can't be taken."""
+    reason = (
+        "transformers has no image-text-to-text model of this type, and code that comes with a "
+        f"checkpoint is never run; {family_names()} are taken, and others that transformers has; "
+        f"the recipe takes {LLAVA} (--model chooses another)"
+    )
+    if model_type == OPENGVLAB:
+        reason += LAYOUTS
+    conversion.arguments.refuse(key, name, reason)
+    conversion.draft.set("model.pretrained", LLAVA, f"in place of {quoted(name)}")
+    conversion.draft.set("data.template", "vicuna", "the chat format of this model")
 
 
 def _take_users(conversion: Conversion, quantize: str | None) -> bool:
     """Takes the model that --model names."""
     choice = named_model(str(conversion.model), conversion.tower)
+    conversion.model_type = choice.native_type
     draft = conversion.draft
     for name, value in choice.draft.values.items():
         draft.set(name, value, choice.draft.reasons.get(name, ""))

@@ -5,8 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
-from vlm_tune.recipe_writer.converting.models import Family, lora_rule, set_model
-from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources, source_of
+from vlm_tune.recipe_writer.converting.models import (
+    NATIVE,
+    OPENGVLAB,
+    REMOTE,
+    TEXT,
+    lora_rule,
+    set_model,
+)
+from vlm_tune.recipe_writer.converting.pixels import set_pixels
+from vlm_tune.recipe_writer.converting.sources import (
+    set_max_length,
+    set_packing,
+    set_sources,
+    source_of,
+)
 from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer, refuse_left
 
 MARKERS = {
@@ -16,21 +29,75 @@ MARKERS = {
 }  # fmt: skip
 """Keys by which a configuration is known."""
 
-MODEL_TYPES: dict[str, Family] = {
-    "llava1_5_hf": "llava",
+MODEL_TYPES = {
+    "gemma3_vision": "gemma3",
+    "gemma3n": "gemma3n",
+    "gemma4": "gemma4",
+    "glm4_1v": "glm4v",
+    "glm4_5v": "glm4v_moe",
+    "glm4v": "glm4v",
+    "glm4v_moe": "glm4v_moe",
+    "glm_ocr": "glm_ocr",
+    "got_ocr2_hf": "got_ocr2",
+    "hunyuan_ocr": "hunyuan_vl",
+    "idefics3": "idefics3",
+    **dict.fromkeys(("internvl", "internvl_hf", "internvl_gpt_hf"), "internvl"),
     **dict.fromkeys(
         (
-            "deepseek_vl", "deepseek_vl2", "florence", "gemma3_vision", "glm4v", "glm4_5v",
-            "got_ocr2", "idefics3", "internvl2", "internvl2_5", "internvl3", "internvl3_5",
-            "internvl_chat", "kimi_vl", "llama3_2_vision", "llava1_6_mistral_hf",
-            "llava1_6_vicuna_hf", "llava_onevision_hf", "minicpmv", "minicpmv2_6", "minicpmv4",
-            "molmo", "ovis2", "paligemma", "phi3_vision", "phi4_multimodal", "pixtral",
-            "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_omni", "qwen3_vl", "qwen_vl",
+            "internvl2", "internvl2_5", "internvl2_phi3", "internvl3", "internvl3_5",
+            "internvl3_5_gpt", "internvl_chat", "internvl_phi3",
         ),
-        "other",
+        OPENGVLAB,
+    ),
+    "llama3_2_vision": "mllama",
+    "llama4": "llama4",
+    **dict.fromkeys(("llava1_5_hf", "llava_llama3_1_hf", "llava_llama3_hf"), "llava"),
+    **dict.fromkeys(
+        (
+            "llama3_llava_next_hf", "llava1_6_mistral_hf", "llava1_6_vicuna_hf", "llava1_6_yi_hf",
+            "llava_next_qwen_hf",
+        ),
+        "llava_next",
+    ),
+    **dict.fromkeys(("llava_next_video_hf", "llava_next_video_yi_hf"), "llava_next_video"),
+    "llava_onevision_hf": "llava_onevision",
+    "mimo_vl": "qwen2_5_vl",
+    **dict.fromkeys(("mistral3", "mistral3_2506", "mistral_2503", "mistral_2506"), "mistral3"),
+    "paddle_ocr": "paddleocr_vl",
+    "paligemma": "paligemma",
+    "pixtral": NATIVE,
+    "qvq": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen2_vl": "qwen2_vl",
+    "qwen3_5": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5_moe",
+    "qwen3_moe_vl": "qwen3_vl_moe",
+    "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl_moe",
+    **dict.fromkeys(
+        (
+            "chatglm4v", "cogvlm2", "deepseek_janus", "deepseek_janus_pro", "deepseek_ocr",
+            "deepseek_vl", "deepseek_vl2", "dots_ocr", "emu3_chat", "florence", "glm_edge_v",
+            "got_ocr2", "interns1", "keye_vl", "keye_vl_1_5", "kimi_vl", "llama3_llava_next",
+            "llava1_6_mistral", "llava1_6_yi", "llava_next_qwen", "llava_onevision1_5", "minicpmo",
+            "minicpmo2_6", "minicpmv", "minicpmv2_5", "minicpmv2_6", "minicpmv4", "minicpmv4_5",
+            "molmo", "mplug_owl3", "ovis1_6", "ovis1_6_llama3", "ovis2", "ovis2_5", "phi3_vision",
+            "phi4_multimodal", "qwen2_5_omni", "qwen3_omni", "qwen3_omni_moe", "qwen_vl",
+            "sail_vl2", "valley", "xcomposer2", "xcomposer2_4khd", "xcomposer2_5", "yi_vl",
+        ),
+        REMOTE,
     ),
 }  # fmt: skip
-"""Types of vision-language models; the others are of language models."""
+"""transformers' model types by ms-swift's of vision-language models; others are of LLMs."""
+MODEL_TEMPLATES = {
+    "llama3_llava_next_hf": "llama3",
+    "llava1_6_mistral_hf": "llava_mistral",
+    "llava1_6_yi_hf": "chatml",
+    "llava_llama3_1_hf": "llama3",
+    "llava_llama3_hf": "llama3",
+    "llava_next_qwen_hf": "chatml",
+}
+"""Our chat formats by ms-swift's model types of families whose models have several."""
 TEMPLATES = {"qwen": "chatml", "chatml": "chatml", "qwen2_5": "chatml", "llama3": "llama3"}
 """Our names of templates."""
 
@@ -67,7 +134,7 @@ USUAL = {
 REASONS = {
     "MAX_PIXELS": "a tower reads images of one size: model.tower.image_size, and tiles for larger",
     "MIN_PIXELS": "a tower reads images of one size: model.tower.image_size",
-    "VIDEO_MAX_PIXELS": "a tower reads images of one size: model.tower.image_size",
+    "VIDEO_MAX_PIXELS": "frames of a video are read as images, and are as large as these",
     "FPS_MAX_FRAMES": "a source's video_frames says how many frames are read",
     "adapters": "merge the adapter first, and name the merged model",
     "agent_template": "rows with tools are refused: no chat format here renders them",
@@ -77,6 +144,7 @@ REASONS = {
     "freeze_parameters_ratio": "how: last_layers in a rule of `tune` trains the last blocks",
     "loss_scale": "all answers weigh the same; rows give turns `weight: 0`",
     "max_pixels": "a tower reads images of one size: model.tower.image_size, and tiles for larger",
+    "min_pixels": "a tower reads images of one size: model.tower.image_size",
     "model_kwargs": "these are settings of one model, and no key of a recipe is known for them",
     "modules_to_save": "name the parameters in a rule of their own: tune, how: full",
     "num_labels": "answers are text, also in classification",
@@ -98,14 +166,17 @@ def convert(conversion: Conversion) -> None:
     fp4 = arguments.text("bnb_4bit_quant_type") == "fp4"
     model_type = arguments.text("model_type")
     template = arguments.text("template")
+    name = arguments.text("model", "model_id_or_path")
     new = set_model(
         conversion,
         "model",
-        arguments.text("model", "model_id_or_path"),
-        family=MODEL_TYPES.get(model_type, "text") if model_type else None,
-        template=TEMPLATES.get(template or ""),
+        name,
+        declared=_declared(model_type, name) if model_type else None,
+        template=MODEL_TEMPLATES.get(model_type or "") or TEMPLATES.get(template or ""),
         quantize={4: "fp4" if fp4 else "nf4", 8: "int8"}.get(bits or 0),
     )
+    set_pixels(conversion, "min_pixels", "MIN_PIXELS", "min_pixels")
+    set_pixels(conversion, "max_pixels", "MAX_PIXELS", "max_pixels")
     _set_data(conversion)
     _set_tokens(conversion)
     usual = Defaults(
@@ -125,11 +196,25 @@ def convert(conversion: Conversion) -> None:
     refuse_left(conversion, QUIET, REASONS, PREFIXES, USUAL)
 
 
+def _declared(model_type: str, name: str | None) -> str:
+    """The model type of transformers that ms-swift's stands for, as `set_model` takes it.
+
+    The names of InternVL checkpoints in transformers' layout end in -hf.
+    """
+    declared = MODEL_TYPES.get(model_type, TEXT)
+    if declared == OPENGVLAB and name is not None and name.lower().endswith("-hf"):
+        return "internvl"
+    return declared
+
+
 def _set_tokens(conversion: Conversion) -> None:
     """Adds special tokens to the vocabulary; ms-swift takes them from a text file too."""
     arguments = conversion.arguments
     tokens = arguments.names("new_special_tokens")
-    if any(name.endswith(".txt") for name in tokens):
+    if tokens and conversion.native:
+        reason = "a native model keeps its vocabulary"
+        arguments.refuse("new_special_tokens", tokens, reason)
+    elif any(name.endswith(".txt") for name in tokens):
         reason = "model.llm.added_special_tokens takes the tokens, and no file"
         arguments.refuse("new_special_tokens", tokens, reason)
     elif tokens:
@@ -151,8 +236,7 @@ def _set_data(conversion: Conversion) -> None:
     strategy = arguments.text("truncation_strategy") or "delete"
     overlong = "drop" if strategy == "delete" else "split" if strategy == "split" else "trim"
     conversion.draft.set("data.overlong", overlong, f"from truncation_strategy: {strategy}")
-    if arguments.flag("packing"):
-        conversion.set("data.packing", True, "packing")
+    set_packing(conversion, arguments.flag("packing"))
     if arguments.flag("streaming"):
         conversion.set("data.streaming", True, "streaming")
     system = arguments.text("system")

@@ -34,6 +34,15 @@ def set_max_length(conversion: Conversion, key: str, default: int) -> None:
     conversion.set_or_default("data.max_length", length, default, key)
 
 
+def set_packing(conversion: Conversion, packed: bool) -> None:
+    """Sets packing where the configuration packs rows, if the model takes packed rows."""
+    if packed and conversion.native:
+        reason = "a native model's own forward pass reads one sample a row"
+        conversion.arguments.refuse("packing", True, reason)
+    elif packed:
+        conversion.set("data.packing", True, "packing")
+
+
 def here(sources: list[dict[str, Any]]) -> bool:
     """Whether all files of the sources are on this machine."""
     return all(

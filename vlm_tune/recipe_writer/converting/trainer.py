@@ -29,6 +29,7 @@ PRECISIONS = {
     "fp32": "fp32",
 }
 LONGEST_TIMEOUT = 1e7
+UNSHARDED = "a native model's weights are not sharded"
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,9 @@ def _set_intervals(conversion: Conversion) -> None:
 def _set_engine(conversion: Conversion) -> None:
     arguments = conversion.arguments
     sharded = arguments.take("fsdp")
-    if sharded:
+    if sharded and conversion.native:
+        arguments.refuse("fsdp", sharded, f"{UNSHARDED}, so the processes are those of DDP")
+    elif sharded:
         settings = {"kind": "fsdp", **({"offload": True} if "offload" in str(sharded) else {})}
         conversion.set("engine", settings, "fsdp")
     config = arguments.take("deepspeed")
@@ -209,9 +212,9 @@ def _set_engine(conversion: Conversion) -> None:
         arguments.refuse("deepspeed", config, reason)
         return
     quantized = conversion.draft.values.get("model.llm", {}).get("quantize")
-    if settings["stage"] == 3 and quantized:
-        reason = "packed weights can't be sharded, so engine.stage is 2 and not 3"
-        arguments.refuse("deepspeed", config, reason)
+    if settings["stage"] == 3 and (quantized or conversion.native):
+        cause = UNSHARDED if conversion.native else "packed weights can't be sharded"
+        arguments.refuse("deepspeed", config, f"{cause}, so engine.stage is 2 and not 3")
         settings = {"stage": 2, "offload": []}
     if not settings["offload"]:
         del settings["offload"]

@@ -6,7 +6,12 @@ from typing import Any
 
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
 from vlm_tune.recipe_writer.converting.models import lora_rule, set_model
-from vlm_tune.recipe_writer.converting.sources import set_max_length, set_sources, source_of
+from vlm_tune.recipe_writer.converting.sources import (
+    set_max_length,
+    set_packing,
+    set_sources,
+    source_of,
+)
 from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer, refuse_left
 
 MARKERS = {
@@ -84,8 +89,7 @@ def _set_data(conversion: Conversion) -> None:
     key = "max_seq_length" if "max_seq_length" in arguments else "max_length"
     set_max_length(conversion, key, 1024)
     conversion.draft.set("data.overlong", "trim", "TRL cuts long rows; here only questions are cut")
-    if arguments.flag("packing"):
-        conversion.set("data.packing", True, "packing")
+    set_packing(conversion, arguments.flag("packing"))
     if streamed:
         conversion.set("data.streaming", True, "dataset_streaming")
 
