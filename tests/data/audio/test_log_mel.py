@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -61,3 +63,10 @@ def test_the_plain_clip_and_a_fresh_copy() -> None:
     assert processor.expand(plain) == (plain,)
     assert processor(plain).shape == (80, 200)
     assert processor.fresh() == processor and processor.fresh() is not processor
+
+
+@pytest.mark.parametrize("method", [AudioProcessor.frame, AudioProcessor.places])
+def test_boxes_are_refused_by_a_model_that_hears(method: Any) -> None:
+    with pytest.raises(DataError, match="boxes and points are in images") as caught:
+        method(AudioProcessor(seconds=1), 64, 48)
+    assert caught.value.kind == "modality"

@@ -63,15 +63,11 @@ class AudioProcessor:
 
     def frame(self, width: int, height: int) -> tuple[int, int]:
         """Raises `DataError`: a model that hears sees no image."""
-        raise DataError(
-            "boxes and points are in images, and the model's tower takes audio (model.tower.kind)",
-            kind="modality",
-        )
+        raise _no_places()
 
     def places(self, width: int, height: int) -> Affine:
         """Raises `DataError`, as `frame`."""
-        self.frame(width, height)
-        raise AssertionError
+        raise _no_places()
 
     def save(self, folder: Path) -> None:
         """Writes nothing: all is in the model's config."""
@@ -154,6 +150,13 @@ class AudioProcessor:
         if not self._last or self._last[0][0] != media:
             self._last[:] = [(media, waveform(media, RATE))]
         return self._last[0][1]
+
+
+def _no_places() -> DataError:
+    return DataError(
+        "boxes and points are in images, and the model's tower takes audio (model.tower.kind)",
+        kind="modality",
+    )
 
 
 def log_mel(samples: np.ndarray, bins: int) -> np.ndarray:

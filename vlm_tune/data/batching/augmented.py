@@ -36,9 +36,12 @@ def draw_for(
         view: The number of the view; each is drawn for itself.
     """
     seed, epoch, sample = key
-    further = (attempt or 0, view) if view else (attempt,) if attempt else ()
-    numbers = (seed, epoch, zlib.crc32(sample.encode()), *further)
-    draw = draw_augmentation(augment, numbers, *size)
+    numbers = [seed, epoch, zlib.crc32(sample.encode())]
+    if attempt or view:
+        numbers.append(attempt or 0)
+    if view:
+        numbers.append(view)
+    draw = draw_augmentation(augment, tuple(numbers), *size)
     return draw.still() if attempt is None else draw
 
 
