@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -254,3 +255,16 @@ def test_a_row_whose_images_alone_would_fill_the_memory_is_refused_before(layout
         with pytest.raises(DataError, match="its images take 146,991,376 tokens") as error:
             lay_out(row)
         assert error.value.kind == "overlong"
+
+
+def test_long_texts_leave_no_memory_behind() -> None:
+    encoder = TextEncoder(tokenizer("chatml", "bytes"))
+    texts = (f"{number} " + "is there a red circle here? " * 100 for number in range(100))
+    encoder.text("a first text")
+    tracemalloc.start()
+    for text in texts:
+        encoder.text(text)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+  
+    assert after < 100_000

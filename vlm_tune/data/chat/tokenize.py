@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-MEMO = 100_000
+MEMO = 10_000
+"""Texts whose ids are kept, so that a template's and a question's are encoded once."""
+MEMO_LENGTH = 200
+"""Characters of the longest of them: long texts seldom repeat, and a server would keep them all."""
 MEDIA_MARKS = ("<image>", "<video>", "<audio>")
 """Placeholders for media in some row formats; one that remains in a text is plain text."""
 
@@ -101,7 +104,7 @@ class TextEncoder:
         ids = self._memo.get((opening, text))
         if ids is None:
             ids = self._encode(text, opening)
-            if len(self._memo) < MEMO:
+            if len(self._memo) < MEMO and len(text) <= MEMO_LENGTH:
                 self._memo[opening, text] = ids
         return ids
 

@@ -57,7 +57,8 @@ class Reader:
         self.tokenizer = tokenizer
         self._llm = llm_tokenizer
         self._most = most
-        self._read = lru_cache(100_000)(self._ids)
+        # No more: a server's questions are all different, and may be long.
+        self._read = lru_cache(2048)(self._ids)
 
     def _ids(self, ids: tuple[int, ...]) -> list[int]:
         text = self._llm.decode(list(ids), skip_special_tokens=True)
