@@ -266,5 +266,5 @@ def test_long_texts_leave_no_memory_behind() -> None:
         encoder.text(text)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-  
-    assert after < 100_000
+    # Their ids would take 8 bytes for each of 290,000 tokens.
+    assert after < 500_000
