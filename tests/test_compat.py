@@ -39,9 +39,11 @@ from transformers import (
 )
 
 from tests.helpers.forked_runs import ended, start
+from tests.helpers.gemma_samples import save_paligemma
 from vlm_tune.compat import (
     HARMLESS,
     RECOMPILED,
+    all_true_on_meta,
     allow_precision,
     attention_name,
     build_no_shared_memory_op,
@@ -646,3 +648,21 @@ def test_python_prints_no_warning_of_a_package_that_nobody_needs() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "end\n"
     assert "gemm_4bit_forward" not in done.stderr
+
+
+def test_meta_tensors_are_indexed_by_masks_of_unknown_values() -> None:
+    rows = torch.zeros(3, 4, device="meta")
+    mask = torch.ones(3, dtype=torch.bool, device="meta")
+    with all_true_on_meta(mask):
+        assert rows[mask].shape == (3, 4)
+    with pytest.raises(NotImplementedError):
+        rows[mask]
+
+
+def test_a_paligemma_caps_its_logits_in_each_release(tmp_path: Path) -> None:
+    theirs = save_paligemma(tmp_path, "gemma2").eval()
+    cap = theirs.config.text_config.final_logit_softcapping
+    theirs.lm_head.weight.data *= 1000
+    ids = torch.arange(5, 11)[None]
+    logits = theirs(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
+    assert 0.9 * cap < logits.abs().max() <= cap

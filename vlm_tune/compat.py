@@ -174,6 +174,21 @@ def flex_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             library._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
 
 
+@contextmanager
+def all_true_on_meta(mask: torch.Tensor) -> Iterator[None]:
+    """Context in which a mask on the meta device counts as all true, as its values are unknown.
+
+    Without it torch refuses to index by it.
+    """
+    if not mask.is_meta:
+        yield
+        return
+    from torch.fx.experimental import _config
+
+    with _config.patch(meta_nonzero_assume_all_nonzero=True):
+        yield
+
+
 def onednn_linear(rows: Any, weight: Any, bias: Any = None) -> Any:
     """`torch.nn.functional.linear` of fp32 on a CPU by oneDNN, and not by MKL."""
     import torch
@@ -202,6 +217,25 @@ def cache_name() -> str:
 def fp32_layers(model: Any) -> set[str]:
     """The last parts of the names of layers that transformers keeps in fp32, also if quantised."""
     return set(model._keep_in_fp32_modules or ())
+
+
+def cap_logits(model: Any) -> None:
+    """Makes a PaliGemma cap its logits, as its LLM's config says.
+
+    transformers leaves the cap out before 5.23.
+    """
+    from transformers import __version__
+
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    release = tuple(int(part) for part in __version__.split(".")[:2])
+    if cap is None or model.config.model_type != "paligemma" or release >= (5, 23):
+        return
+
+    def capped(_: Any, __: Any, output: Any) -> Any:
+        output.logits = cap * (output.logits / cap).tanh()
+        return output
+
+    model.register_forward_hook(capped)
 
 
 def forget_checkpoint_names(model: Any) -> None:

@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 
 from tests.helpers.chat_samples import TEXTS, turns
 from tests.helpers.vlm_samples import VISION, stir
+from vlm_tune.compat import cap_logits
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.types import Conversation, Media, Message
 from vlm_tune.exporting.gemma3_layout import TOKENS
@@ -202,6 +203,7 @@ def save_paligemma(folder: Path, language: Literal["gemma", "gemma2"], *, tied: 
     theirs.save_pretrained(folder)
     # sdpa, its default, leaves out the cap of scores.
     theirs.set_attn_implementation("eager")
+    cap_logits(theirs)
     return theirs
 
 

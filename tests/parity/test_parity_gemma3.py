@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,11 @@ def test_text_is_transformers(taken: Taken, beams: int, tmp_path: Path) -> None:
         fetch=model.processor.images,
     )
     stops = model.processor.stop_ids
+    # Older releases repeat each image for the beams, and not the row's images in turn.
+    mixed_up = "mm_encoder_outputs" not in inspect.signature(theirs.forward).parameters
     for row, answer in zip(rows, answers, strict=True):
+        if beams > 1 and mixed_up and len(row.media) > 1:
+            continue
         prompt = their_inputs(tmp_path / "vlm", row, prompt=True)
         generated = theirs.generate(
             **prompt, max_new_tokens=6, do_sample=False, num_beams=beams, eos_token_id=stops

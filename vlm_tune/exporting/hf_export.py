@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vlm_tune.compat import cap_logits
 from vlm_tune.config.model import NativeSection
 from vlm_tune.config.towers import Tower
 from vlm_tune.data.images.decode import decode_image, encoded_bytes
@@ -176,6 +177,7 @@ def compared(
     from transformers import AutoImageProcessor, AutoProcessor
 
     theirs = theirs.to(model.device)
+    cap_logits(theirs)
     processor: Any = AutoProcessor.from_pretrained(folder)
     # Pillow resizes as our own preprocessing does. torchvision, which transformers prefers, is off
     # by a level or two.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_tune.compat import all_true_on_meta
 from vlm_tune.config.towers import TransformersTower
 from vlm_tune.errors import ModelError
 from vlm_tune.model.families.base import part_tensors
@@ -43,7 +44,9 @@ def _states_of_whole_images(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     batch, _, height, width = pixels.shape
     grid = (batch, height // model.patch_size, width // model.patch_size)
     mask = torch.ones(grid, dtype=torch.bool, device=pixels.device)
-    states = model.embeddings(pixel_values=pixels, patch_attention_mask=mask)
+    # Before 5.23 transformers indexes by the mask.
+    with all_true_on_meta(mask):
+        states = model.embeddings(pixel_values=pixels, patch_attention_mask=mask)
     return model.encoder(inputs_embeds=states).last_hidden_state
 
 
