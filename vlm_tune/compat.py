@@ -185,7 +185,8 @@ def all_true_on_meta(mask: torch.Tensor) -> Iterator[None]:
         return
     from torch.fx.experimental import _config
 
-    with _config.patch(meta_nonzero_assume_all_nonzero=True):
+    switches: Any = _config  # a module that torch turns into an object with methods
+    with switches.patch(meta_nonzero_assume_all_nonzero=True):
         yield
 
 
