@@ -126,6 +126,47 @@ def write_internvl(folder: Path) -> None:
     GotOcr2ImageProcessorPil(size={"height": 448, "width": 448}).save_pretrained(folder)
 
 
+def write_ministral3(folder: Path) -> None:
+    """Writes the configs of Ministral 3 3B."""
+    from transformers import Mistral3Config, PixtralImageProcessorPil
+
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 1540,
+        "patch_size": 14,
+        "hidden_act": "silu",
+    }
+    positions = {
+        "rope_type": "yarn",
+        "rope_theta": 1000000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "max_position_embeddings": 262144,
+        "llama_4_scaling_beta": 0.1,
+    }
+    text = {
+        "model_type": "ministral3",
+        "hidden_size": 3072,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 131072,
+        "rope_parameters": positions,
+    }
+    Mistral3Config(
+        vision_config=vision, text_config=text, image_token_index=10, tie_word_embeddings=True
+    ).save_pretrained(folder)
+    PixtralImageProcessorPil(
+        size={"longest_edge": 1540}, patch_size={"height": 14, "width": 14}
+    ).save_pretrained(folder)
+
+
 def write_instructblip(folder: Path) -> None:
     """Writes the configs of InstructBLIP with Flan-T5-XL."""
     from transformers import BlipImageProcessor, InstructBlipConfig, T5Config

@@ -16,6 +16,7 @@ from benchmarks.plan_time import (
     write_internvl,
     write_llava,
     write_llava_next,
+    write_ministral3,
     write_smolvlm,
 )
 from vlm_tune.config.load import load_recipe
@@ -215,6 +216,22 @@ def test_internvl_3_5_1b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> N
     }
     total = sum(parameter.numel() for parameter in model.parameters())
     assert 1.0e9 < total - 28 * 16 * layer < 1.1e9
+
+
+def test_ministral_3_3b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
+    """Pixtral's tower at 616 pixels, squares of 2 x 2 patches, and 26 layers with a tied head."""
+    write_ministral3(tmp_path)
+    recipe = load_recipe(RECIPES / "ministral-3-3b-qlora.yaml", {"model.pretrained": str(tmp_path)})
+    model, measured = bare_model(recipe)
+    assert (measured, model.processor.spec.tokens_per_image) == ((44**2, 1024), 22**2)
+    layer = 2 * (3072 + 4096) + 2 * (3072 + 1024) + 3 * (3072 + 9216)
+    assert trained(tuned(model, recipe)) == {
+        "tower.*": 0,
+        "connector.*": 1024 + 4 * 1024 * 1024 + 1024 * 3072 + 3072 * 3072,
+        "llm.*": 26 * 16 * layer,
+    }
+    weights = sum(count_of(parameter) for parameter in model.parameters())
+    assert 3.8e9 < weights - 26 * 16 * layer < 3.9e9
 
 
 def test_qwen3_vl_4b_builds_and_tunes_at_its_real_shape() -> None:

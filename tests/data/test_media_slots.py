@@ -57,11 +57,15 @@ def test_slots_are_filled_as_by_transformers(sizes: list[tuple[int, int]]) -> No
     ]
     tokens = slot_tokens(media, TOKENS)
     assert tokens is not None
+    places, numbers = tokens.tolist()
     # The last token of a frame is the learned one.
-    assert [-1 if t % (TOKENS + 1) == TOKENS else t for t in tokens.tolist()] == theirs(sizes)
+    assert [
+        -1 if number == TOKENS else place * (TOKENS + 1) + number
+        for place, number in zip(places, numbers, strict=True)
+    ] == theirs(sizes)
     frames = owners(media, TOKENS)
-    assert len(frames) == len(tokens) == sum(slots_of(frame, TOKENS) for frame in media)
-    filling = [media[place] for place in tokens // (TOKENS + 1)]
+    assert len(frames) == len(places) == sum(slots_of(frame, TOKENS) for frame in media)
+    filling = [media[place] for place in places]
     assert [media[frame].source for frame in frames] == [frame.source for frame in filling]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tests.helpers.tiny_models import (
     rows_of,
     stage_loop,
 )
+from vlm_tune.config.connectors import LinearConnector
 from vlm_tune.config.towers import AudioTower
 from vlm_tune.data.types import distinct_media
 from vlm_tune.errors import DataError, ModelError, RecipeError
@@ -84,7 +86,8 @@ def test_a_shorter_window_takes_the_first_positions(whisper: tuple[Path, Any]) -
     assert tower.measure() == (50, 32) and tower.input_shape == (80, 100)
     positions: Any = tower.model.embed_positions
     assert torch.equal(positions.weight, model.get_encoder().embed_positions.weight[:50])
-    processor = media_processor(config, tower)
+    section: Any = SimpleNamespace(tower=config, connector=LinearConnector(kind="linear"))
+    processor = media_processor(section, tower)
     assert processor.modality == "audio" and processor.most_frames == 4
     # Its architecture alone, as a checkpoint rebuilds it, has weights of the same shapes.
     rebuilt = build_tower(config, architecture(config))

@@ -89,6 +89,31 @@ class Gemma3Connector(Config):
     )
 
 
+class PatchMergerConnector(Config):
+    """An RMSNorm, a matrix that joins factor x factor tokens, and an MLP of two layers (Mistral 3).
+
+    For towers that keep an image's shape.
+    """
+
+    kind: Literal["patch_merger"]
+    factor: Annotated[int, Field(ge=1, le=4)] = Field(
+        default=2, description="patches of a square's side; a square takes one slot"
+    )
+    bias: bool = Field(default=False, description="whether the MLP's layers have biases")
+    eps: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=1e-5, description="what the norm adds to the mean square"
+    )
+    weights: HomePath | None = Field(
+        default=None,
+        description="start from a safetensors file or a vision-language model; random weights"
+        " by default",
+    )
+
+
+OfAnyShape = LinearConnector | MlpConnector | PatchMergerConnector
+"""Connectors for towers that keep an image's shape: each token or square becomes one token."""
+
+
 class ResamplerConnector(Projector):
     """A Perceiver resampler: learned latents attend to features in `depth` layers (Flamingo)."""
 
@@ -138,6 +163,7 @@ BaseConnector = (
     | PixelShuffleConnector
     | AvgPoolConnector
     | Gemma3Connector
+    | PatchMergerConnector
     | ResamplerConnector
 )
 """Connectors that can be the `base` of another connector."""

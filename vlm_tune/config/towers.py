@@ -57,7 +57,9 @@ class Tower(Config):
     """Options shared by all vision towers."""
 
     image_size: Side | None = Field(
-        default=None, description="side in pixels; the tower's own by default"
+        default=None,
+        description="side in pixels; the tower's own by default. Of a Pixtral's tower, which keeps "
+        "an image's shape, the longest side to which larger images are shrunk",
     )
     resize: Literal["squash", "crop", "pad"] = Field(
         default="crop", description="how a non-square image is made square"
@@ -112,6 +114,8 @@ class OpenClipTower(Tower):
 class TransformersTower(Tower):
     """A vision tower from transformers: CLIP, SigLIP, DINOv2, or a vision-language model's own.
 
+    NaFlex towers of SigLIP 2 and Pixtral's keep an image's shape.
+
     `name` is a hub name or a folder.
     """
 
@@ -132,6 +136,16 @@ class TransformersTower(Tower):
         description="apply the tower's final norm to the features (BLIP-2, with layer: -1)",
     )
     class_token: bool = CLASS_TOKEN
+    row_ends: bool = Field(
+        default=False,
+        description="the tokens [IMG_BREAK] and [IMG_END] after the rows of an image's tokens, with"
+        " a Pixtral's tower (Pixtral, Mistral 3)",
+    )
+    max_num_patches: Annotated[int, Field(ge=1, le=16384)] | None = Field(
+        default=None,
+        description="most patches of an image, with a NaFlex tower (SigLIP 2), which keeps an "
+        "image's shape; the tower's own by default",
+    )
 
 
 class TimmTower(Tower):

@@ -71,8 +71,13 @@ class Batch:
         prompts: The prompts of the rows, where their answers are to be sampled: the batch has
             their examples, and of each row one list of prompts.
         completions: What was sampled for a batch of prompts.
-        slot_tokens: int64[P], which of all connected tokens of the media places, one after the
-            other, fills each slot (`media_slots`); None where they fill them in order.
+        slot_tokens: int64[2, P], the connected token that fills each slot: the number of its media
+            place, and its own among the tokens of that (`media_slots`); None where they fill
+            the slots in order.
+        patch_places: int64[U, N, 2], the row and column of each patch of images that keep their
+            shape, -1 in the padding; their pixels are uint8[U, N, 3 P²] then (`images/patches`).
+        token_counts: int64[M], the number of connected tokens that are no padding of each media
+            place, where images keep their shape.
         host: Of a batch on another device, the batch as it was on the CPU, without images. What
             the host has to know is read there.
         native: The tensors that a native model takes of its images, by name, in place of pixels.
@@ -96,6 +101,8 @@ class Batch:
     answers: torch.Tensor | None = None
     reference: torch.Tensor | None = None
     slot_tokens: torch.Tensor | None = None
+    patch_places: torch.Tensor | None = None
+    token_counts: torch.Tensor | None = None
     task: str | None = None
     loss_weight: float = 1.0
     native: NativeInputs = field(default_factory=dict)

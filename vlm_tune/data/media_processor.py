@@ -54,6 +54,10 @@ class MediaProcessor(Protocol):
         """The largest number of frames of a media item."""
         ...
 
+    def whole(self, media: Media) -> Media:
+        """The frame that shows a media item as a whole. Raises as `segments`."""
+        ...
+
     def segments(self, media: Media) -> list[Segment]:
         """The segments of a media item in a prompt: its frames, and the markers around them.
 

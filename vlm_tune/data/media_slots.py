@@ -3,8 +3,9 @@
 A frame fills as many slots as the connector gives it tokens. The tiles of an image with a known
 size (`Tile.size`) are joined before that: they are one picture, whose padding around the image
 takes no slots, and each of whose rows ends with a learned token, which the connector puts behind
-each frame's own (LLaVA-NeXT, `pack_image_features` of transformers' `modeling_llava_next.py`). So
-lengths follow from an image's size alone.
+each frame's own (LLaVA-NeXT, `pack_image_features` of transformers' `modeling_llava_next.py`). An
+image that keeps its shape (`Media.grid`) fills a slot for each square of its patches; the tokens
+that the connector gives it beyond these are padding. So lengths follow from an image's size alone.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from vlm_tune.data.types import Media, Segment, Tile
 def slots_of(media: Media, tokens: int) -> int:
     """The number of slots of a frame that the connector gives `tokens` tokens.
 
-    The first tile of a joined picture has the slots of all of its tiles, the others have none.
+    The first tile of a joined picture has the slots of all of its tiles, the others have none. An
+    image that keeps its shape has those of its grid.
     """
+    if media.grid is not None:
+        return math.prod(media.grid.slots)
     tile = media.tile
     if tile is None or tile.size is None:
         return tokens
@@ -37,27 +41,38 @@ def segment_slots(segment: Segment, tokens: int) -> int:
     return slots_of(segment.payload, tokens) if isinstance(segment.payload, Media) else 0
 
 
+def slot_mask(segment: Segment, length: int) -> list[bool]:
+    """Which of a segment's `length` tokens are slots: a frame's, but for the ends of its rows."""
+    if segment.row_ends is None:
+        return [segment.kind == "media"] * length
+    assert isinstance(segment.payload, Media)
+    assert segment.payload.grid is not None
+    rows, columns = segment.payload.grid.slots
+    return ([True] * columns + [False]) * rows
+
+
 def owners(media: Sequence[Media], tokens: int) -> np.ndarray:
     """The place in `media` of the frame that each slot is of, int64[P], see `slots_of`."""
     return np.repeat(np.arange(len(media)), [slots_of(frame, tokens) for frame in media])
 
 
 def slot_tokens(media: Sequence[Media], tokens: int) -> np.ndarray | None:
-    """The token that fills each slot, int64[P], of the frames' tokens one after the other.
+    """The token that fills each slot, int64[2, P]: its frame's place in `media`, and its number.
 
     The connector gives a frame `tokens`, and the learned one behind them. None where no tiles are
-    joined: all tokens fill slots in their order.
+    joined and no image keeps its shape: all tokens fill slots in their order.
     """
-    if all(frame.tile is None or frame.tile.size is None for frame in media):
+    if all(frame.grid is None and (not frame.tile or not frame.tile.size) for frame in media):
         return None
-    numbers = [np.empty(0, dtype=np.int64)]
+    chosen = [np.empty((2, 0), dtype=np.int64)]
     for place, frame in enumerate(media):
         tile = frame.tile
-        if tile is None or tile.size is None:
-            numbers.append(place * (tokens + 1) + np.arange(tokens))
-        elif not tile.column and not tile.row:
-            numbers.append(place * (tokens + 1) + _picture(tile, tokens))
-    return np.concatenate(numbers)
+        numbers = np.arange(slots_of(frame, tokens))
+        if frame.grid is None and tile and tile.size and len(numbers):
+            numbers = _picture(tile, tokens)
+        tiles, numbers = np.divmod(numbers, tokens + 1)
+        chosen.append(np.stack([place + tiles, numbers]))
+    return np.concatenate(chosen, axis=1)
 
 
 def _picture(tile: Tile, tokens: int) -> np.ndarray:

@@ -64,17 +64,41 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class PatchGrid:
+    """The rows and columns of patches of an image that keeps its shape.
+
+    Each square of `merge` x `merge` patches takes one slot of the LLM's input.
+    """
+
+    rows: int
+    columns: int
+    merge: int = 1
+
+    @property
+    def patches(self) -> int:
+        """The number of patches."""
+        return self.rows * self.columns
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """The rows of slots, and the slots of a row."""
+        return self.rows // self.merge, self.columns // self.merge
+
+
+@dataclass(frozen=True)
 class Media:
     """One image or audio clip: a file, a byte range of a file, or encoded bytes; not decoded here.
 
     A video is several images; `origin` is the file that its frames were decoded from. `tile` is set
     on a cell of a larger image and on a window of a longer clip, whose windows are the columns of
-    one row; None is the whole. `label` names bytes in error messages.
+    one row; None is the whole. `grid` is set on an image for a tower that keeps its shape. `label`
+    names bytes in error messages.
     """
 
     source: Path | Slice | bytes
     modality: Modality = "image"
     tile: Tile | None = None
+    grid: PatchGrid | None = None
     origin: Path | None = field(default=None, compare=False)
     label: str = field(default="<bytes>", compare=False)
 
@@ -191,18 +215,23 @@ class Segment:
     """A piece of a rendered conversation: plain text, one control token or one media item.
 
     `trained` says whether its tokens are supervised. `ids` are a media item's tokens, if the
-    model's own processor says which they are.
+    model's own processor says which they are. `row_ends` are control tokens after the rows of an
+    image's slots: after each but the last, and after the last.
     """
 
     kind: Literal["text", "control", "media"]
     payload: str | Media
     trained: bool = False
     ids: tuple[int, ...] | None = None
+    row_ends: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Everything that the data side knows about the model."""
+    """Everything that the data side knows about the model.
+
+    Images that keep their shape take up to `tokens_per_image` slots, others exactly these.
+    """
 
     tokens_per_image: int
     layout: Literal["causal", "seq2seq"]

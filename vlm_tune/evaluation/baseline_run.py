@@ -30,7 +30,7 @@ from vlm_tune.evaluation.baselines import (
 )
 from vlm_tune.evaluation.metrics import Scores
 from vlm_tune.evaluation.texts import normalise
-from vlm_tune.model.feature_cache import has_features, tower_features
+from vlm_tune.model.feature_cache import has_features, token_count, tower_features
 from vlm_tune.model.feature_choice import trains_tower
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.tower_pass import tower_batches
@@ -319,12 +319,14 @@ class BaselineRun:
         those of all places may be a thousand times as large.
         """
         shown = distinct_media(rows)
+        frames = [self.model.processor.images.whole(item) for item in shown]
         if cached is None:
-            features = chain.from_iterable(self._tower(shown))
+            features = chain.from_iterable(self._tower(frames))
         else:
-            features = map(tower_features(self.model, cached, autocast=self.autocast), shown)
+            features = map(tower_features(self.model, cached, autocast=self.autocast), frames)
         means = {
-            item: each.float().mean(0).numpy() for item, each in zip(shown, features, strict=True)
+            item: each[: token_count(self.model, frame)].float().mean(0).numpy()
+            for item, frame, each in zip(shown, frames, features, strict=True)
         }
         return np.stack([np.mean([means[item] for item in row.media], axis=0) for row in rows])
 
@@ -336,7 +338,7 @@ class BaselineRun:
 
     def _tower_seconds(self, media: Sequence[Media]) -> float:
         """An estimate of the time that the tower takes for images, from the first few."""
-        few = media[:TIMED]
+        few = [self.model.processor.images.whole(item) for item in media[:TIMED]]
         seconds = 0.0
         # The first pass may load, compile or tune: the second one is timed.
         for _ in range(2):

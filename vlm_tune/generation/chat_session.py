@@ -262,11 +262,13 @@ class _Prefix:
 def _keys(prompt: Example, tokens_per_image: int) -> list[tuple[int, Any]]:
     keys: list[tuple[int, Any]] = [(token, None) for token in prompt.input_ids.tolist()]
     frames = owners(prompt.media, tokens_per_image)
-    numbers = np.arange(len(frames)) - np.searchsorted(frames, frames)
     slots = prompt.image_mask.nonzero()[0]
-    for place, frame, number in zip(slots, frames, numbers, strict=True):
+    for frame in np.unique(frames):
+        # What ends the rows of an image belongs to it.
+        places = slots[frames == frame]
         image = prompt.media[frame]
-        keys[place] = (int(number), (image.source, image.tile))
+        for number, place in enumerate(range(places[0], places[-1] + 1)):
+            keys[place] = (number, (image.source, image.tile))
     return keys
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.images.patches import patch_places, stacked, token_counts
 from vlm_tune.data.types import Conversation, Example, Media, Message
 from vlm_tune.errors import ArgumentError, DataError, ModelError
 from vlm_tune.generation.requests import check_text, image_media
@@ -77,10 +78,13 @@ def image_embeddings(
     check_image_vectors(model)
     vectors: list[np.ndarray] = []
     for start in range(0, len(images), batch_size):
-        pixels = [model.processor.images(media) for media in images[start : start + batch_size]]
+        shown = [model.processor.images.whole(each) for each in images[start : start + batch_size]]
+        pixels = stacked([model.processor.images(media) for media in shown], shown)
+        places = patch_places(shown)
+        shapes = () if places is None else (places.to(model.device),)
         with torch.inference_mode():
-            features = model.tower(torch.stack(pixels).to(model.device))
-        vectors.append(feature_vectors(model, features))
+            features = model.tower(pixels.to(model.device), *shapes)
+        vectors.append(feature_vectors(model, features, shown))
     return np.concatenate(vectors)
 
 
@@ -97,10 +101,14 @@ def check_image_vectors(model: VisionLanguageNetwork) -> None:
 
 
 @torch.inference_mode()
-def feature_vectors(model: VisionLanguageNetwork, features: torch.Tensor) -> np.ndarray:
-    """Unit vectors fp32[I, E] of images, by the tower's features [I, N, D]."""
+def feature_vectors(
+    model: VisionLanguageNetwork, features: torch.Tensor, images: Sequence[Media]
+) -> np.ndarray:
+    """Unit vectors fp32[I, E] of whole images, by the tower's features [I, N, D]."""
     connected = model.connector(matched(features, model.connector))
-    return model.image_vectors(connected).cpu().numpy()
+    counts = token_counts(images)
+    counts = None if counts is None else counts.to(connected.device)
+    return model.image_vectors(connected, counts).cpu().numpy()
 
 
 def text_embeddings(

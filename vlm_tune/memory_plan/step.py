@@ -129,12 +129,15 @@ def _with_images(
     `half` is the dtype of autocast.
     """
     count = len(batch.media_index.unique())
+    shape = features or tower.input_shape
+    if batch.patch_places is not None:
+        shape = (batch.patch_places.shape[1], shape[1])
     with fake:
         shown: Any = None
         if count and features:
-            shown = torch.empty(count, *features, dtype=stored_dtype(tower, half))
+            shown = torch.empty(count, *shape, dtype=stored_dtype(tower, half))
         elif count:
-            shown = torch.empty(count, *tower.input_shape, dtype=tower.input_dtype)
+            shown = torch.empty(count, *shape, dtype=tower.input_dtype)
     views = shown if two_views else None
     return replace(batch, **{"features" if features else "pixels": shown, "views": views})
 

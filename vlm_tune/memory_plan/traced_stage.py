@@ -29,9 +29,9 @@ from vlm_tune.precision import DTYPES
 class TracedStage:
     """Sizes of a stage's model and of one step, which do not depend on the number of processes.
 
-    `creation` is the bytes that creating random weights takes, `features` the shape of an image's
-    features and `feature_bytes` their size. `still` says that the tower is frozen, `cached` that
-    its features are cached and `why` the reason. `figures` and `holes` are those of `traced`.
+    `creation` is the bytes that creating random weights takes, `features` the shape of a mean
+    image's features and `feature_bytes` their size. `still` says that the tower is frozen, `cached`
+    that its features are cached and `why` the reason. `figures` and `holes` are those of `traced`.
     """
 
     sizes: list[PartSize]
@@ -83,6 +83,8 @@ def trace_stage(
     attention = _attention_width(model)
     item = stored_dtype(model.tower, precision).itemsize
     figures, holes = traced(model, stage, batch, features if choice.cached else None, gpu=gpu)
+    if usage is not None and usage.patches is not None:
+        features = (round(usage.patches), features[1])
     return TracedStage(
         sizes,
         weights,

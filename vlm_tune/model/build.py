@@ -97,7 +97,7 @@ def build(
     tower = restore_tower(section.tower, own_rebuild(recipe), own_tower)
     if section.llm.scratch:
         tokenizer = scratch_tokenizer(
-            section, template, media_processor(section.tower, tower), conversations
+            section, template, media_processor(section, tower), conversations
         )
         with torch.device("meta") if bare else nullcontext():
             language = scratch_llm(section.llm, section.llm.scratch, tokenizer, len(tokenizer))
@@ -183,7 +183,7 @@ def build_processor(
     tower = meta_tower(section.tower, own_rebuild(recipe))
     if section.llm.scratch and saved is None:
         tokenizer = scratch_tokenizer(
-            section, template, media_processor(section.tower, tower), conversations
+            section, template, media_processor(section, tower), conversations
         )
     else:
         tokenizer = load_tokenizer(section.llm, saved)
@@ -234,7 +234,7 @@ def _processor(
         tokenizer=tokenizer,
         template=template,
         spec=InputSpec(tokens, section.llm.kind, max_length, pad, tokenizer.eos_token_id),
-        images=media_processor(section.tower, tower) if native is None else native_images(native),
+        images=media_processor(section, tower) if native is None else native_images(native),
         system=system,
         words=tuple(section.llm.words),
         boxes=section.boxes,

@@ -1,9 +1,9 @@
 """Cache of a frozen tower's features, computed once and stored in memory-mapped files.
 
-A file holds the features of up to `PART` images. Its name has a key (of the tower's weights, its
-preprocessing, the device and precision it runs in, the images' bytes and the places of tiles in
-them) and the checksum of its content. So a file is either complete or absent, and the features read
-are those that were computed.
+A file holds the features of up to `PART` images, which may differ in their number of tokens. Its
+name has a key (of the tower's weights, its preprocessing, the device and precision it runs in, the
+images' bytes and the places of tiles in them) and the checksum of its content. So a file is either
+complete or absent, and the features read are those that were computed.
 
 The ranks of a run, and other runs on the same folder, share the work without talking to each other:
 each computes the files that are missing and that no other process has locked, and reads the others.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -52,10 +53,10 @@ class FeatureStore:
     """Lookup of features by media item, in memory-mapped files of `PART` items each."""
 
     def __init__(
-        self, parts: Sequence[torch.Tensor], rows: dict[Media, int], paths: Sequence[Path]
+        self, parts: Sequence[torch.Tensor], lines: dict[Media, Lines], paths: Sequence[Path]
     ) -> None:
         self._parts = parts
-        self._rows = rows
+        self._lines = lines
         self._paths = paths
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,22 +76,29 @@ class FeatureStore:
                 ) from None
             except OSError:  # the cache may be read-only
                 continue
-        return _mapped_store, (self._paths, self._rows)
+        return _mapped_store, (self._paths, self._lines)
 
     def __call__(self, media: Media) -> torch.Tensor:
         """The features float[N, D] of an item."""
-        part, row = divmod(self._rows[media], PART)
-        return self._parts[part][row]
+        part, start, end = self._lines[media]
+        return self._parts[part][start:end]
+
+
+Lines = tuple[int, int, int]
+"""Where an item's features are: the number of the file, and the first and last of its lines."""
 
 
 def _mapped(path: Path) -> torch.Tensor:
-    """The features in a file [images, N, D], memory-mapped, in the dtype that `STORED` says."""
-    raw = torch.from_numpy(np.load(path, mmap_mode="c"))
+    """The features in a file, one line [D] a token, in the dtype that `STORED` says.
+
+    They are memory-mapped.
+    """
+    raw = torch.from_numpy(np.load(path, mmap_mode="c")).flatten(0, -2)
     return raw.view(torch.bfloat16) if raw.dtype == torch.int16 else raw
 
 
-def _mapped_store(paths: Sequence[Path], rows: dict[Media, int]) -> FeatureStore:
-    return FeatureStore([_mapped(path) for path in paths], rows, paths)
+def _mapped_store(paths: Sequence[Path], lines: dict[Media, Lines]) -> FeatureStore:
+    return FeatureStore([_mapped(path) for path in paths], lines, paths)
 
 
 def tower_features(
@@ -124,10 +132,16 @@ def tower_features(
     media = list(dict.fromkeys(part for item in media for part in images.expand(item)))
     digests = _digests(media)
     distinct = sorted(set(digests))
-    place = {digest: row for row, digest in enumerate(distinct)}
-    rows = {item: place[digest] for item, digest in zip(media, digests, strict=True)}
     first = dict(zip(digests, media, strict=True))
     parts = [distinct[start : start + PART] for start in range(0, len(distinct), PART)]
+    place: dict[str, Lines] = {}
+    for number, part in enumerate(parts):
+        ends = np.cumsum([0, *(token_count(model, first[digest]) for digest in part)]).tolist()
+        place |= {
+            digest: (number, *lines)
+            for digest, lines in zip(part, itertools.pairwise(ends), strict=True)
+        }
+    lines = {item: place[digest] for item, digest in zip(media, digests, strict=True)}
     base = _key(model, autocast)
     cache = _Cache(
         model,
@@ -139,7 +153,12 @@ def tower_features(
     )
     with model.evaluating():
         features = cache.opened()
-    return FeatureStore(features, rows, [cache.paths[number] for number in range(len(features))])
+    return FeatureStore(features, lines, [cache.paths[number] for number in range(len(features))])
+
+
+def token_count(model: VisionLanguageNetwork, media: Media) -> int:
+    """The number of the tower's features of a frame: of an image that keeps its shape, its own."""
+    return model.tower.measure()[0] if media.grid is None else media.grid.patches
 
 
 def has_features(
@@ -220,7 +239,7 @@ class _Cache:
         self.arrays: dict[int, torch.Tensor] = {}
 
     def opened(self) -> list[torch.Tensor]:
-        """The features of all files in order, [images, N, D] each; missing ones are computed."""
+        """The features of all files in order, one line a token; missing ones are computed."""
         missing = [number for number in range(len(self.names)) if not self._open(number)]
         if missing:
             check_cache(self.folder)
@@ -284,7 +303,7 @@ class _Cache:
         return True
 
     def _compute(self, number: int, *, alone: bool) -> None:
-        """Writes the features of a file's images as one array [images, N, D].
+        """Writes the features of a file's images as one array, the tokens of one after another.
 
         `alone` says that no other process of this host computes them: what is left of one is
         removed.
@@ -296,17 +315,22 @@ class _Cache:
             left.unlink(missing_ok=True)
         temporary = self.folder / f"{here}{os.getpid()}.npy"
         try:
-            shape = (len(media), *self.model.tower.measure())
+            counts = [token_count(self.model, item) for item in media]
+            shape = (sum(counts), self.model.tower.measure()[1])
             with cache_room(self.folder):
                 array = np.lib.format.open_memmap(
                     temporary, mode="w+", dtype=STORED[self.dtype], shape=shape
                 )
                 _reserve(temporary)
             written = 0
+            line = 0
             for features in tower_batches(self.model, media, self.autocast):
                 bits = features.view(torch.int16) if self.dtype == torch.bfloat16 else features
-                array[written : written + len(bits)] = bits.numpy()
-                written += len(bits)
+                for image in bits.numpy():
+                    count = counts[written]
+                    array[line : line + count] = image[:count]
+                    line += count
+                    written += 1
                 self.progress(self._done + written, self.total)
             array.flush()
             temporary.rename(self.folder / f"{name}-{file_checksum(temporary)}.npy")

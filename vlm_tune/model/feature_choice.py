@@ -40,11 +40,13 @@ class Usage:
         images: distinct images.
         views: how often an image is shown; the rows of one unit share theirs.
         tokens: input tokens of the LLM.
+        patches: the mean patches of a distinct image, where images keep their shape.
     """
 
     images: int
     views: float
     tokens: float
+    patches: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ def stage_usage(prepared: Prepared, train: TrainSection, ranks: int) -> Usage:
         micro_batch = train.batch_tokens or train.batch_size * row
         passes = train.steps * train.gradient_accumulation * ranks * micro_batch / tokens
     shown = float(prepared.store.media_counts.sum())
-    return Usage(len(prepared.media), passes * shown, passes * tokens)
+    patches = [media.grid.patches for media in prepared.media if media.grid is not None]
+    mean = float(np.mean(patches)) if patches else None
+    return Usage(len(prepared.media), passes * shown, passes * tokens, mean)
 
 
 def cache_choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, gpu: bool) -> Choice:
@@ -107,7 +111,7 @@ def cache_choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, g
         return Choice(False, "the tower is trained")
     if setting != "auto":
         return Choice(setting, f"train.cache_features: {str(setting).lower()}")
-    tower = 2 * model.tower.measure()[0]
+    tower = 2 * (usage.patches or model.tower.measure()[0])
     tower *= sum(p.numel() for p in model.tower.parameters())
     parameters = list(model.llm.parameters())
     language = sum(map(count_of, parameters))
@@ -116,7 +120,7 @@ def cache_choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, g
     each_token = 2 * (2 * language + trained)
     return estimate(
         usage,
-        image_bytes=_frame_bytes(model, DTYPES[stage.train.precision]),
+        image_bytes=_frame_bytes(model, DTYPES[stage.train.precision], usage.patches),
         tower_flops=tower,
         token_flops=each_token,
         room=_room(),
@@ -177,10 +181,15 @@ def estimate(
     return Choice(True, f"{shown} for {on_disk} on disk")
 
 
-def _frame_bytes(model: VisionLanguageNetwork, autocast: torch.dtype) -> int:
-    """Bytes of the features of an image or a tile, as a run in this precision stores them."""
+def _frame_bytes(
+    model: VisionLanguageNetwork, autocast: torch.dtype, patches: float | None = None
+) -> int:
+    """Bytes of the features of an image or a tile, as a run in this precision stores them.
+
+    `patches` are those of a mean image, if known; else the largest is taken.
+    """
     tokens, width = model.tower.measure()
-    return tokens * width * stored_dtype(model.tower, autocast).itemsize
+    return round((patches or tokens) * width * stored_dtype(model.tower, autocast).itemsize)
 
 
 def _room() -> float:

@@ -19,6 +19,9 @@ class MediaTower(nn.Module):
     input_shape: tuple[int, ...]
     input_dtype: torch.dtype
     measured: tuple[int, int] | None = None
+    keeps_shape = False
+    """Whether it takes images of any shape, as patches with their places
+    (`vlm_tune/data/images/patches.py`)."""
 
     def __init__(self, *, is_pretrained: bool) -> None:
         super().__init__()

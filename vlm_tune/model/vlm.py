@@ -185,7 +185,10 @@ class VisionLanguageNetwork(nn.Module):
         """
         if batch.features is None and batch.pixels is None:
             return None
-        features = self.tower(batch.pixels) if batch.features is None else batch.features
+        features = batch.features
+        if features is None:
+            shapes = () if batch.patch_places is None else (batch.patch_places,)
+            features = self.tower(batch.pixels, *shapes)
         features = matched(features, self.connector)
         if not self.connector.needs_text:
             return noised(self.connector(features), image_noise)[batch.media_index]
@@ -280,7 +283,7 @@ class VisionLanguageNetwork(nn.Module):
         if connected is None or len(batch.media_index) != len(batch.ids):
             raise DataError("a contrastive objective needs exactly one image a row")
         scale, bias = (None, None) if self.similarity is None else self.similarity()
-        images = self.image_vectors(connected)
+        images = self.image_vectors(connected, batch.token_counts)
         captions = self.caption_vectors(batch.labels)
         return Alignment(images, captions, scale, bias, self._second_views(batch))
 
@@ -292,7 +295,7 @@ class VisionLanguageNetwork(nn.Module):
         other.pixels = batch.views
         connected = self.media(other)
         assert connected is not None
-        return self.image_vectors(connected)
+        return self.image_vectors(connected, batch.token_counts)
 
     def _align_prompts(self, batch: Batch) -> Alignment:
         """Mean features of each row's images, and its words' summed embeddings less the rows' mean.
@@ -309,9 +312,18 @@ class VisionLanguageNetwork(nn.Module):
         """The summed embeddings fp32[B, E] of the ids int64[B, T] that are `counted`."""
         return (self.llm.embed(ids).float() * counted[..., None]).sum(1)
 
-    def image_vectors(self, connected: torch.Tensor) -> torch.Tensor:
-        """Unit vectors fp32[M, E] of media, by the connector's outputs [M, N, E]: their means."""
-        return normalize(self.connector.shown(connected).float().mean(1), dim=-1)
+    def image_vectors(
+        self, connected: torch.Tensor, counts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Unit vectors fp32[M, E] of media, by the connector's outputs [M, N, E]: their means.
+
+        `counts` int64[M] are the tokens of each that are no padding; None where all are.
+        """
+        shown = self.connector.shown(connected).float()
+        if counts is None:
+            return normalize(shown.mean(1), dim=-1)
+        real = torch.arange(shown.shape[1], device=shown.device) < counts[:, None]
+        return normalize((shown * real[..., None]).sum(1), dim=-1)
 
     def caption_vectors(self, labels: torch.Tensor) -> torch.Tensor:
         """Unit vectors fp32[B, E] of captions: the sums of the embeddings of labels int64[B, T].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +69,8 @@ Size = Literal["scratch", "small", "aligned", "large"]
 class ModelChoice:
     """A model in words, its size and kind, and a draft with what the recipe says about it.
 
-    `image_tokens` is the most that an image takes. With `splits` the model cuts images in its way.
+    `image_tokens` is the most that an image takes. With `splits` the model cuts images in its way,
+    or keeps their shape.
     With `shares` the questions of an image can share it in a row. `native_type` is transformers'
     type of a native model.
     """
@@ -172,7 +174,7 @@ def named_model(model: str, tower: str | None) -> ModelChoice:
         causal = is_causal(vlm)
         whole = _whole(model, whole_template(vlm), causal, "named by --model")
         whole = replace(whole, shares=vlm.family.bidirectional != "prompt")
-        tokens = _split_tokens(vlm)
+        tokens = _own_tokens(vlm)
         return whole if tokens is None else replace(whole, image_tokens=tokens, splits=True)
     if stored.get("model_type") in native_types():
         _refuse_tower(model, tower)
@@ -238,18 +240,24 @@ def whole_template(vlm: Vlm) -> str:
     return last
 
 
-def _split_tokens(vlm: Vlm) -> int | None:
-    """The most tokens of an image that a model cuts in its way; None for one that cuts none."""
+def _own_tokens(vlm: Vlm) -> int | None:
+    """The most tokens of an image that a model cuts in its way, or whose shape it keeps.
+
+    None for a model that makes images square.
+    """
     section, projector, _ = vlm.family.parts(vlm)
     split = split_of(section.split)
-    if split is None:
+    if split is None and not section.row_ends:
         return None
     tower = meta_tower(section)
     assert isinstance(tower, VisionTower)
     tokens, width = tower.measure()
     with torch.device("meta"):
         connector = build_connector(projector, width, width)
-    return split.most(tower.image_size) * (connector.tokens(tokens) + MARKERS)
+    slots = connector.tokens(tokens)
+    if split is None:
+        return slots + math.isqrt(slots)  # each row of the largest image has an end
+    return split.most(tower.image_size) * (slots + MARKERS)
 
 
 def is_causal(vlm: Vlm) -> bool:

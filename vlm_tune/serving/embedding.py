@@ -9,8 +9,9 @@ from collections.abc import Container
 from dataclasses import replace
 
 import numpy as np
-import torch
 
+from vlm_tune.data.images.patches import stacked
+from vlm_tune.data.media_slots import slots_of
 from vlm_tune.data.types import Example, Media
 from vlm_tune.errors import DataError, ModelError
 from vlm_tune.generation.chat import VisionLanguageModel
@@ -68,7 +69,7 @@ class EmbeddingRequest(Submitted):
             if isinstance(each, str):
                 self.captions[place] = caption(model, label, each)
             else:
-                self.media[place] = replace(each, label=label)
+                self.media[place] = model.processor.images.whole(replace(each, label=label))
         if self.media:
             try:
                 check_image_vectors(model)
@@ -80,7 +81,8 @@ class EmbeddingRequest(Submitted):
     def tokens(self) -> int:
         """The number of tokens of the texts, and of an image for each image."""
         texts = sum(caption_tokens(self.model, each) for each in self.captions.values())
-        return texts + len(self.media) * self.model.processor.spec.tokens_per_image
+        most = self.model.processor.spec.tokens_per_image
+        return texts + sum(slots_of(media, most) for media in self.media.values())
 
 
 def embedding_events(request: EmbeddingRequest, remembered: Features) -> Events:
@@ -98,8 +100,8 @@ def embedding_events(request: EmbeddingRequest, remembered: Features) -> Events:
         for places in _chunks(list(request.media), IMAGES):
             media = [request.media[place] for place in places]
             features = features_of(model, remembered, [(request.images, each) for each in media])
-            stacked = torch.stack([features[each] for each in media])
-            vectors[places] = feature_vectors(model, stacked)
+            joined = stacked([features[each] for each in media], media)
+            vectors[places] = feature_vectors(model, joined, media)
             yield None
     yield Embedded(vectors, request.tokens)
 

@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable
 
 import torch
 
+from vlm_tune.data.images.patches import patch_places, stacked
 from vlm_tune.data.types import Media, NativeInputs
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving.prefixes import Remembered, image_digest
@@ -66,6 +67,7 @@ def features_of(
     features: dict[Media, torch.Tensor] = {}
     missing: dict[bytes, list[Media]] = {}
     pixels: list[torch.Tensor] = []
+    shown: list[Media] = []
     for images, media in wanted:
         digest = images.digests[media]
         known = remembered.get(digest)
@@ -76,10 +78,14 @@ def features_of(
             each = images.pixels(media)
             assert not isinstance(each, dict)  # a native model has no features apart
             pixels.append(each)
+            shown.append(media)
         missing.setdefault(digest, []).append(media)
     if missing:
-        computed = model.tower(torch.stack(pixels).to(model.device))
-        for (digest, same), each in zip(missing.items(), computed.unbind(), strict=True):
+        places = patch_places(shown)
+        shapes = () if places is None else (places.to(model.device),)
+        computed = model.tower(stacked(pixels, shown).to(model.device), *shapes)
+        for (digest, same), padded in zip(missing.items(), computed.unbind(), strict=True):
+            each = padded[: same[0].grid.patches] if same[0].grid else padded
             remembered.put(digest, each.clone())
             for media in same:
                 features[media] = each

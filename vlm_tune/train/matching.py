@@ -101,6 +101,12 @@ def _check_images(batch: Batch) -> None:
             f"matching exchanges the images of {name_list(batch.ids)}, and they have not as many "
             "each; give every row one image, or videos of as many frames"
         )
+    places = batch.on_host.patch_places
+    if places is not None and not bool((places == places[:1]).all()):
+        raise DataError(
+            f"matching exchanges the images of {name_list(batch.ids)}, and the tower keeps their "
+            "shapes, which differ; give images of one size, or take a tower of one shape"
+        )
 
 
 def _with_images(batch: Batch, rows: Tensor) -> Batch:

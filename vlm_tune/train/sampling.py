@@ -140,6 +140,7 @@ class Sampler:
         sampled.media_index = torch.tensor(media_index, dtype=torch.int64)
         sampled.pixels = batch.pixels
         sampled.features = batch.features
+        sampled.patch_places = batch.patch_places
         sampled.cached = batch.cached
         sampled.task = batch.task
         sampled.loss_weight = batch.loss_weight

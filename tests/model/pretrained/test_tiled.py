@@ -54,6 +54,13 @@ from vlm_tune.model.language.decoding import Decoding
 Tiny = Callable[..., str]
 FAMILIES = ["internvl", "llava_next"]
 """The samples that are tuned and written; others differ in their towers and LLMs alone."""
+CLASSES = {
+    "internvl": ("InternVL", "InternVL"),
+    "llava_mistral": ("LlavaNext", "LlavaNext"),
+    "mistral3": ("Mistral3", "Pixtral"),
+    "pixtral": ("Llava", "Pixtral"),
+}
+"""The beginnings of the names of transformers' model and processor, by chat format."""
 
 
 @pytest.fixture(params=FAMILIES)
@@ -280,8 +287,8 @@ def test_what_was_trained_opens_in_a_process_without_vlm_tune(
     folder = tmp_path / "exported"
     run([sys.executable, "-c", PLAIN, str(folder)], cwd=tmp_path, PYTHONPATH=OTHER_PATHS)
     names, logits = json.loads((folder / "logits.json").read_text())
-    stem = {"internvl": "InternVL", "llava_mistral": "LlavaNext"}[sample.template]
-    assert names == [f"{stem}ForConditionalGeneration", f"{stem}Processor"]
+    model_stem, processor_stem = CLASSES[sample.template]
+    assert names == [f"{model_stem}ForConditionalGeneration", f"{processor_stem}Processor"]
     for row, theirs in zip(rows, logits, strict=True):
         batch = batch_of(model, model.processor.examples(row))
         with torch.no_grad():

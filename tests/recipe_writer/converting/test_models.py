@@ -15,7 +15,7 @@ from tests.helpers.tiny_recipes import write_color_rows
 from vlm_tune.config.model import PretrainedModel
 from vlm_tune.config.native import NativeModel
 from vlm_tune.recipe_writer.converting import llama_factory, ms_swift
-from vlm_tune.recipe_writer.converting.models import NATIVE, OPENGVLAB, REMOTE
+from vlm_tune.recipe_writer.converting.models import OPENGVLAB, REMOTE
 from vlm_tune.recipe_writer.models import LLAVA
 from vlm_tune.recipe_writer.written import Written
 
@@ -28,6 +28,7 @@ FAMILY = {
     ("template", "gemma3"): "gemma3",
     ("template", "intern_vl"): "internvl",
     ("template", "paligemma"): "paligemma",
+    ("template", "pixtral"): "pixtral",
     ("template", "smolvlm"): "smolvlm",
     ("model_type", "llava1_6_mistral_hf"): "llava_mistral",
     ("model_type", "llava1_6_vicuna_hf"): "vicuna",
@@ -35,7 +36,9 @@ FAMILY = {
     ("model_type", "gemma3_vision"): "gemma3",
     ("model_type", "idefics3"): "idefics3",
     ("model_type", "internvl_hf"): "internvl",
+    ("model_type", "mistral3"): "mistral3",
     ("model_type", "paligemma"): "paligemma",
+    ("model_type", "pixtral"): "pixtral",
 }
 """Chat formats by the frameworks' names."""
 LORA = {"template": "finetuning_type", "model_type": "tuner_type"}
@@ -79,7 +82,6 @@ def test_a_name_of_a_family_gives_its_chat_format(key: str, name: str) -> None:
     [
         ("template", "qwen2_vl"),
         ("template", "qwen3_vl_nothink"),
-        ("template", "pixtral"),
         ("template", "video_llava"),
         ("model_type", "qwen2_5_vl"),
         ("model_type", "glm4_1v"),
@@ -123,7 +125,11 @@ def test_transformers_has_every_type_that_a_name_stands_for() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     types = {*llama_factory.VLM_TEMPLATES.values(), *ms_swift.MODEL_TYPES.values()}
-    assert types - MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() == {NATIVE, OPENGVLAB, REMOTE}
+    assert types - MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() == {
+        "pixtral",
+        OPENGVLAB,
+        REMOTE,
+    }
 
 
 def test_the_models_config_goes_before_its_name(tmp_path: Path) -> None:

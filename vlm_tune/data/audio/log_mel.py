@@ -98,6 +98,10 @@ class AudioProcessor:
         """The largest number of windows of a clip."""
         return self.windows
 
+    def whole(self, media: Media) -> Media:
+        """The clip itself."""
+        return media
+
     def segments(self, media: Media) -> list[Segment]:
         """The segments of a clip in a prompt: its windows in order.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.images.native import joined_inputs
+from vlm_tune.data.images.patches import patch_places, stacked, token_counts
 from vlm_tune.data.media_slots import slot_tokens
 from vlm_tune.data.packing import numbered_from
 from vlm_tune.data.types import IGNORE_INDEX, Example, InputSpec, Media, NativeInputs
@@ -63,9 +64,9 @@ def collate(
     )
     outputs = inputs if spec.layout == "causal" else _answer_columns(examples)
     named = owners or [""] * len(examples)
-    index, stacked, native = _media(examples, named, fetch, fetch_for)
-    views = _media(examples, named, None, fetch_view)[1] if fetch_view else None
-    chosen = slot_tokens([m for each in examples for m in each.media], spec.tokens_per_image)
+    index, distinct = _distinct(examples, named)
+    images, native = _fetched(distinct, index, fetch, fetch_for)
+    views = _fetched(distinct, index, None, fetch_view)[0] if fetch_view else None
     return Batch(
         ids=[example.id for example in examples],
         input_ids=inputs.padded([example.input_ids for example in examples], spec.pad_id),
@@ -73,14 +74,15 @@ def collate(
         image_mask=inputs.padded([example.image_mask for example in examples], False),
         labels=outputs.padded([example.labels for example in examples], IGNORE_INDEX),
         media_index=torch.tensor(index, dtype=torch.int64),
-        pixels=None if cached else stacked,
-        features=stacked if cached else None,
+        pixels=None if cached else images,
+        features=images if cached else None,
         categories=[example.category for example in examples],
         questions=sum(example.questions for example in examples),
         cached=cached,
         native=native,
         views=views,
-        slot_tokens=None if chosen is None else torch.from_numpy(chosen),
+        patch_places=patch_places([media for media, _ in distinct]),
+        **_slots(examples, spec),
         **_joined(examples, inputs, outputs),
         **_preferences(examples, outputs),
     )
@@ -137,6 +139,17 @@ def _joined(examples: Sequence[Example], inputs: _Columns, outputs: _Columns) ->
     return joined
 
 
+def _slots(examples: Sequence[Example], spec: InputSpec) -> dict[str, Any]:
+    """The fields of `Batch` that only joined tiles and images that keep their shape need."""
+    import torch
+
+    shown = [media for example in examples for media in example.media]
+    chosen = slot_tokens(shown, spec.tokens_per_image)
+    if chosen is None:
+        return {}
+    return {"slot_tokens": torch.from_numpy(chosen), "token_counts": token_counts(shown)}
+
+
 def _preferences(examples: Sequence[Example], outputs: _Columns) -> dict[str, Any]:
     """The fields of `Batch` that only rows of preferences need."""
     import torch
@@ -160,18 +173,10 @@ def _preferences(examples: Sequence[Example], outputs: _Columns) -> dict[str, An
     return fields
 
 
-def _media(
-    examples: Sequence[Example],
-    owners: Sequence[str],
-    fetch: Fetch | None,
-    fetch_for: FetchFor | None,
-) -> tuple[list[int], torch.Tensor | None, NativeInputs]:
-    """The index of each media item among the distinct (item, owner) pairs, and what those give.
-
-    They give pixels or features, which are stacked, or the native inputs of all items in order.
-    """
-    import torch
-
+def _distinct(
+    examples: Sequence[Example], owners: Sequence[str]
+) -> tuple[list[int], list[tuple[Media, str]]]:
+    """The index of each media item among the distinct (item, owner) pairs, and these."""
     distinct: dict[tuple[Media, str], int] = {}
     shown = zip(examples, owners, strict=True)
     index = [
@@ -179,6 +184,16 @@ def _media(
         for example, owner in shown
         for media in example.media
     ]
+    return index, list(distinct)
+
+
+def _fetched(
+    distinct: Sequence[tuple[Media, str]],
+    index: Sequence[int],
+    fetch: Fetch | None,
+    fetch_for: FetchFor | None,
+) -> tuple[torch.Tensor | None, NativeInputs]:
+    """The pixels or features of distinct media, stacked, or the native inputs of all in order."""
     items: Sequence[torch.Tensor | NativeInputs] = []
     if fetch_for:
         items = [fetch_for(media, owner) for media, owner in distinct]
@@ -186,6 +201,6 @@ def _media(
         items = [fetch(media) for media, _ in distinct]
     native = [item for item in items if isinstance(item, dict)]
     if native:
-        return index, None, joined_inputs([native[place] for place in index])
+        return None, joined_inputs([native[place] for place in index])
     pixels = [item for item in items if not isinstance(item, dict)]
-    return index, torch.stack(pixels) if pixels else None, {}
+    return stacked(pixels, [media for media, _ in distinct]) if pixels else None, {}

@@ -16,6 +16,7 @@ from vlm_tune.data.affine import Affine
 from vlm_tune.data.chat.grounding import Grounding
 from vlm_tune.data.chat.template import ChatTemplate, joined_texts, load_template
 from vlm_tune.data.chat.tokenize import LAYOUTS, TextEncoder
+from vlm_tune.data.images.shaped import ShapedImages
 from vlm_tune.data.media_processor import MediaProcessor
 from vlm_tune.data.media_slots import segment_slots
 from vlm_tune.data.packing import numbered, pair_layout
@@ -73,10 +74,11 @@ class Processor:
             self.encoder.control(name)
         for name in self.images.markers:
             if not self.encoder.has(name):
+                option = "row_ends" if isinstance(self.images, ShapedImages) else "split"
                 raise DataError(
                     f"the model's tokenizer has no {quoted(name)}, which stands around an image: "
-                    "name it in model.llm.added_special_tokens, or leave out split",
-                    source="model.tower.split",
+                    f"name it in model.llm.added_special_tokens, or leave out {option}",
+                    source=f"model.tower.{option}",
                 )
             self.encoder.control(name)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_tune.data.media_slots import slots_of
+from vlm_tune.data.media_slots import slot_mask, slots_of
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, InputSpec, Media, Segment
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
@@ -201,14 +201,25 @@ class TextEncoder:
     def segment(self, segment: Segment, spec: InputSpec, after: str | None = None) -> list[int]:
         """Ids of one segment that follows one of kind `after`.
 
-        A media item gives its slots, filled with the padding id, or its own ids.
+        A media item gives its slots, filled with the padding id, and what ends their rows, or its
+        own ids.
         """
         if segment.ids is not None:
             return list(segment.ids)
         if isinstance(segment.payload, Media):
-            return [spec.pad_id] * slots_of(segment.payload, spec.tokens_per_image)
+            slots = [spec.pad_id] * slots_of(segment.payload, spec.tokens_per_image)
+            return self._with_row_ends(segment, slots) if segment.row_ends else slots
         payload = str(segment.payload)
         return [self.control(payload)] if segment.kind == "control" else self.text(payload, after)
+
+    def _with_row_ends(self, segment: Segment, slots: Sequence[int]) -> list[int]:
+        """An image's slots with the token behind each of their rows."""
+        assert segment.row_ends is not None
+        between, last = map(self.control, segment.row_ends)
+        mask = slot_mask(segment, len(slots))
+        left = iter(slots)
+        ids = [next(left) if is_slot else between for is_slot in mask]
+        return [*ids[:-1], last]
 
 
 def _plain(kind: type[Tokenizer], described: dict[str, Any]) -> Tokenizer:
@@ -270,7 +281,7 @@ def causal_layout(
         new = encoder.segment(segment, spec, segments[index - 1].kind if index else None)
         ids += new
         trained += [segment.trained] * len(new)
-        slots += [segment.kind == "media"] * len(new)
+        slots += slot_mask(segment, len(new))
         turns += segment.trained and (index == 0 or not segments[index - 1].trained)
         if isinstance(segment.payload, Media):
             media.append(segment.payload)
@@ -329,7 +340,7 @@ def seq2seq_layout(
         if labels:
             close()
         ids += new
-        slots += [segment.kind == "media"] * len(new)
+        slots += slot_mask(segment, len(new))
         if isinstance(segment.payload, Media):
             media.append(segment.payload)
     if labels:

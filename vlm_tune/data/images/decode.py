@@ -215,7 +215,7 @@ class ImageProcessor:
         return tuple(self.split.markers) if self.split is not None else ()
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """The shape of an image as the tower takes it."""
         return 3, self.size, self.size
 
@@ -238,6 +238,10 @@ class ImageProcessor:
         buffer = io.BytesIO()
         Pil.new("RGB", (self.size, self.size), (180, 60, 60)).save(buffer, format="PNG")
         return Media(buffer.getvalue())
+
+    def whole(self, media: Media) -> Media:
+        """The frame that shows the whole image."""
+        return media
 
     def segments(self, media: Media) -> list[Segment]:
         """The segments of an image in a prompt: its frames, and the markers around them.
@@ -304,7 +308,7 @@ class ImageProcessor:
         if self.split is not None:
             if not last.frames:
                 last.frames.update(self.split.frames(last.image, self.size))
-            return _tensor(last.frames[media.tile])
+            return as_tensor(last.frames[media.tile])
         if media.tile is None:
             return self.pixels(last.image)
         grid = media.tile.columns, media.tile.rows
@@ -312,7 +316,7 @@ class ImageProcessor:
             last.canvases[grid] = self._canvas(last.image, grid)
         left = media.tile.column * self.size
         top = media.tile.row * self.size
-        return _tensor(last.canvases[grid].crop((left, top, left + self.size, top + self.size)))
+        return as_tensor(last.canvases[grid].crop((left, top, left + self.size, top + self.size)))
 
     def frame(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of what the model sees of an image of this size."""
@@ -352,7 +356,7 @@ class ImageProcessor:
             image = image.crop((left, top, left + self.size, top + self.size))
         if image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Resampling.BICUBIC)
-        return _tensor(image)
+        return as_tensor(image)
 
     def _canvas(self, image: Image, grid: tuple[int, int]) -> Image:
         """The image fitted into a grid, aspect ratio kept, centred on the tower's mean colour."""
@@ -378,7 +382,8 @@ class ImageProcessor:
         return canvas
 
 
-def _tensor(image: Image) -> torch.Tensor:
+def as_tensor(image: Image) -> torch.Tensor:
+    """The pixels uint8[3, H, W] of an image."""
     import torch
 
     # By numpy: torch would start threads of its own in each thread that decodes.

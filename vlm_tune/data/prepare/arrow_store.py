@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_tune.data.prepare.duplicates import ImageInfo
-from vlm_tune.data.types import Example, Media, Slice, Tile
+from vlm_tune.data.types import Example, Media, PatchGrid, Slice, Tile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -277,6 +277,12 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
                     for tile in tiles
                 ]
             ),
+            "grid": _lists(
+                [
+                    () if grid is None else (grid.rows, grid.columns, grid.merge)
+                    for grid in (row.media.grid for row in rows)
+                ]
+            ),
             "modality": pa.array([row.media.modality for row in rows], pa.string()),
             "sha256": pa.array([row.info.sha256 for row in rows], pa.binary()),
             "width": pa.array([row.info.width for row in rows], pa.int32()),
@@ -298,7 +304,8 @@ def media_rows(batch: pa.RecordBatch, folder: Path) -> list[MediaRow]:
         source = path if row["offset"] < 0 else Slice(path, row["offset"], row["size"])
         place, size = row["tile"][:4], tuple(row["tile"][4:])
         tile = Tile(*place, size=size or None) if place else None
-        return Media(source, row["modality"], tile)
+        grid = PatchGrid(*row["grid"]) if row["grid"] else None
+        return Media(source, row["modality"], tile, grid)
 
     names = [field.name for field in fields(ImageInfo)]
     return [

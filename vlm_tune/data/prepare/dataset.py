@@ -279,7 +279,8 @@ class Prepared:
     @cached_property
     def _media_by_bytes(self) -> dict[bytes, Media]:
         """Whole images by the digest of their bytes."""
-        return {row.info.sha256: row.media for row in self.media_rows if row.media.tile is None}
+        whole = (row for row in self.media_rows if row.media.tile is None)
+        return {row.info.sha256: replace(row.media, grid=None) for row in whole}
 
     def split_problem(self, part: str) -> str | None:
         """Message about a held-out part that is empty or far from its share.

@@ -109,7 +109,7 @@ class _Media:
         return np.array([self._add(row, shard) for row in rows], dtype=np.int32)
 
     def _add(self, row: MediaRow, shard: Path) -> int:
-        key = (row.info.sha256, row.media.tile)
+        key = (row.info.sha256, row.media.tile, row.media.grid)
         index = self._numbers.get(key)
         if index is None:
             index = self._numbers[key] = len(self.rows)

@@ -234,7 +234,7 @@ class ShardMaker:
                 record.status = LEFT_OUT
         for example in examples:
             for item in example.media:
-                media.add(item, self._look(replace(item, tile=None)))
+                media.add(item, self._look(replace(item, tile=None, grid=None)))
         return record, examples
 
     def _fitted(

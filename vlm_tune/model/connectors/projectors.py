@@ -77,10 +77,12 @@ class Connector(nn.Module):
     def arranged(self, connected: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The tokens [P, E] of the slots, of connected [M, N', E].
 
-        They are all in order, or those that `batch.slot_tokens` names, of joined tiles.
+        They are all in order, or those that `batch.slot_tokens` names, of joined tiles and of
+        images that keep their shape.
         """
         if batch.slot_tokens is not None:
-            return connected.flatten(0, 1)[batch.slot_tokens]
+            places, numbers = batch.slot_tokens
+            return connected[places, numbers]
         return self.shown(connected).flatten(0, 1)
 
     def shown(self, connected: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from vlm_tune.model.connectors.cross_attention import CrossAttention
 from vlm_tune.model.connectors.fusion import Fusion
 from vlm_tune.model.connectors.gemma3 import Gemma3Projector
 from vlm_tune.model.connectors.native import NativeJoin
+from vlm_tune.model.connectors.patch_merger import PatchMerger
 from vlm_tune.model.connectors.projectors import AvgPool, Connector, Linear, Mlp, PixelShuffle
 from vlm_tune.model.connectors.qformer import QFormer
 from vlm_tune.model.connectors.resampler import Resampler
@@ -19,6 +20,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "pixel_shuffle": PixelShuffle,
     "avg_pool": AvgPool,
     "gemma3": Gemma3Projector,
+    "patch_merger": PatchMerger,
     "resampler": Resampler,
     "qformer": QFormer,
     "fusion": Fusion,

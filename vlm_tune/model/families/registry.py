@@ -11,6 +11,7 @@ from vlm_tune.model.families.idefics3 import IDEFICS3, SMOLVLM
 from vlm_tune.model.families.internvl import INTERNVL
 from vlm_tune.model.families.llava import LLAVA, LLAVA_ORIGINAL, ORIGINAL_TYPES
 from vlm_tune.model.families.llava_next import LLAVA_NEXT
+from vlm_tune.model.families.mistral3 import MISTRAL3, PIXTRAL
 from vlm_tune.model.families.paligemma import PALIGEMMA
 from vlm_tune.model.hub import config_source
 
@@ -24,8 +25,10 @@ FAMILIES: dict[str, Family] = {
     "internvl": INTERNVL,
     "gemma3": GEMMA3,
     "paligemma": PALIGEMMA,
+    "mistral3": MISTRAL3,
+    "pixtral": PIXTRAL,
 }
-"""The families by transformers' model type."""
+"""The families by transformers' model type; a LLaVA's by that of its tower, where it has one."""
 
 
 def family_names() -> str:
@@ -55,5 +58,7 @@ def vlm_of(name: str, config: dict[str, Any]) -> Vlm | None:
     model_type = config.get("model_type")
     if model_type in ORIGINAL_TYPES and "mm_vision_tower" in config:
         return Vlm(name, LLAVA_ORIGINAL, config)
-    family = FAMILIES.get(str(model_type))
+    tower = (config.get("vision_config") or {}).get("model_type")
+    named = tower if model_type == "llava" and tower in FAMILIES else model_type
+    family = FAMILIES.get(str(named))
     return Vlm(name, family, config) if family and "vision_config" in config else None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from vlm_tune.config.connectors import AnyConnector, OfAnyShape, PatchMergerConnector
+from vlm_tune.config.model import AnySection
 from vlm_tune.config.towers import (
     AnyTower,
     AudioTower,
@@ -18,6 +21,7 @@ from vlm_tune.config.towers import (
     TransformersTower,
 )
 from vlm_tune.data.images.decode import ImageProcessor
+from vlm_tune.data.images.shaped import ShapedImages
 from vlm_tune.data.images.split import split_of
 from vlm_tune.data.media_processor import MediaProcessor
 from vlm_tune.errors import ModelError
@@ -26,8 +30,14 @@ from vlm_tune.model.media_tower import MediaTower
 from vlm_tune.model.vision.base import FeatureMaps, VisionTower, pool, resized
 from vlm_tune.model.vision.native import NativeVision
 from vlm_tune.model.vision.open_clip_tower import OpenClipVision, open_clip_config
+from vlm_tune.model.vision.shaped_tower import SHAPED, ShapedVision
 from vlm_tune.model.vision.timm_tower import TimmVision
-from vlm_tune.model.vision.transformers_tower import TransformersVision, transformers_config
+from vlm_tune.model.vision.transformers_tower import (
+    TransformersVision,
+    described_vision,
+    pretrained_vision,
+    transformers_config,
+)
 
 
 class PairVision(VisionTower):
@@ -50,6 +60,11 @@ class PairVision(VisionTower):
         if len({getattr(part, "class_token", False) for part in config.towers}) > 1:
             raise ModelError(
                 "model.tower.towers: two towers side by side need class_token in both or in none"
+            )
+        if any(tower.keeps_shape for tower in towers):
+            raise ModelError(
+                "model.tower.towers: two towers side by side need images of one shape, and one of "
+                "these keeps an image's own"
             )
         super().__init__(
             config,
@@ -91,9 +106,17 @@ def architecture(config: AnyTower) -> dict[str, Any] | None:
     return open_clip_config(config.name) if config.name else None
 
 
-TOWERS: dict[str, type[MediaTower]] = {
+def transformers_tower(config: TransformersTower, rebuild: dict[str, Any] | None) -> VisionTower:
+    """A tower of transformers, of one shape of images or of any, as `build_tower` makes it."""
+    source = rebuild or transformers_config(config.name)
+    model = described_vision(source) if rebuild else pretrained_vision(config, source)
+    kind = SHAPED.get(source["vision_config"]["model_type"], TransformersVision)
+    return kind(config, source, model)
+
+
+TOWERS: dict[str, Callable[..., MediaTower]] = {
     "open_clip": OpenClipVision,
-    "transformers": TransformersVision,
+    "transformers": transformers_tower,
     "timm": TimmVision,
     "pair": PairVision,
     "native": NativeVision,
@@ -101,12 +124,29 @@ TOWERS: dict[str, type[MediaTower]] = {
 }
 
 
-def media_processor(config: AnyTower, tower: MediaTower) -> MediaProcessor:
-    """The preprocessing of the media that a recipe's tower takes."""
+def media_processor(section: AnySection, tower: MediaTower) -> MediaProcessor:
+    """The preprocessing of the media that a recipe's tower takes, for its connector.
+
+    Raises `ModelError` for a connector that does not take the shapes of the tower's images.
+    """
+    config = section.tower
+    _check_shapes(section.connector, tower)
     if isinstance(config, AudioTower):
         assert isinstance(tower, WhisperTower)
         return audio_processor(config, tower)
     assert isinstance(tower, VisionTower)
+    if isinstance(tower, ShapedVision):
+        assert isinstance(config, TransformersTower)
+        connector = section.connector
+        merge = connector.factor if isinstance(connector, PatchMergerConnector) else 1
+        return ShapedImages(
+            tower.image_size,
+            mean=tower.mean,
+            sizing=tower.sizing(merge),
+            patch=tower.patch,
+            merge=merge,
+            row_ends=config.row_ends,
+        )
     return ImageProcessor(
         tower.image_size,
         config.resize,
@@ -114,6 +154,19 @@ def media_processor(config: AnyTower, tower: MediaTower) -> MediaProcessor:
         tuple((columns, rows) for columns, rows in config.tiles),
         split_of(config.split),
     )
+
+
+def _check_shapes(connector: AnyConnector, tower: MediaTower) -> None:
+    if tower.keeps_shape and not isinstance(connector, OfAnyShape):
+        raise ModelError(
+            f"a connector of kind {connector.kind} needs images of one shape, and the tower keeps "
+            "an image's own: choose mlp, linear or patch_merger"
+        )
+    if isinstance(connector, PatchMergerConnector) and not tower.keeps_shape:
+        raise ModelError(
+            "a connector of kind patch_merger needs a tower that keeps an image's shape: choose "
+            "pixel_shuffle for one that takes square images"
+        )
 
 
 def build_tower(config: AnyTower, rebuild: dict[str, Any] | None = None) -> MediaTower:

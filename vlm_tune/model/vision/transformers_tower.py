@@ -138,6 +138,24 @@ FAMILIES = {
         IMAGENET_MEAN,
         IMAGENET_STD,
     ),
+    "pixtral": Family(
+        "PixtralVisionConfig",
+        "PixtralVisionModel",
+        "",
+        "",
+        CLIP_MEAN,
+        CLIP_STD,
+        class_token=False,
+    ),
+    "siglip2_vision_model": Family(
+        "Siglip2VisionConfig",
+        "Siglip2VisionModel",
+        "layers",
+        "post_layernorm",
+        HALF,
+        HALF,
+        class_token=False,
+    ),
     "smolvlm_vision": Family(
         "SmolVLMVisionConfig",
         "SmolVLMVisionTransformer",
@@ -155,24 +173,21 @@ FAMILIES = {
 class TransformersVision(VisionTower):
     """A vision model of transformers, of one of FAMILIES; features are a layer's hidden states."""
 
-    def __init__(self, config: TransformersTower, rebuild: dict[str, Any] | None) -> None:
-        import transformers
-
-        source = rebuild or transformers_config(config.name)
-        vision = dict(source["vision_config"])
+    def __init__(self, config: TransformersTower, source: dict[str, Any], model: Any) -> None:
+        vision = source["vision_config"]
         family = FAMILIES[vision["model_type"]]
-        if rebuild:
-            model: Any = getattr(transformers, family.model)(
-                getattr(transformers, family.config)(**vision)
-            )
-        else:
-            model = _pretrained_vision(config, family, vision)
         super().__init__(
             config,
             config.image_size or vision["image_size"],
             source.get("mean", family.mean),
             source.get("std", family.std),
         )
+        for option in ("row_ends", "max_num_patches"):
+            if getattr(config, option):
+                raise ModelError(
+                    f"model.tower.{option}: this is for towers that keep an image's shape, and one "
+                    f"of type {vision['model_type']} takes square images"
+                )
         if config.class_token and not family.class_token:
             raise ModelError(
                 f"model.tower.class_token: a tower of type {vision['model_type']} has none"
@@ -186,20 +201,15 @@ class TransformersVision(VisionTower):
         setattr(model.encoder, family.blocks, blocks[: len(blocks) + config.layer + 1])
         self.norm = getattr(model, family.norm) if config.final_norm else nn.Identity()
         setattr(model, family.norm, nn.Identity())
-        _drop_unused(model)
+        drop_unused(model)
         self.rebuild = source
         self.model = model
         self.states = family.states
         self.class_token = config.class_token
-        self.side, left = divmod(self.image_size, vision["patch_size"])
+        self.side = self.image_size // vision["patch_size"]
         # A tower may have been trained with pixels beyond its last patch, which it leaves out.
-        if not self.side or (left and self.image_size != vision["image_size"]):
-            patch = vision["patch_size"]
-            near = max(self.side, 1)
-            raise ModelError(
-                f"model.tower.image_size: {self.image_size} is no multiple of "
-                f"the tower's patches of {patch} pixels; {near * patch} or {(near + 1) * patch} is"
-            )
+        if not self.side or self.image_size != vision["image_size"]:
+            check_patches(self.image_size, vision["patch_size"])
         resized = family.asks_to_interpolate and self.image_size != vision["image_size"]
         self.options = {"interpolate_pos_encoding": True} if resized else {}
 
@@ -212,7 +222,17 @@ class TransformersVision(VisionTower):
         ] if self.class_token else None
 
 
-def _drop_unused(model: Any) -> None:
+def check_patches(size: int, patch: int) -> None:
+    """Raises `ModelError` for an image whose side is no multiple of a patch's."""
+    if not size or size % patch:
+        near = max(size // patch, 1)
+        raise ModelError(
+            f"model.tower.image_size: {size} is no multiple of "
+            f"the tower's patches of {patch} pixels; {near * patch} or {(near + 1) * patch} is"
+        )
+
+
+def drop_unused(model: Any) -> None:
     """Removes parameters on which no feature depends.
 
     In distributed training of the tower, ranks would wait for their gradients.
@@ -273,7 +293,16 @@ def _sides(name: str, vision: dict[str, Any]) -> dict[str, int]:
     return {key: pair[0] for key, pair in pairs.items()}
 
 
-def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[str, Any]) -> Any:
+def described_vision(source: dict[str, Any]) -> Any:
+    """The vision model of a description, with random weights."""
+    import transformers
+
+    vision = source["vision_config"]
+    family = FAMILIES[vision["model_type"]]
+    return getattr(transformers, family.model)(getattr(transformers, family.config)(**vision))
+
+
+def pretrained_vision(config: TransformersTower, source: dict[str, Any]) -> Any:
     """The vision model of a Hub name or folder, or of a vision-language model, with its weights.
 
     Raises `ModelError` if a weight is missing or has another shape.
@@ -283,7 +312,7 @@ def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[s
     name = config.name
     vlm = find_vlm(config.weights or config.name)
     if vlm is not None:
-        tower = getattr(transformers, family.model)(getattr(transformers, family.config)(**vision))
+        tower = described_vision(source)
         load_into(tower, part_tensors(vlm, "tower"), f"the tower in {quoted(vlm.name)}")
         return tower
     if config.weights is not None:
@@ -293,7 +322,7 @@ def _pretrained_vision(config: TransformersTower, family: Family, vision: dict[s
         )
     if is_folder(name):
         check_folder(Path(name))
-    factory: Any = getattr(transformers, family.model)
+    factory: Any = getattr(transformers, FAMILIES[source["vision_config"]["model_type"]].model)
     try:
         model, info = factory.from_pretrained(
             name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True

@@ -9,7 +9,7 @@ from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.paths import is_file, is_folder, shown_path
 from vlm_tune.recipe_writer.converting.arguments import Arguments
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
-from vlm_tune.recipe_writer.converting.models import NATIVE, REMOTE, TEXT, lora_rule, set_model
+from vlm_tune.recipe_writer.converting.models import REMOTE, TEXT, lora_rule, set_model
 from vlm_tune.recipe_writer.converting.pixels import set_pixels
 from vlm_tune.recipe_writer.converting.reading import json_value
 from vlm_tune.recipe_writer.converting.sources import set_max_length, set_packing, set_sources
@@ -48,7 +48,7 @@ VLM_TEMPLATES = {
     "mllama": "mllama",
     "paligemma": "paligemma",
     "paligemma_chat": "paligemma",
-    "pixtral": NATIVE,
+    "pixtral": "pixtral",
     "qwen2_vl": "qwen2_vl",
     "qwen3_5": "qwen3_5",
     "qwen3_vl": "qwen3_vl",

@@ -23,10 +23,9 @@ from vlm_tune.recipe_writer.models import (
 )
 
 TEXT = "text"
-NATIVE = "native"
 REMOTE = "remote"
 """What a configuration may say of a model in place of transformers' model type: a language model; a
-vision-language model of transformers, of one type or another; one whose code comes with it."""
+vision-language model whose code comes with it."""
 OPENGVLAB = "internvl_chat"
 """The model type of InternVL in OpenGVLab's own layout, whose code comes with it."""
 UNREAD = (
@@ -58,8 +57,8 @@ def set_model(
         conversion: the configuration on its way.
         key: the key that names the model.
         name: the model's folder or hub name; None where the configuration names none.
-        declared: what the configuration says the model is: transformers' model type, or one of
-            `TEXT`, `NATIVE` and `REMOTE`. The model's config goes first, where it can be read.
+        declared: what the configuration says the model is: a family's model type or transformers',
+            or `TEXT` or `REMOTE`. The model's config goes first, where it can be read.
         template: our name of the configuration's chat format.
         quantize: how the LLM's weights are packed.
 
@@ -74,7 +73,7 @@ def set_model(
     model_type = declared if config is None else str(config.get("model_type"))
     if vlm is not None or (config is None and model_type in (None, *FAMILIES)):
         _set_whole(conversion, key, name, vlm, _family_template(vlm, model_type, template))
-    elif model_type == NATIVE or model_type in native_types():
+    elif model_type in native_types():
         _set_native(conversion, key, name, model_type, read=config is not None)
     elif declared in (None, TEXT) and "vision_config" not in (config or {}):
         _set_llm(conversion, key, name, config, template, quantize)

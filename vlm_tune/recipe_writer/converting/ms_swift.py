@@ -6,7 +6,6 @@ from typing import Any
 
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
 from vlm_tune.recipe_writer.converting.models import (
-    NATIVE,
     OPENGVLAB,
     REMOTE,
     TEXT,
@@ -65,7 +64,7 @@ MODEL_TYPES = {
     **dict.fromkeys(("mistral3", "mistral3_2506", "mistral_2503", "mistral_2506"), "mistral3"),
     "paddle_ocr": "paddleocr_vl",
     "paligemma": "paligemma",
-    "pixtral": NATIVE,
+    "pixtral": "pixtral",
     "qvq": "qwen2_vl",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",
