@@ -26,7 +26,7 @@ class Projector(Config):
 NEWLINE = Field(
     default=False,
     description="a learned token at the end of each row of an image's joined tiles, with"
-    " model.tower.split: {kind: llava_next}",
+    " model.tower.split: {kind: llava_next} or {kind: llava_onevision}",
 )
 
 

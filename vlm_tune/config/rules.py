@@ -132,11 +132,16 @@ def _connector_contradictions(raw: Any) -> list[Fault]:
     )
 
 
+JOINING = ("llava_next", "llava_onevision")
+"""Kinds of `model.tower.split` that join tiles to one picture."""
+
+
 def _tower_contradictions(raw: Any) -> list[Fault]:
     """Returns faults of the tower, or of the towers of a pair."""
     tower = value_at(raw, "model", "tower")
     connector = value_at(raw, "model", "connector")
     split = value_at(tower, "split")
+    joins = value_at(split, "kind") in JOINING
     cuts = broken(
         (
             split and value_at(tower, "tiles"),
@@ -152,10 +157,11 @@ def _tower_contradictions(raw: Any) -> list[Fault]:
             "them would see the last tile alone: set images: all",
         ),
         (
-            (value_at(split, "kind") == "llava_next") != (value_at(connector, "newline") is True),
+            joins != (value_at(connector, "newline") is True),
             ("model", "connector", "newline"),
-            "the rows of the joined tiles of model.tower.split: {kind: llava_next} end with a "
-            "learned token, those of no other image do: give both, or neither",
+            "the rows of the joined tiles of model.tower.split: {kind: llava_next} and {kind: "
+            "llava_onevision} end with a learned token, those of no other image do: give both, or "
+            "neither",
         ),
         (
             value_at(connector, "base", "newline"),
@@ -163,7 +169,7 @@ def _tower_contradictions(raw: Any) -> list[Fault]:
             "a base of another connector joins no tiles",
         ),
         (
-            value_at(split, "kind") == "llava_next" and value_at(tower, "class_token"),
+            joins and value_at(tower, "class_token"),
             ("model", "tower", "class_token"),
             "tiles are joined by their patches: leave the class token out",
         ),

@@ -48,8 +48,28 @@ class LlavaNextSplit(Config):
     )
 
 
+class LlavaOnevisionSplit(Config):
+    """As LLaVA-NeXT's, but for an image that is its row's only one (LLaVA-OneVision).
+
+    An image among several is seen whole, made square by `resize`.
+    """
+
+    kind: Literal["llava_onevision"]
+    grids: list[Grid] = Field(
+        min_length=1,
+        description="candidate grids [columns, rows] of tiles; the one that shows most of an image"
+        " is taken",
+    )
+    max_tiles: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=9,
+        description="an image takes the tokens of so many tiles at most, and up to a fifth more:"
+        " the picture of more tiles is shrunk",
+    )
+
+
 AnySplit = Annotated[
-    Idefics3Split | InternVLSplit | Gemma3Split | LlavaNextSplit, Field(discriminator="kind")
+    Idefics3Split | InternVLSplit | Gemma3Split | LlavaNextSplit | LlavaOnevisionSplit,
+    Field(discriminator="kind"),
 ]
 
 

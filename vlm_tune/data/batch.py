@@ -74,6 +74,8 @@ class Batch:
         slot_tokens: int64[2, P], the connected token that fills each slot: the number of its media
             place, and its own among the tokens of that (`media_slots`); None where they fill
             the slots in order.
+        slot_shares: Where a slot is a weighted sum of tokens, their shares, float32[P, 4];
+            `slot_tokens` is then int64[2, P, 4].
         patch_places: int64[U, N, 2], the row and column of each patch of images that keep their
             shape, -1 in the padding; their pixels are uint8[U, N, 3 P²] then (`images/patches`).
         token_counts: int64[M], the number of connected tokens that are no padding of each media
@@ -103,6 +105,7 @@ class Batch:
     slot_tokens: torch.Tensor | None = None
     patch_places: torch.Tensor | None = None
     token_counts: torch.Tensor | None = None
+    slot_shares: torch.Tensor | None = None
     task: str | None = None
     loss_weight: float = 1.0
     native: NativeInputs = field(default_factory=dict)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm_tune.data.affine import Affine
-from vlm_tune.data.types import Media, Modality, NativeInputs, Segment
+from vlm_tune.data.types import Conversation, Media, Modality, NativeInputs, Segment
 
 if TYPE_CHECKING:
     import torch
@@ -58,15 +58,16 @@ class MediaProcessor(Protocol):
         """The frame that shows a media item as a whole. Raises as `segments`."""
         ...
 
-    def segments(self, media: Media) -> list[Segment]:
+    def segments(self, media: Media, among: int = 1) -> list[Segment]:
         """The segments of a media item in a prompt: its frames, and the markers around them.
 
-        Raises `DataError` for an item whose size can't be read.
+        `among` is the number of media items of its row. Raises `DataError` for an item whose size
+        can't be read.
         """
         ...
 
-    def expand(self, media: Media) -> tuple[Media, ...]:
-        """The frames of a media item in their order; raises as `segments`."""
+    def expand(self, media: Media, among: int = 1) -> tuple[Media, ...]:
+        """The frames of a media item in their order; arguments and errors as of `segments`."""
         ...
 
     def __call__(self, media: Media) -> torch.Tensor:
@@ -99,3 +100,11 @@ class MediaProcessor(Protocol):
     def plain(self) -> Media:
         """A media item in which there is nothing, to try a model with."""
         ...
+
+
+def distinct_frames(rows: Iterable[Conversation], images: MediaProcessor) -> list[Media]:
+    """The distinct frames of the rows' media, in order of first use; raises as `segments`."""
+    frames = (
+        frame for row in rows for item in row.media for frame in images.expand(item, len(row.media))
+    )
+    return list(dict.fromkeys(frames))

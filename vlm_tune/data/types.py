@@ -52,8 +52,14 @@ class Slice:
 class Tile:
     """One cell of an image that is cut into a grid: its position, from 0, and the grid's size.
 
-    `size` is the image's (width, height) where the tiles are joined again, without the padding
-    around the image (`vlm_tune/data/media_slots.py`).
+    How tiles and wholes fill slots is in `vlm_tune/data/media_slots.py`.
+
+    Attributes:
+        size: the image's (width, height) where the tiles are joined again, without the padding
+            around the image.
+        most: the number of tiles whose tokens a joined picture has at most, about; larger ones are
+            shrunk.
+        ended: whether it is a whole image among several of a row, which a learned token ends.
     """
 
     column: int
@@ -61,6 +67,8 @@ class Tile:
     columns: int
     rows: int
     size: tuple[int, int] | None = None
+    most: int | None = None
+    ended: bool = False
 
 
 @dataclass(frozen=True)

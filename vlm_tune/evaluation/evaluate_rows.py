@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.train import Answering, Baseline, EvaluateSection
+from vlm_tune.data.media_processor import distinct_frames
 from vlm_tune.data.prepare.run import find_prepared, prepared_parts
 from vlm_tune.data.sources.registry import read_path
 from vlm_tune.data.types import Conversation, distinct_media
@@ -127,7 +128,8 @@ def evaluate_rows(
 
     media = distinct_media(rows)
     cached = caches_images(model, media, caches)
-    features = tower_features(model, media, computing) if cached else None
+    frames = distinct_frames(rows, model.processor.images) if cached else []
+    features = tower_features(model, frames, computing) if cached else None
     options = score_options(settings, None if stage is None else stage.objective)
     started = time.perf_counter()
     scores = score(

@@ -15,8 +15,9 @@ from accelerate.utils import gather_object
 
 from vlm_tune.config.objectives import parts_of
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.media_processor import distinct_frames
 from vlm_tune.data.prepare.dataset import Prepared
-from vlm_tune.data.types import Conversation, Media, distinct_media
+from vlm_tune.data.types import Conversation
 from vlm_tune.errors import Interrupted
 from vlm_tune.evaluation import metrics
 from vlm_tune.evaluation.answer_files import ANSWERS_FILE, save_answers
@@ -216,15 +217,14 @@ def _together(
     """
     accelerator = context.accelerator
     main = accelerator.is_main_process
-    media = distinct_media(rows)
     if not _shares(context, recipe):
-        return _score_rows(context, model, rows, recipe, media) if main else None
+        return _score_rows(context, model, rows, recipe, rows) if main else None
     ranks = accelerator.num_processes
     share = rows[accelerator.process_index :: ranks]
     answers: list[Answer] = []
     stopped: Interrupted | None = None
     try:
-        answers = _score_rows(context, model, share, recipe, media).answers if share else []
+        answers = _score_rows(context, model, share, recipe, rows).answers if share else []
     except Interrupted as error:
         stopped = error
     shares: list[Any] = gather_object([None if stopped else answers])
@@ -239,18 +239,19 @@ def _score_rows(
     model: VisionLanguageNetwork,
     rows: Sequence[Conversation],
     recipe: Recipe,
-    media: Sequence[Media],
+    of_all_ranks: Sequence[Conversation],
 ) -> Scores:
     """Scores rows with the recipe's evaluation settings. Raises `Interrupted` if asked to stop.
 
-    Features are cached where those of the last stage are. `media` are those of all ranks' rows: the
+    Features are cached where those of the last stage are, of the images of all ranks' rows: the
     ranks share the work, and the files are those that one process looks for, as `eval` does.
     """
-    cached = bool(media) and _caches(context, recipe)
+    cached = any(row.media for row in of_all_ranks) and _caches(context, recipe)
+    frames = distinct_frames(of_all_ranks, model.processor.images) if cached else []
     with context.accelerator.autocast():
         autocast = DTYPES[recipe.train.precision]
         features = (
-            tower_features(model, media, note=context.note, autocast=autocast) if cached else None
+            tower_features(model, frames, note=context.note, autocast=autocast) if cached else None
         )
         return score(
             model,

@@ -32,13 +32,14 @@ from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.batching.streaming import StreamFeed, usable_rows
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.images.decode import PixelCache
+from vlm_tune.data.media_processor import distinct_frames
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.fingerprints import fingerprint_prepared, fingerprint_streams
 from vlm_tune.data.prepare.forms import check_forms
 from vlm_tune.data.prepare.job import PartName
 from vlm_tune.data.prepare.run import part_conversations, prepared_parts
 from vlm_tune.data.prepare.worker import BAD
-from vlm_tune.data.types import Conversation, distinct_media
+from vlm_tune.data.types import Conversation
 from vlm_tune.events import Features, Note, Preparing, StageReport
 from vlm_tune.model.feature_cache import FeatureStore, tower_features
 from vlm_tune.model.feature_choice import cache_choice, stage_usage, trains_tower
@@ -394,6 +395,6 @@ def stage_features(
             autocast=DTYPES[recipe.train.precision],
         )
 
-    validation_media = distinct_media(validation)
-    held_out = cached(validation_media) if validation_media else None
+    frames = distinct_frames(validation, model.processor.images)
+    held_out = cached(frames) if frames else None
     return None if recipe.data.augment else cached(media), held_out

@@ -27,7 +27,8 @@ def test_the_longest_edge_is_transformers(width: int, height: int, size: int, un
     if max(width, height) > size * min(width, height):
         return  # transformers gives a side of nothing
     rows, columns = LongestEdge(size, unit).grid(width, height)
-    theirs = get_resize_output_image_size(np.zeros((height, width, 3)), size, unit)
+    pixels = np.zeros((height, width, 3))
+    theirs = get_resize_output_image_size(pixels, size, unit, "channels_last")
     assert (rows * unit, columns * unit) == theirs
 
 
@@ -89,9 +90,9 @@ def test_slots_are_filled_by_each_images_first_tokens() -> None:
     media = [Media(b"a", grid=PatchGrid(2, 4, 2)), Media(b"b", grid=PatchGrid(4, 4, 2))]
     assert [slots_of(item, 9) for item in media] == [2, 4]
     assert owners(media, 9).tolist() == [0, 0, 1, 1, 1, 1]
-    tokens = slot_tokens(media, 9)
-    assert tokens is not None
-    assert tokens.tolist() == [[0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 2, 3]]
+    filling = slot_tokens(media, 9)
+    assert filling is not None and filling.shares is None
+    assert filling.tokens.tolist() == [[0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 2, 3]]
 
 
 def test_an_images_segment_has_ends_of_rows() -> None:

@@ -17,7 +17,12 @@ from vlm_tune.config.load import parse_recipe
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.images.decode import ImageProcessor
-from vlm_tune.data.images.split import Idefics3Frames, InternVLFrames, LlavaNextFrames
+from vlm_tune.data.images.split import (
+    Idefics3Frames,
+    InternVLFrames,
+    LlavaNextFrames,
+    LlavaOnevisionFrames,
+)
 from vlm_tune.data.types import Conversation, InputSpec, Media, Message
 from vlm_tune.errors import DataError, RecipeError
 
@@ -112,6 +117,36 @@ def test_llava_nexts_frames_are_those_of_transformers(width: int, height: int) -
     assert float(((pixels - 0.5) / 0.5 - theirs).abs().max()) <= 1e-6
     assert expanded[0].tile is None and len(expanded) <= images.most_frames
     assert all(frame.tile and frame.tile.size == (width, height) for frame in expanded[1:])
+
+
+@given(st.integers(1, 120), st.integers(1, 120))
+@settings(max_examples=40, deadline=None)
+def test_llava_onevisions_frames_are_those_of_transformers(width: int, height: int) -> None:
+    """Of a row's only image and of one among two."""
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+        LlavaOnevisionImageProcessorPil,
+    )
+
+    mean = (0.5, 0.4, 0.3)
+    grids = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    images = ImageProcessor(SIDE, "pad", mean, split=LlavaOnevisionFrames(grids, max_tiles=2))
+    processor: Any = LlavaOnevisionImageProcessorPil(
+        size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=[[rows * SIDE, columns * SIDE] for columns, rows in grids],
+        image_mean=mean,
+        image_std=[0.5] * 3,
+    )
+    row = [photo(width, height), photo(20, 30)]
+    for shown in (row[:1], row):
+        for place, image in enumerate(shown):
+            expanded = images.expand(media(image), len(shown))
+            pixels = torch.stack([images(frame) for frame in expanded]).float() / 255
+            theirs = processor([shown], return_tensors="pt")["pixel_values"][place]
+            assert pixels.shape == theirs.shape
+            ours = (pixels - torch.tensor(mean)[:, None, None]) / 0.5
+            assert float((ours - theirs).abs().max()) <= 1e-6
+            assert len(expanded) <= images.most_frames
+            assert all(images.expand(frame) == (frame,) for frame in expanded[1:])
 
 
 def test_an_images_frames_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +274,7 @@ train: {steps: 1, batch_size: 1, learning_rate: 1.0e-3}
         ("longest_edge: 64", "longest_edge: 5000", "less than or equal to 4096"),
         ("idefics3,", "other,", "idefics3"),
         ("idefics3, longest_edge: 64", "llava_next, grids: [[1, 2]]", "end with a learned token"),
+        ("idefics3, longest_edge: 64", "llava_onevision, grids: [[1, 1]]", "with a learned token"),
         ("  llm:", "  connector: {kind: mlp, newline: true}\n  llm:", "give both, or neither"),
         (
             "  llm:",

@@ -102,14 +102,14 @@ class AudioProcessor:
         """The clip itself."""
         return media
 
-    def segments(self, media: Media) -> list[Segment]:
+    def segments(self, media: Media, among: int = 1) -> list[Segment]:
         """The segments of a clip in a prompt: its windows in order.
 
         Raises `DataError` for a clip that can't be decoded, or is longer than the windows.
         """
         return [Segment("media", window) for window in self.expand(media)]
 
-    def expand(self, media: Media) -> tuple[Media, ...]:
+    def expand(self, media: Media, among: int = 1) -> tuple[Media, ...]:
         """The windows of a clip in order; raises as `segments`."""
         if media.tile is not None:
             return (media,)

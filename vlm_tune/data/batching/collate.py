@@ -144,10 +144,14 @@ def _slots(examples: Sequence[Example], spec: InputSpec) -> dict[str, Any]:
     import torch
 
     shown = [media for example in examples for media in example.media]
-    chosen = slot_tokens(shown, spec.tokens_per_image)
-    if chosen is None:
+    filling = slot_tokens(shown, spec.tokens_per_image)
+    if filling is None:
         return {}
-    return {"slot_tokens": torch.from_numpy(chosen), "token_counts": token_counts(shown)}
+    return {
+        "slot_tokens": torch.from_numpy(filling.tokens),
+        "slot_shares": None if filling.shares is None else torch.from_numpy(filling.shares),
+        "token_counts": token_counts(shown),
+    }
 
 
 def _preferences(examples: Sequence[Example], outputs: _Columns) -> dict[str, Any]:

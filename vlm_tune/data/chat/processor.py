@@ -163,7 +163,8 @@ class Processor:
                 continue
             try:
                 self._check_modality(segment.payload)
-                yield from map(self._marker, self.images.segments(segment.payload))
+                frames = self.images.segments(segment.payload, len(conversation.media))
+                yield from map(self._marker, frames)
             except DataError as error:
                 raise DataError(
                     error.message,

@@ -190,7 +190,8 @@ class ImageProcessor:
     """Converts images to the tower's input: uint8[3, size, size]; the tower normalises.
 
     `resize` is how an image is made square. With `tiles`, the grids (columns, rows) to choose from,
-    or with a `split`, an image becomes several: see `segments`.
+    or with a `split`, an image becomes several: see `segments`. A split has its way of making an
+    image square; `resize` is then that of an image among several (`Tile.ended`).
     """
 
     size: int
@@ -243,18 +244,18 @@ class ImageProcessor:
         """The frame that shows the whole image."""
         return media
 
-    def segments(self, media: Media) -> list[Segment]:
+    def segments(self, media: Media, among: int = 1) -> list[Segment]:
         """The segments of an image in a prompt: its frames, and the markers around them.
 
         Raises `DataError` for an unreadable header.
         """
         if self.split is None or media.tile is not None:
             return [Segment("media", frame) for frame in self._tiled(media)]
-        return self.split.segments(media, image_size(media), self.size)
+        return self.split.segments(media, image_size(media), self.size, among)
 
-    def expand(self, media: Media) -> tuple[Media, ...]:
+    def expand(self, media: Media, among: int = 1) -> tuple[Media, ...]:
         """The frames of an image in their order. Raises `DataError` for an unreadable header."""
-        payloads = (segment.payload for segment in self.segments(media))
+        payloads = (segment.payload for segment in self.segments(media, among))
         return tuple(payload for payload in payloads if isinstance(payload, Media))
 
     @property
@@ -305,6 +306,8 @@ class ImageProcessor:
         if last is None or last.data != data:
             last = _Decoded(data, decode_image(data, media.name))
             self._last[:] = [last]
+        if media.tile is not None and media.tile.ended:
+            return self.pixels(last.image)
         if self.split is not None:
             if not last.frames:
                 last.frames.update(self.split.frames(last.image, self.size))

@@ -29,7 +29,9 @@ class Gemma3Frames:
     def most(self, side: int) -> int:
         return 1
 
-    def segments(self, media: Media, size: tuple[int, int], side: int) -> list[Segment]:
+    def segments(
+        self, media: Media, size: tuple[int, int], side: int, among: int = 1
+    ) -> list[Segment]:
         return [
             Segment("text", "\n\n"),
             Segment("control", self.begin),

@@ -57,7 +57,7 @@ class NativeImages(ImageProcessor):
     def save(self, folder: Path) -> None:
         self.processor.save_pretrained(folder)
 
-    def segments(self, media: Media) -> list[Segment]:
+    def segments(self, media: Media, among: int = 1) -> list[Segment]:
         """One segment, with the image's tokens. Raises `DataError` for an unreadable header."""
         return [Segment("media", media, ids=self._of_size(image_size(media), media.name).ids)]
 

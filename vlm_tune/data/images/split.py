@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vlm_tune.config.towers import AnySplit
 from vlm_tune.data.images.gemma3_frames import Gemma3Frames
+from vlm_tune.data.media_slots import SHRUNK_FROM
 from vlm_tune.data.types import Media, Segment, Tile
 
 if TYPE_CHECKING:
@@ -33,10 +34,13 @@ class Split(Protocol):
         """The largest number of frames of an image."""
         ...
 
-    def segments(self, media: Media, size: tuple[int, int], side: int) -> list[Segment]:
+    def segments(
+        self, media: Media, size: tuple[int, int], side: int, among: int = 1
+    ) -> list[Segment]:
         """The frames of an image of `size` (width, height) and the markers around them, in order.
 
-        A text at either end is tokenised together with the text beside it.
+        `among` is the number of images of its row. A text at either end is tokenised together with
+        the text beside it.
         """
         ...
 
@@ -90,7 +94,9 @@ class Idefics3Frames:
         rows = math.ceil(height / side)
         return math.ceil(max(int(rows * side * ratio), 1) / side), rows
 
-    def segments(self, media: Media, size: tuple[int, int], side: int) -> list[Segment]:
+    def segments(
+        self, media: Media, size: tuple[int, int], side: int, among: int = 1
+    ) -> list[Segment]:
         columns, rows = self._grid(size, side)
         around = Segment("control", self.around)
         segments: list[Segment] = []
@@ -111,7 +117,7 @@ class Idefics3Frames:
             (columns * side, rows * side), Resampling.LANCZOS
         )
         whole = canvas.resize((side, side), Resampling.LANCZOS)
-        return {None: whole, **cut(canvas, columns, rows, side)}
+        return {None: whole, **cut(canvas, Tile(0, 0, columns, rows), side)}
 
 
 @functools.lru_cache(maxsize=8)
@@ -158,7 +164,9 @@ class InternVLFrames:
                 nearest = difference
         return best
 
-    def segments(self, media: Media, size: tuple[int, int], side: int) -> list[Segment]:
+    def segments(
+        self, media: Media, size: tuple[int, int], side: int, among: int = 1
+    ) -> list[Segment]:
         columns, rows = self._grid(size, side)
         tiles = [
             Segment("media", replace(media, tile=Tile(column, row, columns, rows)))
@@ -176,7 +184,7 @@ class InternVLFrames:
         frames: dict[Tile | None, Image] = {None: image.resize((side, side), Resampling.BICUBIC)}
         if columns * rows > 1:
             canvas = image.resize((columns * side, rows * side), Resampling.BICUBIC)
-            frames |= cut(canvas, columns, rows, side)
+            frames |= cut(canvas, Tile(0, 0, columns, rows), side)
         return frames
 
 
@@ -212,15 +220,13 @@ class LlavaNextFrames:
     def most(self, side: int) -> int:
         return 1 + max(map(math.prod, self.grids))
 
-    def segments(self, media: Media, size: tuple[int, int], side: int) -> list[Segment]:
-        columns, rows = best_grid(*size, self.grids, side)
+    def segments(
+        self, media: Media, size: tuple[int, int], side: int, among: int = 1
+    ) -> list[Segment]:
+        tiles = tiles_of(self._tile(*best_grid(*size, self.grids, side), size))
         return [
             Segment("media", media),
-            *(
-                Segment("media", replace(media, tile=Tile(column, row, columns, rows, size)))
-                for row in range(rows)
-                for column in range(columns)
-            ),
+            *(Segment("media", replace(media, tile=tile)) for tile in tiles),
         ]
 
     def frames(self, image: Image, side: int) -> Mapping[Tile | None, Image]:
@@ -238,20 +244,58 @@ class LlavaNextFrames:
         canvas = Pil.new("RGB", (wide, high))
         place = (wide - fitted[0]) // 2, (high - fitted[1]) // 2
         canvas.paste(image.resize(fitted, Pil.Resampling.BICUBIC), place)
-        tiles = cut(canvas, columns, rows, side, image.size)
-        return {None: image.resize((side, side), Pil.Resampling.BICUBIC), **tiles}
+        whole = image.resize((side, side), Pil.Resampling.BICUBIC)
+        return {None: whole, **cut(canvas, self._tile(columns, rows, image.size), side)}
+
+    def _tile(self, columns: int, rows: int, size: tuple[int, int]) -> Tile:
+        """The first tile of a grid for an image of `size`."""
+        return Tile(0, 0, columns, rows, size)
 
 
-def cut(
-    canvas: Image, columns: int, rows: int, side: int, size: tuple[int, int] | None = None
-) -> dict[Tile, Image]:
-    """The tiles of a canvas of columns x rows tiles; `size` is theirs (`Tile`)."""
-    places = [(column, row) for row in range(rows) for column in range(columns)]
+@dataclass(frozen=True)
+class LlavaOnevisionFrames(LlavaNextFrames):
+    """As LLaVA-NeXT's, but the picture of more than about `max_tiles` tiles is shrunk.
+
+    An image among several of a row is seen whole alone, made square by `ImageProcessor.resize`, and
+    ends with a learned token. As transformers' LLaVA-OneVision has it
+    (`image_processing_pil_llava_onevision.py`, `processing_llava_onevision.py`).
+    """
+
+    max_tiles: int = 9
+
+    def segments(
+        self, media: Media, size: tuple[int, int], side: int, among: int = 1
+    ) -> list[Segment]:
+        if among > 1:
+            return [Segment("media", replace(media, tile=Tile(0, 0, 1, 1, ended=True)))]
+        return super().segments(media, size, side)
+
+    def most_joined(self, side: int) -> int:
+        """The most frames whose tokens an image takes: the tokens of more are shrunk to fewer."""
+        return min(self.most(side), 1 + math.ceil(SHRUNK_FROM**2 * self.max_tiles))
+
+    def _tile(self, columns: int, rows: int, size: tuple[int, int]) -> Tile:
+        return replace(super()._tile(columns, rows, size), most=self.max_tiles)
+
+
+def tiles_of(first: Tile) -> list[Tile]:
+    """The tiles of the grid that has `first` as its first, in reading order."""
+    places = [(column, row) for row in range(first.rows) for column in range(first.columns)]
+    return [replace(first, column=column, row=row) for column, row in places]
+
+
+def cut(canvas: Image, first: Tile, side: int) -> dict[Tile, Image]:
+    """The tiles of a canvas that is a grid of tiles, of which `first` is the first."""
     return {
-        Tile(column, row, columns, rows, size): canvas.crop(
-            (column * side, row * side, (column + 1) * side, (row + 1) * side)
+        tile: canvas.crop(
+            (
+                tile.column * side,
+                tile.row * side,
+                (tile.column + 1) * side,
+                (tile.row + 1) * side,
+            )
         )
-        for column, row in places
+        for tile in tiles_of(first)
     }
 
 
@@ -267,5 +311,8 @@ SPLITS: dict[str, Callable[..., Split]] = {
     "internvl": InternVLFrames,
     "gemma3": Gemma3Frames,
     "llava_next": lambda grids: LlavaNextFrames(tuple(map(tuple, grids))),
+    "llava_onevision": lambda grids, max_tiles: LlavaOnevisionFrames(
+        tuple(map(tuple, grids)), max_tiles=max_tiles
+    ),
 }
 """The ways of cutting images by their kind in a recipe; their options are the recipe's."""

@@ -269,14 +269,7 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
             "path": pa.array([path for path, _, _ in places], pa.binary()),
             "offset": pa.array([offset for _, offset, _ in places], pa.int64()),
             "size": pa.array([size for _, _, size in places], pa.int64()),
-            "tile": _lists(
-                [
-                    ()
-                    if tile is None
-                    else (tile.column, tile.row, tile.columns, tile.rows, *(tile.size or ()))
-                    for tile in tiles
-                ]
-            ),
+            "tile": _lists([() if tile is None else _tile_numbers(tile) for tile in tiles]),
             "grid": _lists(
                 [
                     () if grid is None else (grid.rows, grid.columns, grid.merge)
@@ -294,6 +287,22 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
     )
 
 
+def _tile_numbers(tile: Tile) -> list[int]:
+    """A tile's fields as numbers, with 0 for what it lacks."""
+    width, height = tile.size or (0, 0)
+    place = [tile.column, tile.row, tile.columns, tile.rows]
+    return [*place, width, height, tile.most or 0, int(tile.ended)]
+
+
+def _tile(numbers: Sequence[int]) -> Tile | None:
+    """The tile of `_tile_numbers`; None for no numbers."""
+    if not numbers:
+        return None
+    *place, width, height, most, ended = numbers
+    size = (width, height) if width else None
+    return Tile(*place, size=size, most=most or None, ended=bool(ended))
+
+
 def media_rows(batch: pa.RecordBatch, folder: Path) -> list[MediaRow]:
     """Reads the rows of the media table of `folder`."""
 
@@ -302,10 +311,8 @@ def media_rows(batch: pa.RecordBatch, folder: Path) -> list[MediaRow]:
         name = os.fsdecode(row["path"])
         path = folder / BLOB if name == BLOB else Path(name)
         source = path if row["offset"] < 0 else Slice(path, row["offset"], row["size"])
-        place, size = row["tile"][:4], tuple(row["tile"][4:])
-        tile = Tile(*place, size=size or None) if place else None
         grid = PatchGrid(*row["grid"]) if row["grid"] else None
-        return Media(source, row["modality"], tile, grid)
+        return Media(source, row["modality"], _tile(row["tile"]), grid)
 
     names = [field.name for field in fields(ImageInfo)]
     return [

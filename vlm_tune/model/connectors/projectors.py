@@ -40,7 +40,7 @@ class Connector(nn.Module):
 
     newline: nn.Parameter | None
     """A learned token [E] for the ends of the rows of joined tiles, the last token of each media
-    item, if the connector has one. It fills no slot of an image without such tiles."""
+    item, if the connector has one. Which slots it fills is `vlm_tune/data/media_slots.py`'s."""
 
     reader: Reader | None = None
     """Converter of the instruction to the connector's own vocabulary, if it has one."""
@@ -78,12 +78,19 @@ class Connector(nn.Module):
         """The tokens [P, E] of the slots, of connected [M, N', E].
 
         They are all in order, or those that `batch.slot_tokens` names, of joined tiles and of
-        images that keep their shape.
+        images that keep their shape, or sums of these by `batch.slot_shares`.
         """
-        if batch.slot_tokens is not None:
-            places, numbers = batch.slot_tokens
+        if batch.slot_tokens is None:
+            return self.shown(connected).flatten(0, 1)
+        places, numbers = batch.slot_tokens
+        if batch.slot_shares is None:
             return connected[places, numbers]
-        return self.shown(connected).flatten(0, 1)
+        # One term after the other: four times the slots at once would take as much more memory.
+        filled = torch.zeros((), dtype=torch.float32, device=connected.device)
+        terms = zip(places.unbind(1), numbers.unbind(1), batch.slot_shares.unbind(1), strict=True)
+        for place, number, share in terms:
+            filled = filled + connected[place, number] * share[:, None]
+        return filled.to(connected.dtype)
 
     def shown(self, connected: torch.Tensor) -> torch.Tensor:
         """The tokens of connected [M, N', E] that show an image: all but the one for rows' ends."""
