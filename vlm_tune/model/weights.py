@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.compat import is_zero3_parameter
+from vlm_tune.compat_engines import is_zero3_parameter
 from vlm_tune.errors import ModelError
 from vlm_tune.paths import is_file, shown_path
 from vlm_tune.quoting import reason_of

@@ -14,7 +14,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from vlm_tune.compat import allow_precision, launched_without_others
+from vlm_tune.compat_engines import allow_precision, launched_without_others
 from vlm_tune.config.native import NativeModel
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import Problem, RecipeError, TrainingError

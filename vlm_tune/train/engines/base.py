@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm_tune.compat import remove_autocast
+from vlm_tune.compat_engines import remove_autocast
 from vlm_tune.config.engine import AnyEngine, DeepSpeedEngine, FsdpEngine
 from vlm_tune.config.train import TrainSection
 from vlm_tune.model.acceleration.lora_layers import merge_projections

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vlm_tune.compat import (
+from vlm_tune.compat_engines import (
     build_no_shared_memory_op,
     flat_zero_shards,
     link_zero_state,
