@@ -80,9 +80,13 @@ def stage_usage(prepared: Prepared, train: TrainSection, ranks: int) -> Usage:
         micro_batch = train.batch_tokens or train.batch_size * row
         passes = train.steps * train.gradient_accumulation * ranks * micro_batch / tokens
     shown = float(prepared.store.media_counts.sum())
+    return Usage(len(prepared.media), passes * shown, passes * tokens, mean_patches(prepared))
+
+
+def mean_patches(prepared: Prepared) -> float | None:
+    """The mean patches of a distinct image, where images keep their shape."""
     patches = [media.grid.patches for media in prepared.media if media.grid is not None]
-    mean = float(np.mean(patches)) if patches else None
-    return Usage(len(prepared.media), passes * shown, passes * tokens, mean)
+    return float(np.mean(patches)) if patches else None
 
 
 def cache_choice(stage: Recipe, model: VisionLanguageNetwork, usage: Usage, *, gpu: bool) -> Choice:

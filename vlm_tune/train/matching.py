@@ -95,17 +95,17 @@ def negative_rows(batch: Batch) -> Tensor:
 
 def _check_images(batch: Batch) -> None:
     """Raises `DataError` unless all rows have as many images, and at least one."""
-    slots = batch.on_host.image_mask.sum(1)
-    if not int(slots[0]) or not bool((slots == slots[0]).all()):
-        raise DataError(
-            f"matching exchanges the images of {name_list(batch.ids)}, and they have not as many "
-            "each; give every row one image, or videos of as many frames"
-        )
     places = batch.on_host.patch_places
     if places is not None and not bool((places == places[:1]).all()):
         raise DataError(
             f"matching exchanges the images of {name_list(batch.ids)}, and the tower keeps their "
             "shapes, which differ; give images of one size, or take a tower of one shape"
+        )
+    slots = batch.on_host.image_mask.sum(1)
+    if not int(slots[0]) or not bool((slots == slots[0]).all()):
+        raise DataError(
+            f"matching exchanges the images of {name_list(batch.ids)}, and they have not as many "
+            "each; give every row one image, or videos of as many frames"
         )
 
 

@@ -291,7 +291,7 @@ def _stage_data(
         keep_freed_memory()
     if accelerator.device.type == "cpu":
         trim_heap()
-    cost = image_cost(model, cached=features is not None)
+    cost = image_cost(model, rows.train, cached=features is not None)
     feed = stage_feed(
         recipe, rows, features, accelerator, report, planned=progress.ranks, image_cost=cost
     )

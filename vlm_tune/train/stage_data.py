@@ -42,7 +42,7 @@ from vlm_tune.data.prepare.worker import BAD
 from vlm_tune.data.types import Conversation
 from vlm_tune.events import Features, Note, Preparing, StageReport
 from vlm_tune.model.feature_cache import FeatureStore, tower_features
-from vlm_tune.model.feature_choice import cache_choice, stage_usage, trains_tower
+from vlm_tune.model.feature_choice import cache_choice, mean_patches, stage_usage, trains_tower
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import count_of
 from vlm_tune.precision import DTYPES
@@ -329,16 +329,18 @@ def _shared_memory() -> int:
         return 0
 
 
-def image_cost(model: VisionLanguageNetwork, *, cached: bool) -> float:
+def image_cost(model: VisionLanguageNetwork, prepared: Prepared | None, *, cached: bool) -> float:
     """The cost of an image in the tower, in tokens of the LLM.
 
-    It is the ratio of multiplications with weights. 0 if the features are cached.
+    It is the ratio of multiplications with weights. 0 if the features are cached. Of images that
+    keep their shape it is that of a mean one in the `prepared` rows, else of the largest.
     """
     if cached:
         return 0.0
     language = sum(count_of(parameter) for parameter in model.llm.parameters())
+    patches = None if prepared is None else mean_patches(prepared)
     return (
-        model.tower.measure()[0]
+        (patches or model.tower.measure()[0])
         * sum(parameter.numel() for parameter in model.tower.parameters())
         / language
     )

@@ -145,7 +145,16 @@ from PIL import Image
 sys.modules["vlm_tune"] = None
 rows = json.loads(Path("rows.json").read_text())
 for folder in map(Path, sys.argv[1:]):
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    adapter = folder / "adapter_config.json"
+    source = folder
+    if adapter.is_file():
+        source = json.loads(adapter.read_text())["base_model_name_or_path"]
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    names = [type(model).__name__]
+    if adapter.is_file():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder)).eval()
     processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     logits = []
@@ -161,7 +170,7 @@ for folder in map(Path, sys.argv[1:]):
         )
         with torch.inference_mode():
             logits.append(model(**inputs).logits[0].tolist())
-    names = [type(model).__name__, type(processor).__name__]
+    names.append(type(processor).__name__)
     (folder / "logits.json").write_text(json.dumps([names, logits]))
 """
 """Prints nothing; writes the logits of the rows of `rows.json` into each folder."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.helpers.policy_samples import prompt_batches, sampler_of
+from tests.helpers.preference_samples import awake
 from tests.helpers.shaped_samples import LONGEST, SAMPLES, SLOT, save_mistral3, save_pixtral
 from tests.helpers.tiled_samples import Sample
 from tests.helpers.tiny_models import (
@@ -22,6 +25,7 @@ from tests.helpers.tiny_models import (
 )
 from tests.helpers.vlm_samples import with_pretrained
 from tests.model.pretrained.test_tiled import (  # noqa: F401
+    assert_plain_equals,
     test_a_batch_without_images_gives_every_trained_weight_a_gradient,
     test_a_chat_and_a_server_read_each_image_once,
     test_a_run_is_resumed_bit_for_bit_and_merged_without_the_original,
@@ -33,10 +37,15 @@ from tests.model.pretrained.test_tiled import (  # noqa: F401
     trained,
 )
 from tests.parity.test_parity_idefics3 import write_rows
+from vlm_tune.config.objectives import Matching
 from vlm_tune.data.batching.collate import collate
-from vlm_tune.errors import ModelError
+from vlm_tune.errors import DataError, ModelError
 from vlm_tune.exporting import export
+from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.model.feature_cache import tower_features
+from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.train.matching import MatchingObjective
+from vlm_tune.train.sampling import draw_seed
 
 Tiny = Callable[..., str]
 
@@ -85,6 +94,59 @@ def test_an_images_vector_does_not_depend_on_those_beside_it(shapes: str) -> Non
     together = torch.from_numpy(model.embed_images(images, batch_size=len(images)))
     assert largest(alone, together) <= 1e-5
     assert largest(alone[0], alone[1]) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_adapter_opens_in_a_process_without_vlm_tune(
+    sample: Sample, recipe_text: str, tmp_path: Path
+) -> None:
+    model = trained(recipe_text, tmp_path)
+    export(tmp_path / "run", tmp_path / "adapter", format="adapter")
+    assert_plain_equals(tmp_path / "adapter", model, sample, recipe_text)
+
+
+def test_training_reads_completions_of_several_shapes_as_generation_drew_them(shapes: str) -> None:
+    sampled = {"kind": "grpo", "num_generations": 2, "max_completion_length": 4}
+    recipe = parsed(shapes, objective=sampled, data__test=[], evaluate__samples=0)
+    model = awake(recipe)
+    batches = prompt_batches(model, recipe)
+    prompts = [prompt for batch in batches for unit in batch.prompts for prompt in unit]
+    answers = prompt_answers(
+        model,
+        [prompt.example for prompt in prompts],
+        Decoding(4, temperature=1.0, num_return_sequences=2, logprobs=True),
+        fetch=model.processor.images,
+        seeds=[draw_seed(recipe.seed, 1, prompt.row.id) for prompt in prompts],
+    )
+    expected = [each for first in answers for each in (first, *first.alternatives)]
+    assert len(expected) == 8
+    trained: list[tuple[tuple[int, ...], list[float]]] = []
+    for batch in sampler_of(model, recipe)(batches, 1, compiled=False):
+        assert batch.completions is not None
+        with torch.no_grad():
+            output: Any = model(batch, temperature=1.0)
+        lengths = batch.completions.lengths.tolist()
+        drawn = zip(
+            batch.targets.split(lengths),
+            output.logprobs.split(lengths),
+            batch.completions.ended.tolist(),
+            strict=True,
+        )
+        for ids, logprobs, stopped in drawn:
+            end = len(ids) - stopped  # generation has no figure for the stop token
+            trained.append((tuple(ids[:end].tolist()), logprobs[:end].tolist()))
+    by_ids = sorted((answer.ids, list(answer.logprobs or ())) for answer in expected)
+    for (ids, logprobs), (drawn_ids, likelihoods) in zip(sorted(trained), by_ids, strict=True):
+        assert ids == drawn_ids
+        assert logprobs == pytest.approx(likelihoods, abs=1e-5)
+
+
+def test_matching_exchanges_images_of_one_shape_alone(shapes: str) -> None:
+    model = built(parsed(shapes))
+    wide, _, small, _ = rows_of(parsed(shapes))
+    batch = batch_of(model, [model.processor.examples(row)[0] for row in (wide, small)])
+    with pytest.raises(DataError, match="the tower keeps their shapes, which differ"):
+        MatchingObjective(Matching(kind="matching"))(model, batch)
 
 
 def test_a_shorter_longest_edge_is_written_into_the_processor(

@@ -268,12 +268,10 @@ def test_a_batch_without_images_gives_every_trained_weight_a_gradient(recipe_tex
     assert all(parameter.grad is not None for parameter in model.connector.parameters())
 
 
-@pytest.mark.slow
-def test_what_was_trained_opens_in_a_process_without_vlm_tune(
-    sample: Sample, recipe_text: str, tmp_path: Path
+def assert_plain_equals(
+    folder: Path, model: VisionLanguageModel, sample: Sample, recipe_text: str
 ) -> None:
-    model = trained(recipe_text, tmp_path)
-    export(tmp_path / "run", tmp_path / "exported", dtype="fp32")
+    """Asserts that a process without vlm_tune opens an export, and gives the model's logits."""
     rows = rows_of(parsed(recipe_text))[:3]
     written = [
         {
@@ -283,9 +281,8 @@ def test_what_was_trained_opens_in_a_process_without_vlm_tune(
         }
         for row in rows
     ]
-    (tmp_path / "rows.json").write_text(json.dumps(written))
-    folder = tmp_path / "exported"
-    run([sys.executable, "-c", PLAIN, str(folder)], cwd=tmp_path, PYTHONPATH=OTHER_PATHS)
+    (folder.parent / "rows.json").write_text(json.dumps(written))
+    run([sys.executable, "-c", PLAIN, str(folder)], cwd=folder.parent, PYTHONPATH=OTHER_PATHS)
     names, logits = json.loads((folder / "logits.json").read_text())
     model_stem, processor_stem = CLASSES[sample.template]
     assert names == [f"{model_stem}ForConditionalGeneration", f"{processor_stem}Processor"]
@@ -296,6 +293,15 @@ def test_what_was_trained_opens_in_a_process_without_vlm_tune(
         supervised = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0]
         other = torch.tensor(theirs)[supervised]
         assert largest(ours, other) <= 1e-5 * max(1.0, float(ours.abs().max()))
+
+
+@pytest.mark.slow
+def test_what_was_trained_opens_in_a_process_without_vlm_tune(
+    sample: Sample, recipe_text: str, tmp_path: Path
+) -> None:
+    model = trained(recipe_text, tmp_path)
+    export(tmp_path / "run", tmp_path / "exported", dtype="fp32")
+    assert_plain_equals(tmp_path / "exported", model, sample, recipe_text)
 
 
 def test_a_tied_head_and_a_smaller_frame_are_written(tiny_recipe: Tiny, tmp_path: Path) -> None:

@@ -7,10 +7,20 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.functional import rms_norm
 
 from vlm_tune.config.connectors import PatchMergerConnector
 from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.projectors import Connector, mlp, square
+
+
+class Norm(nn.RMSNorm):
+    """An RMSNorm in fp32, whatever the dtypes of the features and of its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] to [..., D]."""
+        weight = self.weight.float()
+        return rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 class PatchMerger(Connector):
@@ -23,7 +33,7 @@ class PatchMerger(Connector):
     def __init__(self, config: PatchMergerConnector, width: int, llm_width: int) -> None:
         super().__init__()
         self.factor = config.factor
-        self.norm = nn.RMSNorm(width, config.eps)
+        self.norm = Norm(width, config.eps)
         self.merging = nn.Linear(width * config.factor**2, width, bias=False)
         self.layers = mlp(width, llm_width, 2, config.bias)
 
