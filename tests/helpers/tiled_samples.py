@@ -66,6 +66,85 @@ That one writes a turn's images first. It has no system turns here.
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [SIDE, 3 * SIDE]]
 
 
+LLAVA_ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}"
+    "{{ '<video>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The chat template of llava-hf/llava-onevision-qwen2-0.5b-ov-hf, as transformers tests it.
+
+In `tests/models/llava_onevision/test_processing_llava_onevision.py` (Apache 2.0). It puts a space
+behind the role of an answer that is there, and none behind that of one that is to be written.
+"""
+LLAVA_ONEVISION_ROWS = LLAVA_ONEVISION_TEMPLATE.replace(
+    "message['role'] + ' '}}",
+    "message['role']}}{% if message['role'] != 'assistant' %}{{ ' ' }}{% endif %}",
+)
+"""The same with every answer as the template opens one: so it is trained."""
+ONEVISION_PINPOINTS = [[SIDE, SIDE], [2 * SIDE, 3 * SIDE], [3 * SIDE, 2 * SIDE]]
+
+
+@cache
+def llava_onevision_tokenizer() -> Any:
+    """A tokenizer with ChatML's tokens, and those of images and videos."""
+    rows = [Conversation("", turns(text, text)) for text in TEXTS]
+    tokenizer = train_tokenizer(rows, 420, load_template("llava_onevision"))
+    tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)
+    return tokenizer
+
+
+def save_llava_onevision(
+    folder: Path, *, tied: bool = False, template: str = LLAVA_ONEVISION_ROWS, **changes: Any
+) -> Any:
+    """A tiny LLaVA-OneVision with its processor; a frame has 4 x 4 tokens.
+
+    A picture of joined tiles is shrunk to about the tokens of one.
+    """
+    import transformers
+
+    tokenizer = llava_onevision_tokenizer()
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(3)
+    vision = {"model_type": "siglip_vision_model", **CLIP, "patch_size": 8}
+    language = {"model_type": "qwen2", **LLAMA, **ids, "vocab_size": len(tokenizer) + 3}
+    settings: dict[str, Any] = {
+        "vision_config": vision | {"vision_use_head": False},
+        "text_config": language | {"max_position_embeddings": 512},
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "video_token_index": tokenizer.convert_tokens_to_ids("<video>"),
+        "image_grid_pinpoints": ONEVISION_PINPOINTS,
+        "vision_aspect_ratio": "anyres_max_1",
+        "tie_word_embeddings": tied,
+    }
+    config = transformers.LlavaOnevisionConfig(**(settings | changes))
+    theirs = stir(transformers.LlavaOnevisionForConditionalGeneration(config))
+    theirs.save_pretrained(folder)
+    # SigLIP's levels, which published checkpoints have.
+    images: dict[str, Any] = {
+        "size": {"height": SIDE, "width": SIDE},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    processor = transformers.LlavaOnevisionProcessor(
+        transformers.LlavaOnevisionImageProcessor(
+            image_grid_pinpoints=ONEVISION_PINPOINTS, **images
+        ),
+        tokenizer,
+        transformers.LlavaOnevisionVideoProcessor(**images),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_1",
+        chat_template=template,
+    )
+    processor.save_pretrained(folder)
+    return theirs
+
+
 @cache
 def llava_next_tokenizer() -> Any:
     """A tokenizer with a start token before a text, as Mistral's, and the image's token."""
@@ -200,6 +279,10 @@ class Sample:
 
 SAMPLES = {
     "llava_next": Sample(save_llava_next, "llava_mistral", LLAVA_NEXT, [3, 6, 3, 0], PROJECTOR[1:]),
+    # 3 x 2 tiles, shrunk, and the whole; two images seen whole; one of one tile, and the whole.
+    "llava_onevision": Sample(
+        save_llava_onevision, "llava_onevision", LLAVA_NEXT, [7, 2, 2, 0], PROJECTOR[1:]
+    ),
     # An image of 3 x 1 tiles and itself; one of 1 x 4 and one too small to be cut.
     "internvl": Sample(save_internvl, "internvl", INTERNVL, [4, 6, 1, 0], PROJECTOR),
     # InternVL3, and InternViT-6B's norms.

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.tiled_samples import SAMPLES, Sample
+from tests.helpers.tiled_samples import (
+    LLAVA_ONEVISION_TEMPLATE,
+    SAMPLES,
+    Sample,
+    save_llava_onevision,
+)
 from tests.helpers.tiny_models import batch_of, built, largest, parsed, rows_of
 from tests.helpers.vlm_samples import with_pretrained
 from tests.parity.test_parity_idefics3 import ids_of, their_inputs, their_logits, write_rows
@@ -17,6 +22,7 @@ from tests.parity.test_parity_pretrained import our_step, same_gradients, their_
 from vlm_tune.data.types import Conversation
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.model.build import build_processor
 from vlm_tune.model.language.decoding import Decoding
 
 Tiny = Callable[..., str]
@@ -68,6 +74,19 @@ def test_ids_pixels_logits_and_gradients_are_transformers(
     )
     theirs.zero_grad(set_to_none=True)
     same_gradients(our_step(model, batch), their_step(theirs, losses, sample.our_name))
+
+
+def test_llava_onevisions_prompts_are_those_of_its_published_template(
+    tiny_recipe: Tiny, color_rows: Path, tmp_path: Path
+) -> None:
+    write_rows(color_rows)
+    save_llava_onevision(tmp_path / "vlm", template=LLAVA_ONEVISION_TEMPLATE)
+    recipe = with_pretrained(tiny_recipe("causal"), tmp_path / "vlm", "llava_onevision")
+    processor = build_processor(parsed(recipe), [])
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    for row in rows_of(parsed(recipe)):
+        given = their_inputs(tmp_path / "vlm", row, prompt=True)
+        assert ids_of(processor.prompt(row), image) == given["input_ids"][0].tolist()
 
 
 def test_greedy_text_is_transformers(

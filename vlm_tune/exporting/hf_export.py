@@ -21,6 +21,7 @@ from vlm_tune.exporting.idefics3_layout import IDEFICS3, SMOLVLM
 from vlm_tune.exporting.internvl_layout import INTERNVL
 from vlm_tune.exporting.llava_layout import LLAVA
 from vlm_tune.exporting.llava_next_layout import LLAVA_NEXT
+from vlm_tune.exporting.llava_onevision_layout import LLAVA_ONEVISION
 from vlm_tune.exporting.merge import check_output
 from vlm_tune.exporting.mistral3_layout import MISTRAL3, PIXTRAL
 from vlm_tune.exporting.paligemma_layout import PALIGEMMA
@@ -61,7 +62,11 @@ TARGETS = {
 }
 """The layouts of models that have one of their own, by transformers' type of their tower."""
 
-TARGETS_BY_SPLIT = {"gemma3": GEMMA3, "llava_next": LLAVA_NEXT}
+TARGETS_BY_SPLIT = {
+    "gemma3": GEMMA3,
+    "llava_next": LLAVA_NEXT,
+    "llava_onevision": LLAVA_ONEVISION,
+}
 """The layouts of models whose tower is another family's too, by how they cut images."""
 
 TARGETS_BY_CONNECTOR = {"patch_merger": MISTRAL3}
@@ -277,7 +282,7 @@ def _check_pixels(exported: torch.Tensor, model: VisionLanguageNetwork, example:
     """
     tower, images = vision_of(model)
     frames = exported.flatten(0, -4)
-    # LLaVA-NeXT's processor pads images of fewer tiles with frames of zeros.
+    # The processors of LLaVA-NeXT and OneVision pad images of fewer tiles with frames of zeros.
     frames = frames[frames.flatten(1).any(1)]
     shown = [images(frame).to(model.device) for frame in example.media]
     # Pixtral's processor pads images of several shapes with zeros, below and at the right.

@@ -30,6 +30,17 @@ CONNECTOR = {
 
 
 def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
+    return joined_reasons(config, text, "LLaVA-NeXT", "clip_vision_model", "a CLIP")
+
+
+def joined_reasons(
+    config: VisionLanguageConfig, text: Any, name: str, vision_type: str, tower_name: str
+) -> list[str]:
+    """The reasons why a model that joins tiles can't be of the layout `name`, from configs alone.
+
+    `text` is as in `Target.reasons`. The layout's tower is of transformers' type `vision_type`,
+    `tower_name` in words.
+    """
     tower = config.model.tower
     assert isinstance(tower, Tower)  # by `target_of`
     connector = config.model.connector
@@ -40,8 +51,8 @@ def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     return [
         *applying(
             (
-                not isinstance(tower, TransformersTower) or vision != "clip_vision_model",
-                "its tower is not a CLIP of transformers, as LLaVA-NeXT's is",
+                not isinstance(tower, TransformersTower) or vision != vision_type,
+                f"its tower is not {tower_name} of transformers, as {name}'s is",
             ),
             (
                 isinstance(tower, TransformersTower) and tower.final_norm,
@@ -50,16 +61,16 @@ def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
             (tower.grid is not None, "its tower pools to a grid (model.tower.grid)"),
             (
                 not fits,
-                "its connector is not LLaVA-NeXT's: an MLP of two layers without norm, and "
+                f"its connector is not {name}'s: an MLP of two layers without norm, and "
                 "newline: true",
             ),
         ),
-        *decoder_reasons(text, "LLaVA-NeXT"),
+        *decoder_reasons(text, name),
         *bidirectional_reasons(config),
     ]
 
 
-def _pinpoints(model: VisionLanguageNetwork) -> list[list[int]]:
+def pinpoints(model: VisionLanguageNetwork) -> list[list[int]]:
     """The sizes [height, width] in pixels of the grids of tiles."""
     tower, images = vision_of(model)
     split = images.split
@@ -79,7 +90,7 @@ def _processor(model: VisionLanguageNetwork) -> Any:
         LlavaNextImageProcessor(
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
-            image_grid_pinpoints=_pinpoints(model),
+            image_grid_pinpoints=pinpoints(model),
             image_mean=list(tower.mean),
             image_std=list(tower.std),
         ),
@@ -103,7 +114,7 @@ def _model(
         vision_config=vision,
         text_config=language.config,
         image_token_index=image_token,
-        image_grid_pinpoints=_pinpoints(model),
+        image_grid_pinpoints=pinpoints(model),
         image_seq_length=model.processor.spec.tokens_per_image,
         projector_hidden_act="gelu",
         vision_feature_select_strategy="default",
@@ -113,6 +124,14 @@ def _model(
     )
     with torch.device("meta"):
         written: Any = LlavaNextForConditionalGeneration(config)
+    return written, joined_weights(model, written, vision_state)
+
+
+def joined_weights(
+    model: VisionLanguageNetwork, written: Any, vision_state: dict[str, torch.Tensor]
+) -> Weights:
+    """A model's weights in a layout with a token for rows' ends, by the parts of `written`."""
+    language: Any = model.llm.model
     connector = {
         theirs + key.removeprefix(ours): value
         for key, value in model.connector.state_dict().items()
@@ -125,7 +144,7 @@ def _model(
         **connector,
         **{f"language_model.{key}": value for key, value in body.items()},
     }
-    return written, {
+    return {
         "model": (written.model, weights),
         "lm_head": (written.lm_head, language.get_output_embeddings().state_dict()),
     }

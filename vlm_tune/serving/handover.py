@@ -11,7 +11,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.paths import shown_path
 from vlm_tune.serving.limits import Limits
 
-KINDS = ("llava", "llava_next", "idefics3", "smolvlm", "internvl", "mistral3")
+KINDS = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl", "mistral3")
 """Model types of `vlm-tune export`'s folders that vLLM serves."""
 NO_HOST = "none.invalid"
 """A host that no network has (RFC 2606)."""

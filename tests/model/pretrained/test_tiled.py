@@ -36,9 +36,11 @@ from tests.helpers.tiny_models import (
 from tests.helpers.vlm_samples import with_pretrained
 from tests.invariants.test_resume import assert_same_runs, run_of
 from tests.model.pretrained.test_idefics3 import OTHER_PATHS, PLAIN, logits_of
+from tests.parity.test_parity_idefics3 import write_rows
 from tests.serving.test_scheduler import Driver, assert_same, offline
 from vlm_tune.api import sft
 from vlm_tune.data.batching.collate import collate
+from vlm_tune.data.media_processor import distinct_frames
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Message
 from vlm_tune.errors import ModelError
@@ -49,14 +51,16 @@ from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.memory_plan.plan import plan
 from vlm_tune.model.build import build_processor
 from vlm_tune.model.checkpoint import load_model
+from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
 
 Tiny = Callable[..., str]
-FAMILIES = ["internvl", "llava_next"]
+FAMILIES = ["internvl", "llava_next", "llava_onevision"]
 """The samples that are tuned and written; others differ in their towers and LLMs alone."""
 CLASSES = {
     "internvl": ("InternVL", "InternVL"),
     "llava_mistral": ("LlavaNext", "LlavaNext"),
+    "llava_onevision": ("LlavaOnevision", "LlavaOnevision"),
     "mistral3": ("Mistral3", "Pixtral"),
     "pixtral": ("Llava", "Pixtral"),
 }
@@ -161,8 +165,11 @@ def test_the_plan_reads_no_weights_and_knows_every_slot(recipe_text: str, tmp_pa
         assert planned.media == example.media
 
 
-def test_what_was_trained_is_written_as_what_it_was(recipe_text: str, tmp_path: Path) -> None:
+def test_what_was_trained_is_written_as_what_it_was(
+    recipe_text: str, color_rows: Path, tmp_path: Path
+) -> None:
     """Verified by transformers: ids, pixels, logits and text; and it is a start again."""
+    write_rows(color_rows)
     model = trained(recipe_text, tmp_path)
     assert possible_exports(parsed(recipe_text))["transformers"] is None
     report = export(tmp_path / "run", tmp_path / "exported", dtype="fp32")
@@ -184,7 +191,7 @@ def test_the_adapter_has_the_whole_models_names(
     """Plain PEFT over the checkpoint answers as the model; the tower's layers are left alone."""
     frozen = '\n  - {match: "connector.newline", how: frozen}'
     text = recipe_text
-    if sample.template == "llava_mistral":
+    if "model.image_newline" in sample.names:
         text = recipe_text.replace("\ntune:", f"\ntune:{frozen}")
     model = trained(text, tmp_path)
     assert possible_exports(parsed(text))["adapter"] is None
@@ -255,6 +262,21 @@ def test_cached_features_give_the_losses_of_pixels(recipe_text: str) -> None:
     with torch.no_grad():
         ours, expected = model(cached), model(batch_of(model, examples))
     assert float(ours.sum) == pytest.approx(float(expected.sum), rel=1e-6)
+
+
+def test_features_are_cached_of_every_frame_of_the_rows(recipe_text: str, color_rows: Path) -> None:
+    """Which frames an image has may depend on how many images its row has."""
+    write_rows(color_rows)
+    model = built(parsed(recipe_text)).eval()
+    rows = rows_of(parsed(recipe_text))
+    frames = distinct_frames(rows, model.processor.images)
+    features = tower_features(model, frames)
+    shown = [frame for row in rows for frame in model.processor.prompt(row).media]
+    assert set(shown) == set(frames)
+    for frame in frames:
+        with torch.no_grad():
+            expected = model.tower(model.processor.images(frame)[None])[0]
+        assert largest(features(frame).float(), expected) <= 1e-5
 
 
 def test_a_batch_without_images_gives_every_trained_weight_a_gradient(recipe_text: str) -> None:

@@ -33,6 +33,7 @@ FAMILY = {
     ("model_type", "llava1_6_mistral_hf"): "llava_mistral",
     ("model_type", "llava1_6_vicuna_hf"): "vicuna",
     ("model_type", "llava_next_qwen_hf"): "chatml",
+    ("model_type", "llava_onevision_hf"): "llava_onevision",
     ("model_type", "gemma3_vision"): "gemma3",
     ("model_type", "idefics3"): "idefics3",
     ("model_type", "internvl_hf"): "internvl",
@@ -85,7 +86,7 @@ def test_a_name_of_a_family_gives_its_chat_format(key: str, name: str) -> None:
         ("template", "video_llava"),
         ("model_type", "qwen2_5_vl"),
         ("model_type", "glm4_1v"),
-        ("model_type", "llava_onevision_hf"),
+        ("model_type", "llava_next_video_hf"),
     ],
 )
 def test_other_models_of_transformers_are_native(key: str, name: str) -> None:
@@ -187,8 +188,8 @@ def test_bounds_of_pixels_are_for_processors_that_take_them() -> None:
     written = named("model_type", "qwen2_5_vl", "some/model", **both)
     model = written.recipe.model.model_dump()
     assert (model["min_pixels"], model["max_pixels"]) == (3136, 401408)
-    written = named("model_type", "llava_onevision_hf", "some/model", max_pixels=401408)
-    assert "llava_onevision is not known to take bounds" in reasons(written)["max_pixels"]
+    written = named("model_type", "llava_next_video_hf", "some/model", max_pixels=401408)
+    assert "llava_next_video is not known to take bounds" in reasons(written)["max_pixels"]
     written = named("model_type", "llava1_6_mistral_hf", "some/model", max_pixels=401408)
     assert "a tower reads images of one size" in reasons(written)["max_pixels"]
 

@@ -43,7 +43,8 @@ class ChatTemplate(BaseModel):
     text gets `default_system` if there is one. The control names `bos` and `eos` stand for the
     tokenizer's own tokens. `strip` removes white space at both ends of a turn; with `texts` at both
     ends of each text between its images, and none in a system's turn. `after_image` follows each
-    image, unless the text after it begins so. With `one_question` a conversation is one question
+    image, unless the text after it begins so. `between_words` stands between the texts of a turn
+    whose `words` are apart from its images. With `one_question` a conversation is one question
     and its answer, and its BOS token may stand in the question's turn.
     """
 
@@ -58,6 +59,7 @@ class ChatTemplate(BaseModel):
     default_system: str | None = None
     strip: bool | Literal["texts"] = False
     after_image: str = ""
+    between_words: str = ""
     one_question: bool = False
     jinja: str = ""
 
@@ -154,8 +156,7 @@ class ChatTemplate(BaseModel):
         trained = piece.content == "trained" and learned
         parts = self._images_ended(message.parts)
         if piece.content in PARTS_OF_TURN:
-            images = piece.content == "images"
-            parts = [part for part in parts if isinstance(part, Media) == images]
+            parts = self._part_of_turn(parts, piece.content)
         if self.strip == "texts":
             parts = parts if message.role == "system" else [_stripped([part])[0] for part in parts]
         elif self.strip:
@@ -167,6 +168,13 @@ class ChatTemplate(BaseModel):
             for part in parts
             if part != ""
         ]
+
+    def _part_of_turn(self, parts: Sequence[str | Media], content: str) -> list[str | Media]:
+        """A turn's images, or its words as one text."""
+        if content == "images":
+            return [part for part in parts if isinstance(part, Media)]
+        texts = (part for part in parts if isinstance(part, str) and part)
+        return [self.between_words.join(texts)]
 
     def _images_ended(self, parts: Sequence[str | Media]) -> list[str | Media]:
         """A turn's parts with `after_image` behind each image whose next text lacks it."""
@@ -238,7 +246,7 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
         _written(template.start, ""),
     ]
     if any(piece.content in PARTS_OF_TURN for piece in template.user):
-        lines += _macros_of_parts(image, whole, text)
+        lines += _macros_of_parts(image, whole, text, template.between_words)
     if system:
         words = system.strip() if template.strip is True else system
         lines += [
@@ -278,11 +286,13 @@ def _written_after_image(text: str) -> str:
     )
 
 
-def _macros_of_parts(image: str, whole: str, text: str) -> list[str]:
+def _macros_of_parts(image: str, whole: str, text: str, between: str) -> list[str]:
     """The Jinja macros of `PARTS_OF_TURN`.
 
-    `whole` and `text` are the expressions of a content that is a text, and of a text in a list.
+    `whole` and `text` are the expressions of a content that is a text, and of a text in a list,
+    `between` is what stands between the latter.
     """
+    parted = f"{{%- if not loop.first -%}}{{{{- {_quoted(between)} -}}}}{{%- endif -%}}"
     return [
         "{%- macro images(message) -%}{%- if message['content'] is not string -%}",
         "{%- for part in message['content'] if part['type'] == 'image' -%}"
@@ -291,7 +301,7 @@ def _macros_of_parts(image: str, whole: str, text: str) -> list[str]:
         "{%- macro words(message) -%}{%- if message['content'] is string -%}"
         f"{{{{- {whole} -}}}}{{%- else -%}}",
         "{%- for part in message['content'] if part['type'] != 'image' -%}"
-        f"{{{{- {text} -}}}}{{%- endfor -%}}",
+        f"{parted if between else ''}{{{{- {text} -}}}}{{%- endfor -%}}",
         "{%- endif -%}{%- endmacro -%}",
     ]
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -98,7 +98,7 @@ class Vlm:
 # --- configs --------------------------------------------------------------------------------------
 
 
-def refuse(vlm: Vlm, feature: str, expected: str) -> None:
+def refuse(vlm: Vlm, feature: str, expected: str) -> NoReturn:
     """Raises `ModelError` for a model with a feature that is not supported."""
     raise ModelError(
         f"model.pretrained: {quoted(vlm.name)} has {feature}, which can't be taken over; "

@@ -8,7 +8,10 @@ _THOUSAND = Boxes(unit="norm1000")
 _PIXELS = Boxes(unit="pixels")
 BOXES: dict[str, Boxes] = {
     **dict.fromkeys(
-        ("llava", "llava_llama", "llava_mistral", "llava_qwen", "llava_next"),
+        (
+            *("llava", "llava_llama", "llava_mistral", "llava_qwen"),
+            *("llava_next", "llava_onevision"),
+        ),
         Boxes(unit="norm1", decimals=2),
     ),
     "paligemma": Boxes(unit="loc"),

@@ -60,7 +60,14 @@ def _grids(vlm: Vlm, side: int) -> list[list[int]]:
     sizes = {images.size.shortest_edge or images.size.height, images.crop_size.height}
     if sizes != {side}:
         refuse(vlm, f"tiles of {sizes} pixels", f"{side}, the tower's image_size")
-    pinpoints = images.image_grid_pinpoints
+    return grids_of(vlm, images.image_grid_pinpoints, side)
+
+
+def grids_of(vlm: Vlm, pinpoints: list[list[int]], side: int) -> list[list[int]]:
+    """The grids [columns, rows] of tiles of an image processor's sizes [height, width] in pixels.
+
+    Raises `ModelError` for sizes that the model's config has not, or that tiles do not fill.
+    """
     if pinpoints != whole_config(vlm).image_grid_pinpoints:
         refuse(vlm, "two lists of image_grid_pinpoints", "one list in both of its configs")
     if any(pixels % side for size in pinpoints for pixels in size):

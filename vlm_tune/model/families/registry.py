@@ -11,6 +11,7 @@ from vlm_tune.model.families.idefics3 import IDEFICS3, SMOLVLM
 from vlm_tune.model.families.internvl import INTERNVL
 from vlm_tune.model.families.llava import LLAVA, LLAVA_ORIGINAL, ORIGINAL_TYPES
 from vlm_tune.model.families.llava_next import LLAVA_NEXT
+from vlm_tune.model.families.llava_onevision import LLAVA_ONEVISION
 from vlm_tune.model.families.mistral3 import MISTRAL3, PIXTRAL
 from vlm_tune.model.families.paligemma import PALIGEMMA
 from vlm_tune.model.hub import config_source
@@ -18,6 +19,7 @@ from vlm_tune.model.hub import config_source
 FAMILIES: dict[str, Family] = {
     "llava": LLAVA,
     "llava_next": LLAVA_NEXT,
+    "llava_onevision": LLAVA_ONEVISION,
     "blip-2": BLIP2,
     "instructblip": INSTRUCTBLIP,
     "idefics3": IDEFICS3,
