@@ -21,8 +21,6 @@ def refused(text: str, **changes: object) -> str:
 @pytest.mark.parametrize(
     ("changes", "place", "reason"),
     [
-        ({"data__group": "image"}, "data.group", "reads one sample a row"),
-        ({"data__packing": True}, "data.packing", "samples can't be packed"),
         ({"data__augment": {"flip": 0.5}}, "data.augment", "augments none"),
         ({"train__cache_features": True}, "train.cache_features", "no features of a cache"),
         ({"objective": {"kind": "dpo"}}, "objective.kind", "language_modeling alone"),

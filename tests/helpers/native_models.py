@@ -13,9 +13,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tests.helpers.chat_samples import TEXTS
 from tests.helpers.vlm_samples import stir
 
-Kind = Literal["qwen2_5_vl", "qwen3_vl", "lfm2_vl"]
-KINDS: list[Kind] = ["qwen2_5_vl", "qwen3_vl", "lfm2_vl"]
-TEMPLATES = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "lfm2_vl": "lfm2_2_5_vl"}
+Kind = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "lfm2_vl"]
+KINDS: list[Kind] = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "lfm2_vl"]
+JOINED: list[Kind] = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+"""Models whose samples can be joined in a row."""
+TEMPLATES = {
+    "qwen2_vl": "qwen2_5_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+    "lfm2_vl": "lfm2_2_5_vl",
+}
 """The chat templates of the models, as TRL 1.16 holds them (Apache 2.0)."""
 QWEN = {
     "pad_token": "<|endoftext|>",
@@ -93,15 +100,18 @@ def native_processor(kind: Kind) -> Any:
         sizes |= {"min_image_tokens": 2, "max_image_tokens": 4, "max_num_patches": 16}
         images = transformers.Lfm2VlImageProcessor(**sizes)
         return transformers.Lfm2VlProcessor(images, tokenizer, **options)
-    side = 14 if kind == "qwen2_5_vl" else 16
+    side = 16 if kind == "qwen3_vl" else 14
     images = transformers.Qwen2VLImageProcessor(
         size={"shortest_edge": 4 * side**2, "longest_edge": 48 * side**2}, patch_size=side
     )
-    if kind == "qwen2_5_vl":
-        video = transformers.Qwen2VLVideoProcessor(patch_size=side)
-        return transformers.Qwen2_5_VLProcessor(images, tokenizer, video, **options)
-    video = transformers.Qwen3VLVideoProcessor(patch_size=side)
-    return transformers.Qwen3VLProcessor(images, tokenizer, video, **options)
+    if kind == "qwen3_vl":
+        video = transformers.Qwen3VLVideoProcessor(patch_size=side)
+        return transformers.Qwen3VLProcessor(images, tokenizer, video, **options)
+    video = transformers.Qwen2VLVideoProcessor(patch_size=side)
+    whole = (
+        transformers.Qwen2VLProcessor if kind == "qwen2_vl" else transformers.Qwen2_5_VLProcessor
+    )
+    return whole(images, tokenizer, video, **options)
 
 
 def native_model(kind: Kind, *, tied: bool = False) -> Any:
@@ -134,7 +144,15 @@ def native_model(kind: Kind, *, tied: bool = False) -> Any:
         "vision_end_token_id": tokenizer.vision_end_token_id,
     }
     vision = VISION | {"num_heads": 2, "out_hidden_size": 32}
-    if kind == "qwen2_5_vl":
+    if kind == "qwen2_vl":
+        config = transformers.Qwen2VLConfig(
+            text_config=text
+            | {"num_hidden_layers": 2, "rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
+            vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}
+            | {"mlp_ratio": 2, "patch_size": 14},
+            **common,
+        )
+    elif kind == "qwen2_5_vl":
         config = transformers.Qwen2_5_VLConfig(
             text_config=text
             | {"num_hidden_layers": 2, "rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},

@@ -146,7 +146,7 @@ def test_questions_share_an_image_where_the_model_lets_them(shares: bool, tmp_pa
 
 @pytest.mark.parametrize("kind", ["qwen3_vl", "lfm2_vl"])
 def test_another_model_of_transformers_is_native(kind: Kind, tmp_path: Path) -> None:
-    """Its images are bounded where its processor takes bounds, and its rows share nothing."""
+    """Its images are bounded where its processor takes bounds, and shared where rows are joined."""
     native_model(kind).config.save_pretrained(tmp_path / "vlm")
     facts = replace(FACTS, elongated=1.0, most_images=2)
     for choice in candidates(GPU, facts, str(tmp_path / "vlm"), None):
@@ -154,7 +154,8 @@ def test_another_model_of_transformers_is_native(kind: Kind, tmp_path: Path) -> 
         model = recipe.model
         assert isinstance(model, NativeModel)
         assert model.max_pixels == (1024 * 28 * 28 if kind == "qwen3_vl" else None)
-        assert (recipe.data.template, recipe.data.group) == ("own", "none")
+        shared = "image" if kind == "qwen3_vl" else "none"
+        assert (recipe.data.template, recipe.data.group) == ("own", shared)
         assert [rule.how for rule in recipe.tune] == ["frozen", "frozen", "lora"]
     assert model.llm.quantize == "nf4"
     with pytest.raises(RecipeError, match="has a vision tower"):

@@ -12,6 +12,15 @@ from vlm_tune.config.boxes import Boxes
 OWN_TEMPLATE = "own"
 """The value of `data.template` that stands for a native checkpoint's own chat template."""
 
+JOINED_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""transformers' types of native models whose samples can be joined in a row.
+
+Their LLM takes a mask and positions on three axes as they are given, its layers attend and carry
+nothing else from token to token, and images reach it at their own tokens alone (Qwen3-VL's in early
+layers too). The layers of others carry a state from token to token (LFM2-VL's convolutions,
+Qwen3.5's DeltaNet), or what they make of masks and positions has not been compared.
+"""
+
 
 class NativeLlmOptions(Config):
     """Options for the language model inside a native model."""
@@ -29,8 +38,8 @@ class NativeLlmOptions(Config):
 class NativeModel(Config):
     """Any image-text-to-text model of transformers, with its own processor and forward pass.
 
-    Qwen2.5-VL, Qwen3-VL, LFM2-VL and others. A row is one sample; data.template: own is the
-    checkpoint's own chat template.
+    Qwen2.5-VL, Qwen3-VL, LFM2-VL and others; data.template: own is the checkpoint's own chat
+    template. Branches and packing are for the Qwen-VL models.
     """
 
     kind: Literal["native"]

@@ -1,7 +1,7 @@
 """Checks for settings of a recipe that a model of `kind: native` does not take, with the reasons.
 
-Its own forward pass computes positions, masks and image features, so what needs other ones is
-refused.
+Its own forward pass computes image features, so what needs other ones is refused. Whether samples
+can be joined in a row differs by model: the language model knows it (`LanguageModel.unjoined`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.config.tune import written_rules
 from vlm_tune.config.yaml_source import value_at
 
-ALONE = "a native model's own forward pass reads one sample a row"
 TUNED = ("frozen", "full", "norms", "biases", "lora")
 """Kinds of tuning that need no knowledge of the order of a model's blocks."""
 
@@ -35,16 +34,6 @@ def _data_faults(raw: Any) -> list[Fault]:
     least = value_at(raw, "model", "min_pixels")
     most = value_at(raw, "model", "max_pixels")
     return broken(
-        (
-            value_at(raw, "data", "group") == "image",
-            ("data", "group"),
-            f"{ALONE}, so questions of an image can't share it: set group: none",
-        ),
-        (
-            value_at(raw, "data", "packing") is True,
-            ("data", "packing"),
-            f"{ALONE}, so samples can't be packed: set packing: false",
-        ),
         (
             value_at(raw, "data", "augment"),
             ("data", "augment"),
@@ -72,7 +61,8 @@ def _training_faults(raw: Any) -> list[Fault]:
         (
             kind not in (None, "language_modeling"),
             ("objective", "kind"),
-            f"{ALONE}, so a native model trains by objective.kind: language_modeling alone",
+            "a native model trains by objective.kind: language_modeling alone: others need image "
+            "features by themselves, or several answers in a row, which not every model takes",
         ),
         (
             value_at(raw, "objective", "image_noise"),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from vlm_tune.config.model import Llm
-from vlm_tune.config.native import OWN_TEMPLATE
+from vlm_tune.config.native import JOINED_TYPES, OWN_TEMPLATE
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.images.split import split_of
 from vlm_tune.errors import ModelError, Problem, RecipeError
@@ -219,7 +219,7 @@ def _native(name: str, model_type: str) -> ModelChoice:
         draft,
         MOST_TOKENS,
         splits=True,
-        shares=False,
+        shares=model_type in JOINED_TYPES,
         native_type=model_type,
     )
 

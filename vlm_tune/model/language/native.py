@@ -1,6 +1,7 @@
 """A whole vision-language model of transformers, called as it is.
 
-Its own forward pass embeds images, puts them into the text, and computes positions and masks.
+Its own forward pass embeds images, puts them into the text, and computes positions and masks;
+where samples are joined in a row, positions and masks come from here.
 
 Shapes: B rows, L tokens, S supervised positions, E width.
 """
@@ -14,24 +15,26 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
+from vlm_tune.config.native import JOINED_TYPES
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.model.language.image_axes import image_axes
+from vlm_tune.model.language.masks import joining_reason, layer_masks, tree_mask
 from vlm_tune.model.language.positions import learned_positions
 
 MERGERS = ("merger", "projector", "connector")
 """What names of connectors inside a tower contain."""
 TYPES = ("mm_token_type_ids", "token_type_ids")
 """Arguments that mark a row's image tokens, by the names of transformers' forward passes."""
-
 Part = Literal["tower", "connector", "llm"]
 
 
 class NativeLLM(LanguageModel):
     """A model of `model.kind: native`, with its tower and its connector inside.
 
-    A row is one sample. Token ids are its input, so `embeds` are the ids [B, L] everywhere.
+    Token ids are its input, so `embeds` are the ids [B, L] everywhere.
     """
 
     layout = "causal"
@@ -48,15 +51,18 @@ class NativeLLM(LanguageModel):
 
     @cached_property
     def unjoined(self) -> str | None:
-        return "its own forward pass reads one sample a row"
+        reason = joining_reason(self.model, self.body)
+        if reason is None and self.model.config.model_type not in JOINED_TYPES:
+            return "its own forward pass reads one sample a row"
+        return reason
 
     @property
     def uncontinued(self) -> str | None:
-        return self.unjoined
+        return "its own forward pass places the tokens of an answer"
 
     @property
     def unbatched(self) -> str | None:
-        return self.unjoined
+        return self.uncontinued
 
     # --- parts ------------------------------------------------------------------------------------
 
@@ -128,17 +134,44 @@ class NativeLLM(LanguageModel):
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The arguments of the model's own forward pass for a batch.
 
-        Raises `ModelError` if samples are joined in a row.
+        Raises `ModelError` if samples are joined in a row and the model can't separate them.
         """
-        if batch.visible_until is not None or batch.samples is not None:
-            self.check_joined()
-        shown = (batch.input_ids == self.image_id).int()
+        shown = batch.input_ids == self.image_id
         return {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask.long(),
-            **dict.fromkeys(self._types, shown),
+            **dict.fromkeys(self._types, shown.int()),
             **batch.native,
+            **self._of_joined(batch, shown),
         }
+
+    def _of_joined(self, batch: Batch, shown: torch.Tensor) -> dict[str, Any]:
+        """Mask and positions where samples are joined; `shown` bool[B, L] are image tokens."""
+        if batch.visible_until is None or batch.positions is None:
+            return {}
+        self.check_joined()
+        tree = tree_mask(batch.visible_until)
+        positions = batch.positions
+        return {
+            "attention_mask": layer_masks(
+                self.model.config, tree, positions, positions, self._dtype
+            ),
+            "position_ids": image_axes(shown, self._grids(batch), batch.visible_until, positions),
+        }
+
+    def _grids(self, batch: Batch) -> torch.Tensor | None:
+        """The tokens of a batch's images in time, rows and columns, int64[M, 3]."""
+        patches = batch.native.get("image_grid_thw")
+        if patches is None:
+            return None
+        side = self.model.config.vision_config.spatial_merge_size
+        return patches // patches.new_tensor([1, side, side])
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of the embeddings."""
+        table = self.model.get_input_embeddings()
+        return getattr(table, "base_layer", table).weight.dtype
 
     def theirs(self, batch: Batch) -> torch.Tensor:
         return self.model(**self.inputs(batch), use_cache=False).logits

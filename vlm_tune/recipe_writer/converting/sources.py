@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vlm_tune.config.native import JOINED_TYPES
 from vlm_tune.data.sources.registry import FORMATS, SHARDS
 from vlm_tune.data.sources.stored_files import unpacked_name
 from vlm_tune.paths import home, is_folder
@@ -36,8 +37,8 @@ def set_max_length(conversion: Conversion, key: str, default: int) -> None:
 
 def set_packing(conversion: Conversion, packed: bool) -> None:
     """Sets packing where the configuration packs rows, if the model takes packed rows."""
-    if packed and conversion.native:
-        reason = "a native model's own forward pass reads one sample a row"
+    if packed and conversion.native and conversion.model_type not in JOINED_TYPES:
+        reason = "the forward pass of this native model reads one sample a row"
         conversion.arguments.refuse("packing", True, reason)
     elif packed:
         conversion.set("data.packing", True, "packing")
