@@ -79,10 +79,10 @@ def set_data(draft: Draft, facts: Facts, sources: Sources, choice: ModelChoice) 
         draft.set("data.split", split, reason)
     elif reason:
         draft.reasons["data.train"] += f"\n{reason}"
-    tokens = MARGIN * facts.longest_row + facts.most_images * choice.image_tokens
+    longest = _longest_row(facts, choice)
     draft.set(
         "data.max_length",
-        min(64 * math.ceil((tokens + TEMPLATE_TOKENS) / 64), LONGEST),
+        longest,
         f"the longest row has {facts.longest_row:,} bytes of text (a token has one or more), and "
         f"its images take up to {facts.most_images * choice.image_tokens:,} tokens",
     )
@@ -102,6 +102,8 @@ def set_data(draft: Draft, facts: Facts, sources: Sources, choice: ModelChoice) 
             f"{facts.questions_per_image:.1f} questions an image: the image is read once for all "
             "of them",
         )
+        if longest > ROW_LENGTH:
+            draft.set("data.row_length", longest, "room for images and questions in one row")
 
 
 def _about(part: str, facts: Facts) -> str:
@@ -208,7 +210,15 @@ def planned_tokens(facts: Facts, choice: ModelChoice) -> int | None:
 
     None leaves that to the plan, which knows prepared data or takes the longest row.
     """
-    return ROW_LENGTH if facts.rows > ROWS and _groups_images(facts, choice) else None
+    if facts.rows <= ROWS or not _groups_images(facts, choice):
+        return None
+    return max(ROW_LENGTH, _longest_row(facts, choice))
+
+
+def _longest_row(facts: Facts, choice: ModelChoice) -> int:
+    """The tokens of the longest row that is trained on."""
+    tokens = MARGIN * facts.longest_row + facts.most_images * choice.image_tokens
+    return min(64 * math.ceil((tokens + TEMPLATE_TOKENS) / 64), LONGEST)
 
 
 def _groups_images(facts: Facts, choice: ModelChoice) -> bool:
