@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import transformers
 import trl
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.helpers.chat_samples import TEXTS
@@ -51,6 +54,16 @@ TEXT = {
     "max_position_embeddings": 512,
 }
 VISION = {"hidden_size": 32, "intermediate_size": 48}
+SIZES = {"wide": (120, 60), "high": (50, 110), "small": (9, 9)}
+QUESTIONS = (
+    (["wide"], "<image>What is it?", "a wide image"),
+    (["wide"], "<image>What color is there, and where?", "many of them"),
+    (["wide"], "<image>Hot?", "no"),
+    (["high", "small"], "<image> and <image>: same?", "no, one is high"),
+    (["high", "small"], "<image> and <image>: same sizes?", "no"),
+    (["small"], "<image>What is it?", "a small image"),
+    ([], "Only words here?", "yes"),
+)
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -200,3 +213,21 @@ def with_native(recipe: str, name: Path | str, extra: str = "", template: str = 
     for original in ("flan", "chatml"):
         rest = rest.replace(f"template: {original}\n", f"template: {template}\n")
     return f"{head}\nmodel: {{kind: native, pretrained: {name}{extra}}}{rest}"
+
+
+def write_questions(path: Path) -> None:
+    """Rows about images of several rows and columns of tokens."""
+    for seed, (name, size) in enumerate(SIZES.items()):
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(pixels).save(path.parent / f"{name}.png")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ],
+            "images": [f"{name}.png" for name in names],
+        }
+        for names, question, answer in QUESTIONS
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

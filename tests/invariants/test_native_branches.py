@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from tests.helpers.native_models import JOINED, Kind, native_model, save_native, with_native
+from tests.helpers.native_models import (
+    JOINED,
+    Kind,
+    native_model,
+    save_native,
+    with_native,
+    write_questions,
+)
 from tests.helpers.tiny_models import (
     LORA_TUNE,
     assert_close,
@@ -29,24 +33,17 @@ from tests.helpers.tiny_models import (
 )
 from tests.helpers.tiny_recipes import tiny_text
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import Example
 from vlm_tune.errors import ModelError
+from vlm_tune.generation.answering import answer_prompts, prompt_rows
 from vlm_tune.generation.chat import VisionLanguageModel
-from vlm_tune.model.language import native
+from vlm_tune.generation.choices import answered, choice_logprobs
+from vlm_tune.model.language import attention, native
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.image_axes import image_axes
-
-SIZES = {"wide": (120, 60), "high": (50, 110), "small": (9, 9)}
-QUESTIONS = (
-    (["wide"], "<image>What is it?", "a wide image"),
-    (["wide"], "<image>What color is there, and where?", "many of them"),
-    (["wide"], "<image>Hot?", "no"),
-    (["high", "small"], "<image> and <image>: same?", "no, one is high"),
-    (["high", "small"], "<image> and <image>: same sizes?", "no"),
-    (["small"], "<image>What is it?", "a small image"),
-    ([], "Only words here?", "yes"),
-)
 
 
 @pytest.fixture(scope="module", params=JOINED)
@@ -62,24 +59,6 @@ def recipe(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     save_native(folder / "vlm", kind)
     text = tiny_text("causal", folder / "rows.jsonl", folder / "run")
     return parsed(with_tune(with_native(text, folder / "vlm"), LORA_TUNE))
-
-
-def write_questions(path: Path) -> None:
-    """Rows about images of several rows and columns of tokens."""
-    for seed, (name, size) in enumerate(SIZES.items()):
-        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-        Image.fromarray(pixels).save(path.parent / f"{name}.png")
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answer},
-            ],
-            "images": [f"{name}.png" for name in names],
-        }
-        for names, question, answer in QUESTIONS
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +160,40 @@ def test_positions_of_rows_are_transformers(model: VisionLanguageModel, recipe: 
             )
         assert torch.equal(axes[:, :, start : start + length], expected)
         start += length
+
+
+def test_answers_of_prompts_that_share_images_are_those_one_by_one(
+    model: VisionLanguageModel, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a cache that grows, and with one of fixed size, which GPUs have."""
+    prompts = model.processor.prompts(rows_of(recipe))
+    fetch = PixelCache(model.processor.images)
+    decoding = Decoding(10)
+    shared = sorted(len(tree.members) for tree in prompt_rows(model, prompts, decoding))
+    assert shared == [1, 1, 2, 3]
+    with model.evaluating():
+        together = answer_prompts(model, prompts, decoding, fetch=fetch)
+        alone = [answer_prompts(model, [each], decoding, fetch=fetch)[0] for each in prompts]
+        monkeypatch.setattr(attention, "takes_static_cache", lambda model, device: True)
+        of_fixed_size = answer_prompts(model, prompts, decoding, fetch=fetch)
+    assert together == alone == of_fixed_size
+    assert len(set(together)) > 3
+
+
+@torch.no_grad()
+def test_choices_are_branches_of_their_questions(
+    model: VisionLanguageModel, recipe: Recipe
+) -> None:
+    texts = ["no", "a wide image"]
+    rows = rows_of(recipe)
+    questions = [replace(row, messages=row.messages[:-1]) for row in rows]
+    logprobs = choice_logprobs(
+        model, questions, [texts] * len(rows), fetch=PixelCache(model.processor.images)
+    )
+    for question, of_question in zip(questions, logprobs, strict=True):
+        for example, of_tokens in zip(answered(model, question, texts), of_question, strict=True):
+            loss: Any = model(batch_of(model, [example]))
+            assert sum(of_tokens) == pytest.approx(-float(loss.sum), rel=1e-5)
 
 
 def test_rows_with_other_images_than_their_tokens_are_refused() -> None:

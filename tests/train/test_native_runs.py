@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor
 
-from tests.helpers.native_models import save_native, with_native
+from tests.helpers.native_models import save_native, with_native, write_questions
 from tests.helpers.served import chat, served, with_images
 from tests.helpers.tiny_models import (
     LORA_TUNE,
@@ -78,6 +78,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained: Path) -> None:
     )
     assert one.name == other.name
     assert_same_bits(one, other)
+
+
+def test_a_resumed_run_with_branches_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    write_questions(tmp_path / "rows.jsonl")
+    save_native(tmp_path / "vlm", "qwen3_vl")
+    sft(recipe_of(tmp_path, "run", BOTH, data__group="image"))
+    recipe = recipe_of(tmp_path, "stopped", BOTH, data__group="image")
+    interrupted(partial(sft, recipe), stage=0, step=3)
+    sft(recipe, resume=True)
+    assert_same_bits(tmp_path / "run" / "model", tmp_path / "stopped" / "model")
 
 
 def test_parts_are_known_by_names_and_share_one_adapter(trained: Path) -> None:

@@ -32,9 +32,9 @@ class Chat:
 
     A decoder's KV cache of the conversation so far is kept, so that only the new turn is prefilled;
     the answers are those of `VisionLanguageModel.chat` with all turns. The whole is read each time
-    by an encoder-decoder, a model with virtual tokens or one whose samples can't be joined in rows,
-    and one whose connector reads the question or attends from the LLM's layers; and so it is in a
-    beam search and for `choices`.
+    by an encoder-decoder, a native model, a model with virtual tokens or one whose samples can't be
+    joined in rows, and one whose connector reads the question or attends from the LLM's layers; and
+    so it is in a beam search and for `choices`.
 
     One thread at a time may use a chat. After a change of the model's weights, begin a new one.
 
@@ -185,7 +185,8 @@ class Chat:
 
     def _pieces(self, prompt: Example, decoding: Decoding) -> Pieces:
         model = self.model
-        if shares_prefix(model, decoding):
+        # A native model reads images with whole rows, so none may be in a cache.
+        if shares_prefix(model, decoding) and not model.llm.native:
             return self._prefix.continued(model, prompt, decoding)
         return streamed(model, prompt, decoding, PixelCache(model.processor.images))
 

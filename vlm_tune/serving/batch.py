@@ -46,7 +46,7 @@ Their buffers have room for up to four times as many.
 
 def batching_reason(model: VisionLanguageModel) -> str | None:
     """The reason why a model's jobs are answered one by one; None if they are batched."""
-    if not model.connector.fills_slots and not model.llm.native:
+    if not model.connector.fills_slots:
         return "its connector attends from the LLM's layers"
     return model.llm.unbatched
 

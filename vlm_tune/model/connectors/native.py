@@ -10,7 +10,5 @@ from vlm_tune.model.connectors.projectors import Connector
 class NativeJoin(Connector):
     """A connector without weights: those are the native model's."""
 
-    fills_slots = False
-
     def __init__(self, config: Any, width: int, llm_width: int) -> None:
         super().__init__()

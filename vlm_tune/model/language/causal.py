@@ -228,7 +228,8 @@ class CausalLLM(LanguageModel):
             new_tokens: The most new tokens of a branch.
             cache: A DynamicCache that holds the rows' first tokens.
         """
-        return CausalBranches(self, embeds, batch, leaves, new_tokens, cache)
+        attention = self.attention_of_rows
+        return CausalBranches(self, self.body, attention, embeds, batch, leaves, new_tokens, cache)
 
     @property
     def unbatched(self) -> str | None:
@@ -255,7 +256,9 @@ class CausalBranches:
 
     def __init__(
         self,
-        llm: CausalLLM,
+        llm: LanguageModel,
+        body: Any,
+        attention: MaskedAttention,
         embeds: torch.Tensor,
         batch: Batch,
         leaves: torch.Tensor,
@@ -275,9 +278,9 @@ class CausalBranches:
         self.positions = positions[rows, leaves]
         blocks = llm.blocks(batch)
         if cache is None:
-            self.prefill = llm.attention_of_rows.prefill(
+            self.prefill = attention.prefill(
                 llm.model,
-                llm.body,
+                body,
                 embeds,
                 visible_until,
                 positions,
@@ -287,7 +290,7 @@ class CausalBranches:
             )
         else:
             self.prefill = MaskedPrefill(
-                llm.model, llm.body, embeds, visible_until, positions, visible, blocks, cache
+                llm.model, body, embeds, visible_until, positions, visible, blocks, cache
             )
         cached = positions.shape[1] - embeds.shape[1]
         self.hidden = self.prefill.hidden[rows, leaves - cached]

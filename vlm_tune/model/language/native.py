@@ -22,6 +22,7 @@ from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.image_axes import image_axes
 from vlm_tune.model.language.masks import joining_reason, layer_masks, tree_mask
+from vlm_tune.model.language.native_branches import NativeBranches
 from vlm_tune.model.language.positions import learned_positions
 
 MERGERS = ("merger", "projector", "connector")
@@ -58,11 +59,11 @@ class NativeLLM(LanguageModel):
 
     @property
     def uncontinued(self) -> str | None:
-        return "its own forward pass places the tokens of an answer"
+        return self.unjoined
 
     @property
     def unbatched(self) -> str | None:
-        return self.uncontinued
+        return "its own forward pass reads the images of whole rows"
 
     # --- parts ------------------------------------------------------------------------------------
 
@@ -136,28 +137,27 @@ class NativeLLM(LanguageModel):
 
         Raises `ModelError` if samples are joined in a row and the model can't separate them.
         """
-        shown = batch.input_ids == self.image_id
-        return {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask.long(),
-            **dict.fromkeys(self._types, shown.int()),
-            **batch.native,
-            **self._of_joined(batch, shown),
-        }
-
-    def _of_joined(self, batch: Batch, shown: torch.Tensor) -> dict[str, Any]:
-        """Mask and positions where samples are joined; `shown` bool[B, L] are image tokens."""
+        arguments = self.arguments(batch)
         if batch.visible_until is None or batch.positions is None:
-            return {}
+            return arguments | {"attention_mask": batch.attention_mask.long()}
         self.check_joined()
-        tree = tree_mask(batch.visible_until)
         positions = batch.positions
-        return {
-            "attention_mask": layer_masks(
-                self.model.config, tree, positions, positions, self._dtype
-            ),
-            "position_ids": image_axes(shown, self._grids(batch), batch.visible_until, positions),
-        }
+        tree = tree_mask(batch.visible_until)
+        mask = layer_masks(self.model.config, tree, positions, positions, self._dtype)
+        axes = self.axes(batch, batch.visible_until, positions)
+        return arguments | {"attention_mask": mask, "position_ids": axes}
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """The arguments of the model's own forward pass for a batch, but mask and positions."""
+        shown = (batch.input_ids == self.image_id).int()
+        return {"input_ids": batch.input_ids, **dict.fromkeys(self._types, shown), **batch.native}
+
+    def axes(
+        self, batch: Batch, visible_until: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Positions int64[3, B, L] of a batch; the other arguments are those of `image_axes`."""
+        shown = batch.input_ids == self.image_id
+        return image_axes(shown, self._grids(batch), visible_until, positions)
 
     def _grids(self, batch: Batch) -> torch.Tensor | None:
         """The tokens of a batch's images in time, rows and columns, int64[M, 3]."""
@@ -195,3 +195,12 @@ class NativeLLM(LanguageModel):
         self.check_length(length)
         options |= self._options(self.room(decoding, length), pad_id, stop_ids)
         return self.model.generate(**self.inputs(batch), **options)[:, length:]
+
+    def branches(
+        self,
+        embeds: torch.Tensor,
+        batch: Batch,
+        leaves: torch.Tensor,
+        new_tokens: int,
+    ) -> NativeBranches:
+        return NativeBranches(self, batch, leaves, new_tokens)
