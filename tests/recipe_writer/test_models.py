@@ -156,6 +156,8 @@ def test_another_model_of_transformers_is_native(kind: Kind, tmp_path: Path) -> 
         assert model.max_pixels == (1024 * 28 * 28 if kind == "qwen3_vl" else None)
         shared = "image" if kind == "qwen3_vl" else "none"
         assert (recipe.data.template, recipe.data.group) == ("own", shared)
+        if kind == "qwen3_vl":  # else an image of the most tokens would fill a row
+            assert recipe.data.row_length == recipe.data.max_length == 2048
         assert [rule.how for rule in recipe.tune] == ["frozen", "frozen", "lora"]
     assert model.llm.quantize == "nf4"
     with pytest.raises(RecipeError, match="has a vision tower"):
