@@ -5,6 +5,8 @@ The questions are written in two row forms, the models have the same shapes:
 images/ and single.jsonl (one row per question), multi.jsonl (one row per image, questions as turns)
 tower/   a CLIP vision tower with random weights, ViT-B/32 (49 tokens) or ViT-B/16 (196)
 llava/   LlavaForConditionalGeneration of that tower and a real decoder, with its processor
+smolvlm/ a model of SmolVLM-256M's shape of a random tower and connector and a real decoder, with
+         its processor
 t5/      a T5 of flan-t5-base's configuration with random weights, and a tokenizer trained on the
          questions
 """
@@ -15,6 +17,7 @@ import importlib.util
 import json
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +169,69 @@ def _write_llava(folder: Path, decoder: Path) -> None:
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     ).save_pretrained(folder / "llava")
+
+
+SHUFFLE = 4
+"""The side of the square of patches that SmolVLM's connector makes a token of."""
+
+SMOLVLM_TOWER = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 512,
+    "patch_size": 16,
+}
+"""SmolVLM-256M's vision tower, a SigLIP-B/16."""
+
+
+def write_smolvlm(folder: Path, decoder: Path, tower: Mapping[str, Any] = SMOLVLM_TOWER) -> Path:
+    """Writes smolvlm/ if it does not exist yet, and returns it.
+
+    As the published model it is an Idefics3 in transformers' classes, whose connector makes one
+    token of 4 x 4 patches. Its processor makes one frame of an image, of the tower's size.
+    """
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessor,
+        Idefics3Processor,
+    )
+    from transformers.utils import logging
+
+    home = folder / "smolvlm"
+    if (home / "processor_config.json").is_file():
+        return home
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    markers = ["<image>", "<fake_token_around_image>", "<global-img>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": markers})
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    language: Any = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.bfloat16)
+    language.resize_token_embeddings(len(tokenizer))
+    config = Idefics3Config(
+        vision_config=dict(tower),
+        text_config=language.config,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=SHUFFLE,
+        tie_word_embeddings=True,
+    )
+    model: Any = Idefics3ForConditionalGeneration(config).to(torch.bfloat16)
+    model.model.text_model.load_state_dict(language.model.state_dict())
+    model.lm_head.load_state_dict(language.lm_head.state_dict())
+    model.save_pretrained(home)
+    side = tower["image_size"]
+    Idefics3Processor(
+        Idefics3ImageProcessor(size={"longest_edge": side}, max_image_size={"longest_edge": side}),
+        tokenizer,
+        image_seq_len=(side // tower["patch_size"] // SHUFFLE) ** 2,
+        chat_template=TEMPLATE,
+    ).save_pretrained(home)
+    return home
 
 
 def _write_t5(folder: Path) -> None:

@@ -15,8 +15,10 @@ log-probabilities beforehand. Its gradient checkpointing is off, since it only c
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
+from benchmarks import material
 from benchmarks.peers import SCRIPTS
 from benchmarks.turns import Comparison, Sides, compare_layouts, options_of
 
@@ -32,8 +34,10 @@ SIDES = Sides(
         "ours": {"precision": ("fp32", "bf16")},
         "trl": {"precision": ("fp32", "bf16", "bf16_weights"), "attention": ("sdpa", "eager")},
     },
-    rows="preferences",
+    rows={"ours": "preferences", "trl": "preferences"},
     unit="pairs",
+    write_model=partial(material.write_llava, image_tokens=196),
+    write_rows=material.write_preferences,
 )
 """TRL's bf16 is autocast over fp32 weights; or its weights are bf16."""
 

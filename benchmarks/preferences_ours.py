@@ -23,7 +23,7 @@ from vlm_tune.config.load import parse_recipe
 from vlm_tune.events import Event, StageStart, TrainSteps
 
 Command = Callable[..., Any]
-"""One of `vlm_tune.dpo` and `vlm_tune.grpo`."""
+"""One of `vlm_tune.sft`, `vlm_tune.dpo` and `vlm_tune.grpo`."""
 
 
 def recipe_of(request: dict[str, Any], output: Path) -> str:
@@ -54,10 +54,12 @@ evaluate: {{samples: 0}}
 class Turns:
     """Waits for a line before every step; its seconds include reading the step's rows.
 
-    Prints each step's seconds, its loss and the figures of these `names`.
+    Prints each step's seconds, its loss and the figures of these `names`. With `cpu_time` seconds
+    are the process's own, not the clock's.
     """
 
-    def __init__(self, lines: Any, names: Sequence[str]) -> None:
+    def __init__(self, lines: Any, names: Sequence[str], *, cpu_time: bool) -> None:
+        self.now = time.process_time if cpu_time else time.perf_counter
         self.lines = lines
         self.names = names
         self.began = 0.0
@@ -65,7 +67,7 @@ class Turns:
     def __call__(self, event: Event) -> None:
         """Takes the run's events: its start, and each step's figures."""
         if isinstance(event, TrainSteps):
-            seconds = time.perf_counter() - self.began
+            seconds = self.now() - self.began
             metrics = event.metrics or {}
             figures = {name: metrics[name] for name in self.names}
             line = json.dumps({"seconds": seconds, "loss": event.loss, **figures})
@@ -74,7 +76,7 @@ class Turns:
         if isinstance(event, StageStart | TrainSteps):
             if not sys.stdin.readline():
                 sys.exit()
-            self.began = time.perf_counter()
+            self.began = self.now()
 
 
 def take_steps(
@@ -92,7 +94,7 @@ def take_steps(
     lines = sys.stdout
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         recipe = parse_recipe(recipe_of(request, Path(folder) / "run"))
-        command(recipe, test=False, show=Turns(lines, names))
+        command(recipe, test=False, show=Turns(lines, names, cpu_time=request["cpu_time"]))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ hold all.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
+from benchmarks import material
 from benchmarks.peers import SCRIPTS
 from benchmarks.turns import Comparison, Sides, compare_layouts, options_of
 
@@ -42,8 +44,10 @@ SIDES = Sides(
             "micro_batch": (8,),
         },
     },
-    rows="single",
+    rows={"ours": "single", "trl": "single"},
     unit="prompts",
+    write_model=partial(material.write_llava, image_tokens=196),
+    write_rows=material.write_rows,
 )
 """TRL's bf16 is autocast over fp32 weights; or its weights are bf16.
 

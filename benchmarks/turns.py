@@ -1,7 +1,7 @@
-"""Steps of a training by us beside those of one by TRL, in turns and on the same rows.
+"""Steps of a training by us beside those of others by TRL, in turns and on the same images.
 
-`benchmarks.preferences` and `benchmarks.rewards` use it. The model has a ViT-B/16 tower (196 tokens
-an image) and a real decoder; tower and connector have random weights.
+`benchmarks.preferences`, `benchmarks.rewards` and `benchmarks.families` use it. The model has a
+real decoder; tower and connector have random weights.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks import material
 from vlm_tune.resources import cache_folder, peak_resident_memory
 
 WARM = 1
 """Steps of each run that don't count."""
 
 Tried = Mapping[str, Mapping[str, tuple[Any, ...]]]
-"""The values of each setting that each side tries, by the names ours and trl."""
+"""The values of each setting that each side tries, by its name."""
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Contender:
     """A process that takes training steps one at a time.
 
     Attributes:
-        name: "ours" or "trl".
+        name: "ours", or a name of TRL's sides.
         settings: By the keys of what it tries.
         process: It takes a step for each line that it reads.
         log: The file of its errors.
@@ -99,14 +98,25 @@ class Sides:
     Attributes:
         commands: The command of each side, which takes a request as its last argument.
         tried: The values of their settings.
-        rows: The file of their rows, without its ending.
+        rows: The file of each side's rows, without its ending: "multi" joins those of an image.
         unit: What a row is called in figures, in the plural.
+        write_model: Writes the model into a folder, with a decoder, and returns its own folder.
+        write_rows: Writes the rows about so many images into a folder, `each` rows an image.
     """
 
     commands: Mapping[str, Sequence[str]]
     tried: Tried
-    rows: str
+    rows: Mapping[str, str]
     unit: str
+    write_model: Callable[[Path, Path], Path]
+    write_rows: Callable[..., Any]
+
+    def of(self, each: int) -> list[str]:
+        """The sides of a layout of `each` rows an image, ours first.
+
+        With one row an image there is nothing to join.
+        """
+        return [name for name in self.tried if each > 1 or self.rows[name] != "multi"]
 
 
 class Comparison:
@@ -116,12 +126,12 @@ class Comparison:
         self.sides = sides
         self.options = options
         self.folder = folder
-        self.model = material.write_llava(options.cache.absolute(), options.decoder, 196)
+        self.model = sides.write_model(options.cache.absolute(), options.decoder)
 
     def layout(self, each: int, number: int, *, steps: int) -> Layout:
         """Writes the rows of a comparison: at least as many as its steps take."""
         rows = self.folder / f"{each}-{self.sides.unit}-{number}-{steps}"
-        material.write_preferences(rows, number * steps // each, each)
+        self.sides.write_rows(rows, number * steps // each, each=each)
         return Layout(rows, each, number)
 
     @contextmanager
@@ -129,15 +139,18 @@ class Comparison:
         self, name: str, layout: Layout, settings: Mapping[str, Any], *, steps: int
     ) -> Iterator[Contender]:
         """A contender that waits for its first step, and is ended afterwards."""
+        form = self.sides.rows[name]
+        # Ours counts images, TRL rows.
+        images = name == "ours" or form == "multi"
         request = {
             "model": str(self.model),
             "material": str(layout.rows),
-            "rows": self.sides.rows,
+            "rows": form,
             "steps": steps,
-            # Ours counts images, TRL rows.
-            "batch": layout.number // layout.each if name == "ours" else layout.number,
+            "batch": layout.number // layout.each if images else layout.number,
             "learning_rate": 5e-5,
             "threads": self.options.threads,
+            "cpu_time": self.options.cpu_time,
             **settings,
         }
         environment = os.environ | {
@@ -163,9 +176,14 @@ class Comparison:
             process.wait()
 
     def first_figures(self, layout: Layout) -> dict[str, dict[str, float]]:
-        """The figures of one step of both sides, each with the first of its settings."""
+        """The figures of one step of the sides that train on the rows of ours.
+
+        Each takes the first of its settings.
+        """
         figures = {}
         for name, tried in self.sides.tried.items():
+            if self.sides.rows[name] != self.sides.rows["ours"]:
+                continue
             settings = {key: values[0] for key, values in tried.items()}
             with self.running(name, layout, settings, steps=1) as contender:
                 contender.step()
@@ -187,34 +205,44 @@ class Comparison:
         return dict(zip(tried, min(seconds, key=seconds.__getitem__), strict=True))
 
     def compare(self, each: int) -> dict[str, Any]:
-        """The figures of both sides' best settings, whose steps are taken in turns."""
+        """The figures of the sides' best settings, whose steps are taken in turns."""
         steps = WARM + self.options.steps
         layout = self.layout(each, self.options.number, steps=steps)
-        best = {name: self.best_settings(name, layout) for name in self.sides.tried}
-        with (
-            self.running("ours", layout, best["ours"], steps=steps) as ours,
-            self.running("trl", layout, best["trl"], steps=steps) as trl,
-        ):
+        best = {name: self.best_settings(name, layout) for name in self.sides.of(each)}
+        with ExitStack() as stack:
+            sides = {
+                name: stack.enter_context(self.running(name, layout, settings, steps=steps))
+                for name, settings in best.items()
+            }
             for _ in range(steps):
-                ours.step()
-                trl.step()
-        ratios = [b / a for a, b in zip(ours.seconds[WARM:], trl.seconds[WARM:], strict=True)]
+                for side in sides.values():
+                    side.step()
+        ours = sides["ours"]
+        ratios = {
+            name: [b / a for a, b in zip(ours.seconds[WARM:], side.seconds[WARM:], strict=True)]
+            for name, side in sides.items()
+            if side is not ours
+        }
         figures = {
             f"{self.sides.unit}_an_image": each,
             f"{self.sides.unit}_a_step": layout.number,
             "settings": best,
-            "seconds_a_step": {"ours": ours.median(), "trl": trl.median()},
-            "times_as_fast": statistics.median(ratios),
+            "seconds_a_step": {name: side.median() for name, side in sides.items()},
+            f"{self.sides.unit}_per_s": {
+                name: layout.number / side.median() for name, side in sides.items()
+            },
+            "times_as_fast": {name: statistics.median(times) for name, times in ratios.items()},
             "times_as_fast_each": ratios,
-            "figures": {"ours": ours.figures[WARM:], "trl": trl.figures[WARM:]},
-            "memory_mb": {"ours": ours.memory_mb, "trl": trl.memory_mb},
-            "memory": ours.memory_mb / trl.memory_mb,
+            "figures": {name: side.figures[WARM:] for name, side in sides.items()},
+            "memory_mb": {name: side.memory_mb for name, side in sides.items()},
+            "memory": {name: ours.memory_mb / sides[name].memory_mb for name in ratios},
         }
-        print(
-            f"{each} {self.sides.unit} an image: {figures['times_as_fast']:.2f} times as fast, "
-            f"{figures['memory']:.2f} of the memory",
-            flush=True,
-        )
+        for name in ratios:
+            print(
+                f"{each} {self.sides.unit} an image: {figures['times_as_fast'][name]:.2f} times as "
+                f"fast as {name}, {figures['memory'][name]:.2f} of its memory",
+                flush=True,
+            )
         return figures
 
 
@@ -241,6 +269,7 @@ def options_of(described: str | None, layouts: Sequence[int], number: int) -> ar
     add("--trial-steps", type=int, default=2, help="steps of each trial of settings that count")
     add("--decoder", type=Path, default=Path("models/smollm2-135m-instruct"))
     add("--threads", type=int, default=os.cpu_count())
+    add("--cpu-time", action="store_true", help="measure the processes' own time, not the clock's")
     add("--cache", type=Path, default=cache_folder("preferences"))
     add("--json", type=Path)
     options = parser.parse_args()

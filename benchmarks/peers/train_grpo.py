@@ -62,7 +62,9 @@ def main() -> None:
             train_dataset=data,
             processing_class=AutoProcessor.from_pretrained(folder),
             peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS),
-            callbacks=[Turns(("loss", "reward", "completions/mean_length"))],
+            callbacks=[
+                Turns(("loss", "reward", "completions/mean_length"), cpu_time=request["cpu_time"])
+            ],
         ).train()
 
 

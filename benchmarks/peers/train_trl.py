@@ -12,7 +12,7 @@ from probe import LORA, Counted, Times, arguments, clock, read_rows, report
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+TARGETS = r".*(language|text)_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 def options(request: dict[str, Any]) -> dict[str, Any]:
@@ -27,16 +27,8 @@ def options(request: dict[str, Any]) -> dict[str, Any]:
     return overrides
 
 
-def main() -> None:
-    """Trains for some steps and prints their times."""
-    request = arguments()
-    torch.set_num_threads(request["threads"])
-    folder = f"{request['material']}/llava"
-    half = request["precision"] in ("bf16_weights", "bf16_both")
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.bfloat16 if half else torch.float32
-    )
-    processor = AutoProcessor.from_pretrained(folder)
+def rows_of(request: dict[str, Any]) -> Any:
+    """The requested rows in TRL's form: a prompt and its completion, or an image's turns."""
     rows: Any = read_rows(request)
     if request["rows"] == "single":
         rows = [
@@ -47,7 +39,20 @@ def main() -> None:
             }
             for row in rows
         ]
-    data = Dataset.from_list(rows).cast_column("images", Sequence(Image()))
+    return Dataset.from_list(rows).cast_column("images", Sequence(Image()))
+
+
+def main() -> None:
+    """Trains for some steps and prints their times."""
+    request = arguments()
+    torch.set_num_threads(request["threads"])
+    folder = f"{request['material']}/llava"
+    half = request["precision"] in ("bf16_weights", "bf16_both")
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.bfloat16 if half else torch.float32
+    )
+    processor = AutoProcessor.from_pretrained(folder)
+    data = rows_of(request)
     with tempfile.TemporaryDirectory() as output:
         times = Times()
         trainer = SFTTrainer(
