@@ -208,7 +208,8 @@ def write_smolvlm(folder: Path, decoder: Path, tower: Mapping[str, Any] = SMOLVL
     logging.disable_progress_bar()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(decoder)
-    markers = ["<image>", "<fake_token_around_image>", "<global-img>"]
+    # The last one is added by the processor.
+    markers = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
     tokenizer.add_special_tokens({"additional_special_tokens": markers})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     language: Any = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.bfloat16)

@@ -10,9 +10,8 @@ import pytest
 
 from benchmarks import families_ours, material
 from benchmarks.turns import Comparison, Sides
-from tests.helpers.tiny_models import parsed, rows_of, save_llm
+from tests.helpers.tiny_models import built, parsed, rows_of, save_llm
 from tests.parity.test_parity_idefics3 import ids_of, their_inputs
-from vlm_tune.model.build import build_processor
 
 TOWER = {
     "hidden_size": 32,
@@ -39,7 +38,7 @@ def test_both_sides_read_the_same_ids_of_an_image_of_one_frame(tmp_path: Path) -
     assert len(rows) == 6
     decoder = save_llm(tmp_path / "llm", "causal", rows)
     folder = material.write_smolvlm(tmp_path, decoder, TOWER)
-    processor = build_processor(parsed(text), [])
+    processor = built(parsed(text)).processor
     assert processor.spec.tokens_per_image == 4
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
     for row in rows:
