@@ -9,9 +9,9 @@ weights. An image is one frame: the processor's longest edge is 512, its default
 `model.pretrained`, and train LoRA on the LLM.
 
 First both sides compute the loss of the same rows from the same weights in fp32, and the bench ends
-if they differ. Then the settings of `SIDES` are tried in short runs, and the best ones take steps
-in turns, with ten questions an image and with one. Steps begin with reading the rows, and both
-sides run the tower in each step: ours caches no features, as a single epoch would have it.
+if they differ. Then the settings of `SIDES` are tried in short runs, key by key, and the best ones
+take steps in turns, with ten questions an image and with one. Steps begin with reading the rows,
+and both sides run the tower in each step: ours caches no features, as a single epoch would have it.
 
 TRL trains the same rows, one question each; `trl_turns` trains an image's questions as the turns of
 one conversation, where later questions see the answers before: another loss, at which the image is

@@ -4,9 +4,10 @@ Run: python -m benchmarks.preferences [--json FILE]
 
 The model has a ViT-B/16 tower (196 tokens an image) and SmolLM2-135M; tower and connector have
 random weights. First both sides compute the loss of the same pairs from the same weights in fp32,
-and the bench ends if they differ. Then the settings of `SIDES` are tried in short runs, and the
-best ones take steps in turns, with ten pairs an image and with one. Steps begin with reading the
-rows, and both sides run the tower in each step. The reference is the model without its adapter.
+and the bench ends if they differ. Then the settings of `SIDES` are tried in short runs, key by
+key, and the best ones take steps in turns, with ten pairs an image and with one. Steps begin with
+reading the rows, and both sides run the tower in each step. The reference is the model without its
+adapter.
 
 With images, TRL disables batches without padding and refuses to compute the reference's
 log-probabilities beforehand. Its gradient checkpointing is off, since it only computes more.

@@ -7,8 +7,8 @@ The model is that of `benchmarks.preferences`, a ViT-B/16 tower (196 tokens an i
 SmolLM2-135M; tower and connector have random weights, and both sides run the tower in each step.
 Draws differ, so the losses of the sides are not compared here: `tests/parity/test_parity_policy.py`
 compares them on the same completions. Here the bench ends if one side's completions are longer than
-the other's. Then the settings of `SIDES` are tried in short runs, and the best ones take steps in
-turns, with two questions an image and with one.
+the other's. Then the settings of `SIDES` are tried in short runs, key by key, and the best ones
+take steps in turns, with two questions an image and with one.
 
 TRL samples all completions of a step at once and trains them in micro-batches, as memory does not
 hold all.
