@@ -5,16 +5,19 @@ Run: python -m benchmarks.transfer [--epochs 1] [--only full lora] [--folder FOL
 The demo's small model, its tower aligned, learns easy-VQA for 45 steps. From there each way of
 tuning goes on with the same questions. Its learning rate is the best of three on the validation
 part; the table of docs/methods.md has the exact match on the test part with its 95% interval by
-image, the trained numbers, and the seconds of that run.
+image, the trained numbers, and the seconds of that run. A run that has ended in `--folder` is taken
+as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.finished import finished_run
 from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.resources import resource_folder
@@ -40,11 +43,11 @@ WAYS: dict[str, list[dict[str, Any]]] = {
 
 
 class Trial(NamedTuple):
-    """A way's run at one rate."""
+    """A way's run at one rate: its folder, and its score on the validation part."""
 
     rate: float
     validation: float
-    run: Any
+    run: Path
 
 
 def base_recipe(output: Path) -> Recipe:
@@ -77,37 +80,45 @@ def way_recipe(base: Path, way: str, rate: float, output: Path, epochs: float) -
 
 def tried(base: Path, way: str, rate: float, folder: Path, epochs: float) -> Trial:
     """Trains one way at one rate, and scores it on the validation part."""
-    from vlm_tune import evaluate, sft
+    from vlm_tune import evaluate
 
     output = folder / f"{way.replace(', ', '-').replace(' ', '-')}-{rate:g}"
-    run = sft(way_recipe(base, way, rate, output, epochs), overwrite=True)
-    validation = evaluate(output, split="validation").accuracy
-    return Trial(rate, validation, run)
+    run = finished_run(way_recipe(base, way, rate, output, epochs))
+    return Trial(rate, evaluate(run, split="validation").accuracy, run)
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    """The result of a finished run."""
+    return json.loads((run / "result.json").read_text())
+
+
+def trained_numbers(run: Path) -> int:
+    """How many numbers the last stage of a run trained."""
+    rows = json.loads((run / "tuning.json").read_text())[-1]["rows"]
+    return sum(row["trained"] for row in rows)
 
 
 def line(way: str, trials: list[Trial]) -> str:
     """A way's row of the table, of its best trial."""
     best = max(trials, key=lambda trial: trial.validation)
-    score = best.run.result["metrics"]["exact_match"]
-    trained = sum(each.numel() for each in best.run.model.parameters() if each.requires_grad)
+    result = result_of(best.run)
+    score = result["metrics"]["exact_match"]
     return (
         f"| `{way}` | {score['value']:.2%} ({score['low']:.2%} to {score['high']:.2%}) | "
-        f"{trained:,} | {best.rate:g} | {best.run.result['seconds']:.0f} |"
+        f"{trained_numbers(best.run):,} | {best.rate:g} | {result['seconds']:.0f} |"
     )
 
 
 def main() -> None:
     """Prints the table."""
-    from vlm_tune import sft
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--folder", type=Path, help="where runs are written")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="transfer-"))
-    base = folder / "base"
-    score = sft(base_recipe(base), overwrite=True).result["metrics"]["exact_match"]
+    base = finished_run(base_recipe(folder / "base"))
+    score = result_of(base)["metrics"]["exact_match"]
     print(f"the base: {score['value']:.2%} ({score['low']:.2%} to {score['high']:.2%})")
     print("| tuned | exact match | trained numbers | learning rate | seconds |")
     print("|---|---|---|---|---|")
