@@ -27,9 +27,9 @@ def options(request: dict[str, Any]) -> dict[str, Any]:
     return overrides
 
 
-def rows_of(request: dict[str, Any]) -> Any:
+def rows_of(request: dict[str, Any]) -> list[dict[str, Any]]:
     """The requested rows in TRL's form: a prompt and its completion, or an image's turns."""
-    rows: Any = read_rows(request)
+    rows = read_rows(request)
     if request["rows"] == "single":
         rows = [
             {
@@ -39,7 +39,7 @@ def rows_of(request: dict[str, Any]) -> Any:
             }
             for row in rows
         ]
-    return Dataset.from_list(rows).cast_column("images", Sequence(Image()))
+    return rows
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         folder, dtype=torch.bfloat16 if half else torch.float32
     )
     processor = AutoProcessor.from_pretrained(folder)
-    data = rows_of(request)
+    data = Dataset.from_list(rows_of(request)).cast_column("images", Sequence(Image()))
     with tempfile.TemporaryDirectory() as output:
         times = Times()
         trainer = SFTTrainer(
