@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from vlm_tune.errors import DataError
 SECONDS = 0.5
 
 
-def encoded(codec: str, container: str, rate: int = 48_000) -> bytes:
-    """A tone of half a second in a format."""
+def encoded(codec: str, container: str, rate: int = 48_000, *, seconds: float = SECONDS) -> bytes:
+    """A tone in a format, of half a second."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as file:
         stream = file.add_stream(codec, rate=rate, layout="mono")  # pyright: ignore
-        samples = (tone(440, SECONDS, rate) * 32767).astype(np.int16)
+        samples = (tone(440, seconds, rate) * 32767).astype(np.int16)
         frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
         frame.sample_rate = rate
         resampler = av.AudioResampler(format=stream.format.name, layout="mono", rate=rate)
@@ -69,7 +70,7 @@ NO_AUDIO = {
     "a header alone": (wav(tone())[:44], "is cut: 44 bytes of 16,044"),
     "a cut WAV": (wav(tone())[:-100], "is cut: 15,944 bytes of 16,044"),
     "a cut FLAC": (cut("flac"), "can't be decoded"),
-    "a cut OGG": (cut("libopus"), "can't be decoded"),
+    "a cut OGG": (cut("libopus"), "is cut: "),
     "a WAV without samples": (wav(tone(seconds=0)), "has no sound"),
     "noise after an MP3's first bytes": (b"\xff\xfb" + bytes(range(200)), "can't be decoded"),
 }
@@ -82,6 +83,27 @@ def test_what_is_no_audio_is_an_error_with_its_name(name: str) -> None:
         waveform(Media(data, "audio", label="row 3's clip"), 16_000)
     assert message in caught.value.message and "row 3's clip" in caught.value.message
     assert caught.value.kind == "audio_unreadable"
+
+
+def test_a_file_that_states_its_length_is_refused_wherever_it_is_cut() -> None:
+    """Also behind a whole page of Ogg, or a whole frame of FLAC, where decoders find no fault."""
+    for codec, mark in (("libopus", b"OggS"), ("flac", b"\xff\xf8")):
+        whole = encoded(codec, FORMATS[codec], seconds=3)
+        assert abs(len(waveform(Media(whole, "audio"), 16_000)) - 48_000) < 200
+        marks = [place.start() for place in re.finditer(mark, whole)]
+        places = [*range(1, len(whole), len(whole) // 12), *marks[1:20], len(whole) - 1]
+        assert len(marks) > 2
+        for end in places:
+            with pytest.raises(DataError) as caught:
+                waveform(Media(whole[:end], "audio"), 16_000)
+            assert caught.value.kind == "audio_unreadable"
+
+
+def test_a_flac_behind_an_id3_tag_is_no_mp3() -> None:
+    data = encoded("flac", "flac")
+    tag = b"ID3\x04\x00\x00" + bytes([0, 0, 1, 2]) + bytes(130)
+    tagged = waveform(Media(tag + data, "audio"), 16_000)
+    assert np.array_equal(tagged, waveform(Media(data, "audio"), 16_000))
 
 
 def test_a_missing_file_a_long_one_and_samples_that_are_no_numbers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 FORMATS = "WAV, FLAC, OGG, MP3"
 MAX_SECONDS = 3600
 """Seconds of a clip beyond which it is refused, to spare the memory."""
+TAG_SHIFTS = (21, 14, 7, 0)
+"""Bits by which the bytes of an ID3 tag's size are shifted."""
 STREAMED = (0, 0xFFFFFFFF)
 """Sizes in the header of a WAV file whose length was not known when it was written."""
 
@@ -32,21 +34,24 @@ def waveform(media: Media, rate: int) -> np.ndarray:
         from av.error import FFmpegError
     except ImportError:
         raise DataError("audio files need PyAV: pip install 'vlm_tune[audio]'") from None
-    data = encoded_bytes(media)
+    data = _untagged(encoded_bytes(media))
     demuxer = _demuxer(data)
     if demuxer is None:
         raise _unreadable(media, f"not audio of {FORMATS} ({len(data)} bytes)")
-    stated = int.from_bytes(data[4:8], "little")
-    if demuxer == "wav" and stated not in STREAMED and len(data) < 8 + stated:
-        raise _unreadable(media, f"is cut: {len(data):,} bytes of {8 + stated:,}")
+    cut = _cut_end(demuxer, data)
+    if cut is not None:
+        raise _unreadable(media, f"is cut: {cut}")
     try:
         # Only this demuxer: a playlist would make FFmpeg open the files that it lists.
         with av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise _unreadable(media, "has no sound")
-            samples = _mono(container, rate, media)
+            samples, decoded = _mono(container, rate, media)
     except (OSError, ValueError, FFmpegError) as error:
         raise _unreadable(media, f"can't be decoded: {reason_of(error)}") from None
+    stated = _flac_samples(data) if demuxer == "flac" else 0
+    if decoded < stated:
+        raise _unreadable(media, f"is cut: {decoded:,} samples of {stated:,}")
     if not len(samples):
         raise _unreadable(media, "has no sound")
     if not np.isfinite(samples).all():
@@ -71,25 +76,71 @@ def _demuxer(data: bytes) -> str | None:
     return "mp3" if data.startswith(b"ID3") or is_frame else None
 
 
-def _mono(container: Any, rate: int, media: Media) -> np.ndarray:
-    """The samples float32[samples] of an open file's first audio stream."""
-    pieces: list[np.ndarray] = []
-    left = MAX_SECONDS * rate
-    for piece in _resampled(container, rate):
-        pieces.append(piece)
-        left -= len(piece)
-        if left < 0:
-            raise _unreadable(media, f"lasts more than {MAX_SECONDS:,} seconds")
-    return np.concatenate(pieces) if pieces else np.empty(0, np.float32)
+def _untagged(data: bytes) -> bytes:
+    """A file without an ID3 tag before a FLAC stream, which would make an MP3 of it."""
+    if data[:3] == b"ID3":
+        pairs = zip(data[6:10], TAG_SHIFTS, strict=False)
+        size = sum((byte & 0x7F) << shift for byte, shift in pairs)
+        if data[10 + size : 14 + size] == b"fLaC":
+            return data[10 + size :]
+    return data
 
 
-def _resampled(container: Any, rate: int) -> Iterator[np.ndarray]:
-    """Yields the pieces float32[samples] of an open file's first audio stream."""
+def _cut_end(demuxer: str, data: bytes) -> str | None:
+    """What a file lacks by what its format states of its length; None for nothing that is known.
+
+    An MP3 states nothing. Of a FLAC the samples are counted.
+    """
+    if demuxer == "wav":
+        stated = 8 + int.from_bytes(data[4:8], "little")
+        streamed = stated - 8 in STREAMED
+        return None if streamed or len(data) >= stated else f"{len(data):,} bytes of {stated:,}"
+    if demuxer == "ogg" and not _ends_as_ogg(data):
+        return f"{len(data):,} bytes without the end of the stream"
+    return None
+
+
+def _ends_as_ogg(data: bytes) -> bool:
+    """Whether the last page of an Ogg file is whole and ends its stream.
+
+    Source: RFC 3533, 6.
+    """
+    page = 0
+    ends = False
+    while data[page : page + 4] == b"OggS":
+        header = data[page : page + 27]
+        if len(header) < 27:
+            return False
+        segments = header[26]
+        ends = bool(header[5] & 4)
+        page += 27 + segments + sum(data[page + 27 : page + 27 + segments])
+    return ends and page <= len(data)
+
+
+def _flac_samples(data: bytes) -> int:
+    """The number of samples of a channel that a FLAC file states; 0 where it states none.
+
+    Source: RFC 9639, 8.2.
+    """
+    return int.from_bytes(data[21:26], "big") & (1 << 36) - 1
+
+
+def _mono(container: Any, rate: int, media: Media) -> tuple[np.ndarray, int]:
+    """The samples float32[samples] of an open file's first audio stream, at the new rate.
+
+    Beside it the number of samples of a channel before.
+    """
     from av import AudioResampler
 
     resampler = AudioResampler(format="flt", layout="mono", rate=rate)
-    for frame in container.decode(audio=0):
+    pieces: list[np.ndarray] = []
+    left = MAX_SECONDS * rate
+    decoded = 0
+    for frame in chain(container.decode(audio=0), [None]):
+        decoded += 0 if frame is None else frame.samples
         for piece in resampler.resample(frame):
-            yield piece.to_ndarray()[0]
-    for piece in resampler.resample(None):
-        yield piece.to_ndarray()[0]
+            pieces.append(piece.to_ndarray()[0])
+            left -= len(pieces[-1])
+        if left < 0:
+            raise _unreadable(media, f"lasts more than {MAX_SECONDS:,} seconds")
+    return np.concatenate(pieces) if pieces else np.empty(0, np.float32), decoded
