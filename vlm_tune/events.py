@@ -93,7 +93,7 @@ class Preparing(StageEvent):
 
 @dataclass(frozen=True)
 class Features(StageEvent):
-    """Images whose tower features are computed so far."""
+    """Images, tiles or windows of audio whose tower features are computed so far."""
 
     kind = "features"
     done: int
@@ -121,13 +121,18 @@ class Tuning(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StageStart(Event):
-    """A stage before its first step; a stream's rows are not counted."""
+    """A stage before its first step; a stream's rows are not counted.
+
+    `frames` are distinct frames of videos, `clips` distinct clips of audio.
+    """
 
     kind = "stage"
     steps: int
     from_step: int
     questions: int | None = None
     images: int | None = None
+    frames: int = 0
+    clips: int = 0
     left_out: dict[str, int] | None = None
     streaming: bool = False
     stage: int

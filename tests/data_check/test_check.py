@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import vlm_tune
+from tests.helpers.audio_samples import hearing_recipe, write_tone_rows
 from tests.helpers.tiny_models import built, cli, parsed, rows_of, save_llm, with_llm
 from vlm_tune.data_check.findings import histogram
 from vlm_tune.data_check.row_errors import BAD_ROWS, KINDS
@@ -480,3 +481,18 @@ def test_weights_of_the_connector_are_checked_by_their_file(
     tensors = {"weight": torch.zeros(shape), "bias": torch.zeros(shape[0])}
     save_file({f"model.mm_projector.{name}": tensor for name, tensor in tensors.items()}, weights)
     assert stop_reason() == ""
+
+
+def test_media_are_counted_as_what_they_are(tmp_path: Path) -> None:
+    """Clips of audio, of which one has two windows, are no images."""
+    rows = write_tone_rows(tmp_path)
+    report = vlm_tune.check(parsed(hearing_recipe("causal", rows, tmp_path / "run")))
+    (source,) = report.parts[0].sources
+    assert (source.images, source.frames, source.clips) == (0, 0, 2)
+    text = io.StringIO()
+    show_check(Console(file=text, width=200), report)
+    write_page(report, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for shown in (text.getvalue(), page):
+        assert "audio clips" in shown and "its text and audio clips are those of" in shown
+        assert " images" not in shown

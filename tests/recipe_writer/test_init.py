@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vlm_tune
+from tests.helpers.audio_samples import write_tone_rows
 from tests.helpers.forked_runs import ended
 from tests.helpers.own_data import KINDS, class_folders, color_images, encoded, separate_parts
 from tests.helpers.row_samples import write_rows
@@ -235,7 +236,7 @@ def test_what_holds_nothing_to_train_on_is_named(tmp_path: Path) -> None:
         vlm_tune.init(tmp_path)
     turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "nothing"}]
     text = write_rows(tmp_path / "text.jsonl", [{"messages": turns}])
-    with pytest.raises(DataError, match="has an image; vision-language tuning needs some"):
+    with pytest.raises(DataError, match="has an image or audio; tuning needs some"):
         vlm_tune.init(text)
 
 
@@ -259,3 +260,29 @@ def test_arguments_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
         vlm_tune.init(path, model="./gone")
     with pytest.raises(RecipeError, match="has a vision tower"):
         vlm_tune.init(path, model="llava-hf/llava-1.5-7b-hf", tower="ViT-B-32:openai")
+
+
+@pytest.mark.usefixtures("planned")
+def test_rows_with_audio_get_a_model_that_hears(tmp_path: Path) -> None:
+    """The longest clip lasts 1.5 seconds, so windows of two seconds hold it."""
+    written = vlm_tune.init(write_tone_rows(tmp_path))
+    tower = written.recipe.model.tower
+    assert tower.kind == "audio" and (tower.seconds, tower.windows, tower.pool) == (2, 1, 5)
+    facts = written.facts
+    assert facts is not None and (facts.images, facts.seconds) == (2, 1.5)
+    text = comments(written.path)
+    assert "about 2 audio clips of up to 1.5 seconds, 2.0 questions about each" in text
+    assert "nothing is held out: 2 clips are too few" in text
+    assert "image" not in text.replace("group: image", "").partition("evaluate:")[0]
+    assert written.exit_code == 0 and written.report is not None
+    assert written.report.parts[0].sources[0].clips == 2
+
+
+@pytest.mark.usefixtures("planned")
+def test_rows_with_images_and_rows_with_audio_have_no_one_tower(tmp_path: Path) -> None:
+    clips = write_tone_rows(tmp_path)
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
+    with clips.open("a") as file:
+        file.write(json.dumps({"image": "photo.png", "question": "what?", "answer": "red"}))
+    with pytest.raises(DataError, match="one tower sees or hears"):
+        vlm_tune.init(clips)

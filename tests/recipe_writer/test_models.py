@@ -14,12 +14,19 @@ from vlm_tune.config.model import ModelSection
 from vlm_tune.config.native import NativeModel
 from vlm_tune.errors import RecipeError
 from vlm_tune.recipe_writer import fit as fitting
-from vlm_tune.recipe_writer.choose import batches, held_out, set_data, set_evaluation, set_training
+from vlm_tune.recipe_writer.choose import (
+    batches,
+    held_out,
+    set_data,
+    set_evaluation,
+    set_training,
+    shape_tower,
+)
 from vlm_tune.recipe_writer.draft import Draft
 from vlm_tune.recipe_writer.fit import Drafted, Fit, fit
 from vlm_tune.recipe_writer.look import Facts
 from vlm_tune.recipe_writer.machine import Machine
-from vlm_tune.recipe_writer.models import ModelChoice, candidates, named_model, shape_tower
+from vlm_tune.recipe_writer.models import ModelChoice, candidates, named_model
 
 CPU = Machine("a CPU", None, 8_000_000_000, 2, hub=False)
 GPU = Machine("a GPU", 9.0, 24_000_000_000, 8, hub=True)
@@ -35,6 +42,7 @@ FACTS = Facts(
     single_images=True,
     width=160,
     height=160,
+    seconds=0.0,
     elongated=0.0,
     answers="repeated",
     distinct_answers=9,

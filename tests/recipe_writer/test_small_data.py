@@ -13,11 +13,18 @@ import pytest
 
 from tests.helpers.own_data import color_images
 from tests.helpers.row_samples import write_rows
-from vlm_tune.recipe_writer.choose import batches, held_out, set_data, set_evaluation, set_training
+from vlm_tune.recipe_writer.choose import (
+    batches,
+    held_out,
+    set_data,
+    set_evaluation,
+    set_training,
+    shape_tower,
+)
 from vlm_tune.recipe_writer.draft import Draft
 from vlm_tune.recipe_writer.look import Facts, look
 from vlm_tune.recipe_writer.machine import Machine
-from vlm_tune.recipe_writer.models import candidates, shape_tower
+from vlm_tune.recipe_writer.models import candidates
 from vlm_tune.recipe_writer.small_data import aligned_first
 
 CPU = Machine("a CPU", None, 8_000_000_000, 2, hub=False)

@@ -113,7 +113,7 @@ def test_trials_of_a_sweep_are_lines_also_on_a_terminal() -> None:
     ("event", "line"),
     [
         (Preparing("train", 2000, name="main"), "preparing main train: 2,000 rows"),
-        (Features(64, 4000), "computing tower features: 64 of 4,000 images"),
+        (Features(64, 4000), "computing tower features: 64 of 4,000 inputs"),
     ],
 )
 def test_every_phase_says_how_far_it_is(event: Event, line: str) -> None:

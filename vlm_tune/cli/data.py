@@ -56,7 +56,8 @@ def init(
     tower: Annotated[
         str | None,
         typer.Option(
-            help="a folder or hub name of a vision tower, or an open_clip one as NAME:TAG"
+            help="a folder or hub name of a vision tower, or an open_clip one as NAME:TAG; of a "
+            "Whisper model for rows with audio"
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing recipe")] = False,

@@ -97,16 +97,17 @@ class PatchGrid:
 class Media:
     """One image or audio clip: a file, a byte range of a file, or encoded bytes; not decoded here.
 
-    A video is several images; `origin` is the file that its frames were decoded from. `tile` is set
-    on a cell of a larger image and on a window of a longer clip, whose windows are the columns of
-    one row; None is the whole. `grid` is set on an image for a tower that keeps its shape. `label`
-    names bytes in error messages.
+    A video is several images, each `of_video`; `origin` is the file that its frames were decoded
+    from. `tile` is set on a cell of a larger image and on a window of a longer clip, whose windows
+    are the columns of one row; None is the whole. `grid` is set on an image for a tower that keeps
+    its shape. `label` names bytes in error messages.
     """
 
     source: Path | Slice | bytes
     modality: Modality = "image"
     tile: Tile | None = None
     grid: PatchGrid | None = None
+    of_video: bool = field(default=False, compare=False)
     origin: Path | None = field(default=None, compare=False)
     label: str = field(default="<bytes>", compare=False)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.forms import form_fault
 from vlm_tune.data.prepare.job import PartName, task_names
+from vlm_tune.data.prepare.media_counts import MediaCounts
 from vlm_tune.data.prepare.part_rows import PartRows
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.prepare.worker import BAD, LEFT_OUT, OK
@@ -338,7 +340,9 @@ def _part_report(part: Part, features: str | None) -> PartReport:
                 usable=len(usable.places),
                 bad=int((status[source_places] == BAD).sum()),
                 left_out=int((status[source_places] == LEFT_OUT).sum()),
-                images=len(usable.first_rows),
+                **asdict(
+                    MediaCounts.of(prepared.media_rows[number] for number in usable.first_rows)
+                ),
                 tokens=int(prepared.column("tokens")[usable.places].sum()),
                 supervised=int(prepared.column("supervised")[usable.places].sum()),
                 kinds=dict(sorted(kinds.items())),

@@ -52,7 +52,8 @@ class Histogram:
 class SourceReport:
     """Counts for one source of a part.
 
-    They are its rows by outcome, its usable images and tokens, and its odd rows by kind.
+    They are its rows by outcome, its usable images, frames of videos, clips of audio and tokens,
+    and its odd rows by kind.
     """
 
     source: str
@@ -65,6 +66,8 @@ class SourceReport:
     tokens: int
     supervised: int
     kinds: dict[str, int]
+    frames: int = 0
+    clips: int = 0
 
 
 @dataclass(frozen=True)

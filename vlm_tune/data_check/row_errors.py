@@ -19,7 +19,7 @@ BAD_ROWS = {
     "role": "a missing or unknown role",
     "turns": "turns that don't alternate, or no answer to the last question",
     "text": "text that holds half a character (a surrogate without its pair)",
-    "empty_question": "a question without text and image",
+    "empty_question": "a question without text and media",
     "empty_answer": "an answer without a character that can be seen",
     "equal_answers": "a chosen answer that equals the rejected one",
     "image_count": "images and places for them differ in number, or none where one is needed",
@@ -48,7 +48,7 @@ LEFT_OUT = {
     "short_text": "fewer characters than clean.min_chars",
     "long_text": "more characters than clean.max_chars",
     "language": "none of clean.languages",
-    "duplicate": "the text and images of an earlier row",
+    "duplicate": "the text and media of an earlier row",
 }
 """Rows that the recipe's cleaning rules leave out."""
 
@@ -62,7 +62,7 @@ FOUND = {
     "unfit": "rows that the language model can't read: longer than its positions, or joined",
     "few_rows": "fewer rows than one global batch, or than processes",
     "leak_row": "a row of validation or test that is trained on",
-    "leak_image": "an image of validation or test that is trained on, byte for byte",
+    "leak_image": "an image or clip of validation or test that is trained on, byte for byte",
     "leak_look": "an image of validation or test that looks like one that is trained on",
     "image_tiny": "an image with a side under 16 pixels",
     "image_huge": "an image of over 25 megapixels",

@@ -162,9 +162,11 @@ def _report_images(report: CheckReport, part: Part) -> None:
 
 def report_leaks(report: CheckReport, part: Part, leaks: Leaks) -> None:
     """Reports rows of an evaluated part that share content with training rows."""
+    heard = part.prepared.media_rows and part.prepared.media_rows[0].media.modality == "audio"
+    medium = "audio clip" if heard else "image"
     for kind, rows, what in (
-        ("leak_row", leaks.rows, "its text and images are those of"),
-        ("leak_image", leaks.images, "an image of it is shown by"),
+        ("leak_row", leaks.rows, f"its text and {medium}s are those of"),
+        ("leak_image", leaks.images, f"an {medium} of it is also in"),
         ("leak_look", leaks.looks, "an image of it looks like one of"),
     ):
         report.add(part, kind, _pointed(f"{what} training row", rows), error=kind != "leak_look")

@@ -50,6 +50,7 @@ from vlm_tune.model.pretrained.native import (
 )
 from vlm_tune.model.pretrained.tokenizer import SPECIALS, load_tokenizer, scratch_tokenizer
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder, own_rebuild
+from vlm_tune.model.pretrained.whole_logits import check_whole_logits
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vision.registry import (
     architecture,
@@ -344,6 +345,7 @@ def _connected(
         The wrapped language model, the connector, and the number of slots of an image.
     """
     llm = wrapped_llm(section.llm, language)
+    check_whole_logits(section.llm, llm)
     install(llm, section.llm.attention)
     if language.device.type != "meta":
         # Before a connector's blocks are inserted into its layers: they may still be of another

@@ -14,6 +14,10 @@ from vlm_tune.recipe_writer.machine import Machine
 from vlm_tune.recipe_writer.models import ModelChoice, Size
 from vlm_tune.recipe_writer.small_data import unlearnable
 
+MANY_IMAGES = 4
+"""Images of a row from which on each is pooled to fewer tokens."""
+POOLED = 6
+"""Side of the grid of tokens to which they are pooled."""
 FEW_IMAGES = 10
 """Images under which none is held out: a score on one or two would say nothing."""
 SMALL_SET = 40
@@ -69,6 +73,27 @@ SCORES: dict[Answers, str] = {
 }
 
 
+def shape_tower(draft: Draft, facts: Facts, size: Size) -> None:
+    """Sets how the tower sees the images: their edges, and the tokens each takes."""
+    whole = "model.pretrained" in draft.values
+    tower = dict(draft.values.get("model.tower", {}))
+    reasons = []
+    if facts.elongated > 0.1:
+        tower["resize"] = "pad"
+        reasons.append(
+            f"{facts.elongated:.0%} of the images are not square: padding shows their edges too"
+        )
+    if facts.most_images >= MANY_IMAGES and size != "scratch":
+        tower["grid"] = POOLED
+        reasons.append(
+            f"rows have up to {facts.most_images} images, so each is pooled to {POOLED} x {POOLED} "
+            "tokens"
+        )
+    if reasons:
+        before = [] if whole else [draft.reasons["model.tower"]]
+        draft.set("model.tower", tower, "\n".join([*before, *reasons]))
+
+
 def set_data(draft: Draft, facts: Facts, sources: Sources, choice: ModelChoice) -> None:
     """Sets sources, held-out parts, lengths and grouping."""
     for part in PARTS:
@@ -84,7 +109,7 @@ def set_data(draft: Draft, facts: Facts, sources: Sources, choice: ModelChoice) 
         "data.max_length",
         longest,
         f"the longest row has {facts.longest_row:,} bytes of text (a token has one or more), and "
-        f"its images take up to {facts.most_images * choice.image_tokens:,} tokens",
+        f"its {facts.medium}s take up to {facts.most_images * choice.image_tokens:,} tokens",
     )
     draft.set("data.overlong", "drop", "longer rows are left out and counted")
     if facts.bad:
@@ -99,8 +124,8 @@ def set_data(draft: Draft, facts: Facts, sources: Sources, choice: ModelChoice) 
         draft.set(
             "data.group",
             "image",
-            f"{facts.questions_per_image:.1f} questions an image: the image is read once for all "
-            "of them",
+            f"{facts.questions_per_image:.1f} questions about each {facts.medium}, which is read "
+            "once for all of them",
         )
         if longest > ROW_LENGTH:
             draft.set("data.row_length", longest, "room for images and questions in one row")
@@ -112,8 +137,8 @@ def _about(part: str, facts: Facts) -> str:
     language = f", language {facts.language}" if facts.language else ""
     return (
         f"{facts.rows:,} rows of the form {' and '.join(facts.forms)}, about "
-        f"{facts.all_images:,} images of {facts.width} x {facts.height} pixels (median), "
-        f"{facts.questions_per_image:.1f} questions an image{language}"
+        f"{facts.media_text}{'' if facts.seconds else ' (median)'}, "
+        f"{facts.questions_per_image:.1f} questions about each{language}"
     )
 
 
@@ -124,7 +149,7 @@ def held_out(facts: Facts, sources: Sources) -> tuple[dict[str, Any] | None, str
         missing.remove("validation")
         open_answers = (
             f"no validation part is held out: {facts.unrepeated:.0%} of the questions have an "
-            "answer that belongs to one image, which could not be learned from the others"
+            f"answer that belongs to one {facts.medium}, which could not be learned from the others"
         )
         split, reason = _shares(facts, missing)
         return split, f"{open_answers}\n{reason}".strip()
@@ -137,14 +162,14 @@ def _shares(facts: Facts, missing: list[str]) -> tuple[dict[str, Any] | None, st
         return None, ""
     if facts.all_images < FEW_IMAGES:
         return None, (
-            f"nothing is held out: {facts.all_images} images are too few; add rows about others as "
-            "data.validation and data.test"
+            f"nothing is held out: {facts.all_images} {facts.medium}s are too few; add rows about "
+            "others as data.validation and data.test"
         )
     share = 0.2 if facts.all_images < SMALL_SET else 0.1 if facts.all_images < 10_000 else 0.02
     split: dict[str, Any] = dict.fromkeys(missing, share)
     reason = (
-        f"there is no file for {' and '.join(missing)}, so rows are held out; those that share an "
-        "image stay together"
+        f"there is no file for {' and '.join(missing)}, so rows are held out; those that share "
+        f"{'a clip' if facts.seconds else 'an image'} stay together"
     )
     if facts.smallest_class * share >= 1:
         split["stratify"] = True

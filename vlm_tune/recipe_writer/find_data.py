@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_tune.data.audio.decode import AUDIO_SUFFIXES
 from vlm_tune.data.sources.columnar import SAVED
 from vlm_tune.data.sources.file_rows import find_files
 from vlm_tune.data.sources.registry import FORMATS, SHARDS
@@ -172,6 +173,12 @@ def is_there(path: str) -> bool:
 def has_images(folder: Path) -> bool:
     """Whether an image lies in a folder or below it."""
     return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
+
+
+def has_media(folder: Path) -> bool:
+    """Whether an image or a clip of audio lies in a folder or below it."""
+    suffixes = IMAGE_SUFFIXES + AUDIO_SUFFIXES
+    return any(path.suffix.lower() in suffixes for path in folder.rglob("*"))
 
 
 def _beside(path: str, part: str) -> list[dict[str, Any]]:

@@ -15,12 +15,14 @@ from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.events import Report
 from vlm_tune.paths import check_path, check_writable, shown_path, writing
 from vlm_tune.quoting import reason_of
+from vlm_tune.recipe_writer.audio_models import audio_candidates
 from vlm_tune.recipe_writer.choose import (
     batches,
     hold_out_less,
     set_data,
     set_evaluation,
     set_training,
+    shape_tower,
 )
 from vlm_tune.recipe_writer.converting.convert import convert
 from vlm_tune.recipe_writer.draft import Draft
@@ -28,7 +30,7 @@ from vlm_tune.recipe_writer.find_data import PART_WORDS, Sources, find_data
 from vlm_tune.recipe_writer.fit import Drafted, Fit, fit
 from vlm_tune.recipe_writer.look import ROWS, Facts, look
 from vlm_tune.recipe_writer.machine import Machine, this_machine
-from vlm_tune.recipe_writer.models import ModelChoice, candidates, shape_tower
+from vlm_tune.recipe_writer.models import ModelChoice, candidates
 from vlm_tune.recipe_writer.small_data import aligned_first
 from vlm_tune.recipe_writer.written import Written
 
@@ -53,7 +55,8 @@ def init(
         output: the recipe to write.
         model: a folder or hub name of an LLM or of a whole vision-language model; chosen by the
             machine where not given.
-        tower: a folder or hub name of a vision tower, or an open_clip one as NAME:TAG.
+        tower: a folder or hub name of a vision tower, or an open_clip one as NAME:TAG; of a
+            Whisper model for rows with audio.
         force: replace an existing file at `output`.
         show: called with every event.
 
@@ -63,7 +66,7 @@ def init(
     Raises:
         RecipeError: an argument can't be used, the output is there already, or the configuration
             can't be read.
-        DataError: the data can't be read, or holds no images.
+        DataError: the data can't be read, or holds no images and no audio.
         ModelError: the config of `model` can't be read.
     """
     named = _checked_paths(paths)
@@ -85,7 +88,8 @@ def _for_data(
     def drafted_for(choice: ModelChoice) -> Drafted:
         return _checked(_draft(name, sources, facts, machine, choice), facts, show)
 
-    choices = [aligned_first(each, facts) for each in candidates(machine, facts, model, tower)]
+    models = audio_candidates if facts.seconds else candidates
+    choices = [aligned_first(each, facts) for each in models(machine, facts, model, tower)]
     chosen = fit(choices, facts, machine, drafted_for, show)
     with writing(target, "the recipe"):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +158,7 @@ def _draft(
     draft.set("name", name)
     draft.set("output", f"runs/{name}")
     draft.set("seed", 0)
-    if not choice.splits:
+    if not choice.splits and not facts.seconds:
         shape_tower(draft, facts, choice.size)
     set_data(draft, facts, sources, choice)
     set_training(draft, facts, machine, choice, batches(facts, choice)[0])

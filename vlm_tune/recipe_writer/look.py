@@ -7,16 +7,17 @@ import importlib.util
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter
 
 from vlm_tune.config.data import AnySource
+from vlm_tune.data.audio.decode import clip_seconds
 from vlm_tune.data.images.decode import image_size
 from vlm_tune.data.prepare.language import language_of
 from vlm_tune.data.sources.base import SourceReader
@@ -27,12 +28,12 @@ from vlm_tune.evaluation.boxes import boxes_in
 from vlm_tune.evaluation.texts import normalise
 from vlm_tune.paths import home
 from vlm_tune.quoting import name_list
-from vlm_tune.recipe_writer.find_data import has_images
+from vlm_tune.recipe_writer.find_data import has_media
 
 ROWS = 20_000
 """Rows of a source that are read; `check` reads all."""
 SIZED = 500
-"""Images whose size is read from their header."""
+"""Images whose size is read from their header, or clips that are decoded for their length."""
 SHORT = 40
 """Characters that nine of ten answers have at most where answers are short."""
 LONGER_THAN_WIDE = 1.25
@@ -130,14 +131,16 @@ class _Seen:
 class Facts:
     """Properties of the train rows.
 
-    `rows` counts all of them; the rest is of the first `read` rows that can be used, of each source
-    `ROWS` at most. `longest_row` is in bytes of UTF-8, `longest_answer` in characters, and sides
-    are in pixels. `single_images` says whether each row has exactly one image. `unrepeated` is the
-    share of the questions whose answer belongs to one image only. `colours` says whether answers
-    name some, `whole_image` whether the same is asked about all images and answers are names: no
-    places, boxes, numbers, yes or no. `smallest_class` is the number of rows of the rarest
-    category, 0 without categories. `language` is an ISO 639-1 code, None if unknown; `latin` is the
-    share of the texts' letters that are Latin.
+    `rows` counts all of them; the rest is of the first `read` rows that can be used, of each
+    source `ROWS` at most. `longest_row` is in bytes of UTF-8, `longest_answer` in characters,
+    and sides are in pixels. Where the rows have clips of audio in place of images, `seconds` is
+    the length of the longest that was read, else 0, and images are the clips. `single_images`
+    says whether each row has exactly one image. `unrepeated` is the share of the questions
+    whose answer belongs to one image only. `colours` says whether answers name some,
+    `whole_image` whether the same is asked about all images and answers are names: no places,
+    boxes, numbers, yes or no. `smallest_class` is the number of rows of the rarest category, 0
+    without categories. `language` is an ISO 639-1 code, None if unknown; `latin` is the share
+    of the texts' letters that are Latin.
     """
 
     forms: tuple[str, ...]
@@ -150,6 +153,7 @@ class Facts:
     single_images: bool
     width: int
     height: int
+    seconds: float
     elongated: float
     answers: Answers
     distinct_answers: int
@@ -173,6 +177,18 @@ class Facts:
         return max(round(self.images * self.rows / max(self.read + self.bad, 1)), 1)
 
     @property
+    def medium(self) -> str:
+        """The noun of the rows' media: image, or clip of audio."""
+        return "clip" if self.seconds else "image"
+
+    @property
+    def media_text(self) -> str:
+        """The number and size of the images or clips, in words."""
+        if self.seconds:
+            return f"{self.all_images:,} audio clips of up to {self.seconds:.1f} seconds"
+        return f"{self.all_images:,} images of {self.width} x {self.height} pixels"
+
+    @property
     def questions_per_image(self) -> float:
         """The mean number of questions about an image."""
         return self.questions / self.images
@@ -188,7 +204,8 @@ def look(sources: list[dict[str, Any]]) -> Facts:
         sources: sources as a recipe writes them; `image_root` may be added to them.
 
     Raises:
-        DataError: a source can't be read, no row can be used, or no row has an image.
+        DataError: a source can't be read, no row can be used, no row has an image or audio, or
+            some have images and others audio.
     """
     seen = _Seen()
     forms: list[str] = []
@@ -203,7 +220,7 @@ def look(sources: list[dict[str, Any]]) -> Facts:
         raise seen.first_fault
     if not seen.images:
         raise DataError(
-            f"none of the first {seen.rows:,} rows has an image; vision-language tuning needs some",
+            f"none of the first {seen.rows:,} rows has an image or audio; tuning needs some",
             source=name_list(_names(sources)),
         )
     return _facts(seen, tuple(dict.fromkeys(forms)), rows)
@@ -238,7 +255,7 @@ def _image_roots(source: dict[str, Any], seen: _Seen) -> Iterator[str]:
     parent = Path(source["path"]).parent
     if seen.fault_kinds["image_missing"]:
         inner = [each for each in Path(home(str(parent))).iterdir() if each.is_dir()]
-        yield from (str(parent / each.name) for each in sorted(inner) if has_images(each))
+        yield from (str(parent / each.name) for each in sorted(inner) if has_media(each))
     if seen.outside:
         above = Path(os.path.commonpath([path.parent for path in seen.outside]))
         # The root of all files would open every one of them to the rows.
@@ -282,18 +299,15 @@ def _identity(media: Media) -> object:
 
 
 def _facts(seen: _Seen, forms: tuple[str, ...], rows: int) -> Facts:
-    sizes = []
-    for media in seen.samples:
-        try:
-            sizes.append(image_size(media))
-        except (DataError, OSError):  # `check` names it
-            continue
-    if not sizes:
+    heard = seen.samples[0].modality == "audio"
+    if any((media.modality == "audio") != heard for media in seen.samples):
         raise DataError(
-            f"none of the first {len(seen.samples):,} images can be read, such as "
-            f"{seen.samples[0].name}",
-            kind="image_unreadable",
+            "some rows have images and others audio, and a model's one tower sees or hears: name "
+            "files of one kind",
+            kind="modality",
         )
+    sizes = [] if heard else _measured(seen.samples, image_size)
+    seconds = _measured(seen.samples, clip_seconds) if heard else []
     lengths = sorted(
         length for text, times in seen.answers.items() for length in [len(text)] * times
     )
@@ -308,9 +322,11 @@ def _facts(seen: _Seen, forms: tuple[str, ...], rows: int) -> Facts:
         images=len(seen.images),
         most_images=seen.most_images,
         single_images=seen.single == seen.rows,
-        width=round(median(width for width, _ in sizes)),
-        height=round(median(height for _, height in sizes)),
-        elongated=sum(max(each) > LONGER_THAN_WIDE * min(each) for each in sizes) / len(sizes),
+        width=round(median([width for width, _ in sizes] or [0])),
+        height=round(median([height for _, height in sizes] or [0])),
+        seconds=max(seconds, default=0.0),
+        elongated=sum(max(each) > LONGER_THAN_WIDE * min(each) for each in sizes)
+        / max(len(sizes), 1),
         answers=_kind_of_answers(seen.answers, lengths),
         distinct_answers=len(seen.answers),
         unrepeated=_unrepeated(seen),
@@ -322,6 +338,27 @@ def _facts(seen: _Seen, forms: tuple[str, ...], rows: int) -> Facts:
         language=_language(seen.texts),
         latin=sum(each < LATIN_ENDS for each in letters) / len(letters) if letters else 1.0,
     )
+
+
+Measure = TypeVar("Measure")
+
+
+def _measured(samples: Sequence[Media], measure: Callable[[Media], Measure]) -> list[Measure]:
+    """The sizes of the media that can be read. Raises `DataError` if none can."""
+    sizes = []
+    for media in samples:
+        try:
+            sizes.append(measure(media))
+        except (DataError, OSError):  # `check` names it
+            continue
+    if not sizes:
+        kind = samples[0].modality
+        noun = "audio clips" if kind == "audio" else "images"
+        raise DataError(
+            f"none of the first {len(samples):,} {noun} can be read, such as {samples[0].name}",
+            kind=f"{kind}_unreadable",
+        )
+    return sizes
 
 
 def _unrepeated(seen: _Seen) -> float:

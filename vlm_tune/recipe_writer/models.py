@@ -39,10 +39,6 @@ LOCAL_TOWER = "models/efficientnet_lite0.safetensors"
 """What `make models` writes."""
 LARGE_WIDTH = 1536
 """Width of a language model from which on it counts as large: about a billion parameters."""
-MANY_IMAGES = 4
-"""Images of a row from which on each is pooled to fewer tokens."""
-POOLED = 6
-"""Side of the grid of tokens to which they are pooled."""
 SMALL_TOKENS = 49
 LARGE_TOKENS = 576
 SCRATCH_TOKENS = 16
@@ -54,6 +50,10 @@ MOST_PIXELS = 28 * 28 * MOST_TOKENS
 more."""
 NATIVE_REASON = "a model of transformers, called as it is (docs/model.md)"
 OWN_REASON = "the checkpoint's own chat template"
+NOTHING_PRETRAINED = (
+    "there are no pretrained weights on this machine and the model hub can't be reached, so "
+    "tower and LLM start from random weights: good for a first run"
+)
 MARKERS = 3
 """Tokens that mark a tile where a tokenizer has tokens for rows and columns."""
 SCRATCH_SIDES = (64, 128)
@@ -186,10 +186,17 @@ def named_model(model: str, tower: str | None) -> ModelChoice:
             f"which can't be taken; {family_names()} can, and others of which transformers has an "
             "image-text-to-text model: name one of these, or an LLM (and --tower)"
         )
+    seen = usual_tower(tower, language_width(config) >= LARGE_WIDTH)
+    return named_llm(model, config, seen)
+
+
+def named_llm(model: str, config: Any, tower: Tower) -> ModelChoice:
+    """The LLM that a user names, of this config, under a tower."""
+    width = language_width(config)
     if config.is_encoder_decoder:
-        return _under_tower(model, "seq2seq", "flan", tower, _width(config), "named by --model")
+        return under_tower(model, "seq2seq", "flan", tower, width, "named by --model")
     template = causal_template(model)
-    return _under_tower(model, "causal", template, tower, _width(config), "named by --model")
+    return under_tower(model, "causal", template, tower, width, "named by --model")
 
 
 def _native(name: str, model_type: str) -> ModelChoice:
@@ -265,7 +272,8 @@ def is_causal(vlm: Vlm) -> bool:
     return vlm.config.get("text_config", {}).get("model_type") != "t5"
 
 
-def _width(config: Any) -> int:
+def language_width(config: Any) -> int:
+    """The width of an LLM's embeddings, by its config."""
     return getattr(config, "hidden_size", None) or getattr(config, "d_model", 0)
 
 
@@ -284,28 +292,42 @@ def causal_template(name: str) -> str:
 
 
 def _flan_t5(tower: str | None) -> ModelChoice:
-    return _under_tower(
-        FLAN_T5, "seq2seq", "flan", tower, LARGE_WIDTH, "a larger model does not fit this GPU"
-    )
+    reason = "a larger model does not fit this GPU"
+    return under_tower(FLAN_T5, "seq2seq", "flan", usual_tower(tower, True), LARGE_WIDTH, reason)
 
 
 def _small(name: str, tower: str | None, reason: str) -> ModelChoice:
-    return _under_tower(name, "causal", "chatml", tower, 0, reason)
+    return under_tower(name, "causal", "chatml", usual_tower(tower, False), 0, reason)
 
 
-def _under_tower(
+@dataclass(frozen=True)
+class Tower:
+    """A frozen tower: a recipe's section, why it is that, and the most tokens of an image."""
+
+    section: dict[str, Any]
+    reason: str
+    tokens: int
+
+
+def usual_tower(name: str | None, large: bool) -> Tower:
+    """The tower of images that a user names, or the usual one for an LLM of this size."""
+    section, reason = tower_section(name, large)
+    tokens = MOST_TOKENS if name is not None else LARGE_TOKENS if large else SMALL_TOKENS
+    return Tower(section, reason, tokens)
+
+
+def under_tower(
     name: str,
     kind: Literal["causal", "seq2seq"],
     template: str,
-    tower: str | None,
+    tower: Tower,
     width: int,
     reason: str,
 ) -> ModelChoice:
     """An LLM with a new connector from a frozen tower, tuned by LoRA."""
     large = width >= LARGE_WIDTH
     draft = Draft()
-    section, why = tower_section(tower, large)
-    draft.set("model.tower", section, why)
+    draft.set("model.tower", tower.section, tower.reason)
     draft.set(
         "model.connector",
         {"kind": "mlp", "depth": 2},
@@ -329,13 +351,14 @@ def _under_tower(
         target_modules="all-linear" if kind == "causal" else ["q", "v"],
         learning_rate=2.0e-4 if large else 6.0e-4,
     )
-    tokens = MOST_TOKENS if tower is not None else LARGE_TOKENS if large else SMALL_TOKENS
     size: Size = "large" if large else "small"
-    return ModelChoice(name, size, kind == "causal", draft, tokens)
+    return ModelChoice(name, size, kind == "causal", draft, tower.tokens)
 
 
 def _frozen_tower(draft: Draft) -> None:
-    draft.rule("the tower knows images already", match="tower.*", how="frozen")
+    heard = draft.values.get("model.tower", {}).get("kind") == "audio"
+    known = "speech" if heard else "images"
+    draft.rule(f"the tower knows {known} already", match="tower.*", how="frozen")
 
 
 def tower_section(tower: str | None, large: bool) -> tuple[dict[str, Any], str]:
@@ -372,10 +395,15 @@ def _scratch(facts: Facts) -> ModelChoice:
     draft.set(
         "model.tower",
         {"kind": "open_clip", "config": {"layers": [1, 1, 1, 1], "width": 16, "image_size": side}},
-        "there are no pretrained weights on this machine and the model hub can't be reached, so "
-        "tower and LLM start from random weights: good for a first run, and for simple images. "
-        "Name pretrained ones with --model and --tower for more.",
+        f"{NOTHING_PRETRAINED}, and for simple images. Name pretrained ones with --model and "
+        "--tower for more.",
     )
+    set_scratch_llm(draft)
+    return ModelChoice("a small T5 from random weights", "scratch", False, draft, SCRATCH_TOKENS)
+
+
+def set_scratch_llm(draft: Draft) -> None:
+    """Sets a connector and a small T5 from random weights."""
     draft.set("model.connector", {"kind": "mlp", "depth": 2, "norm": True})
     draft.set(
         "model.llm",
@@ -400,7 +428,6 @@ def _scratch(facts: Facts) -> ModelChoice:
     )
     draft.set("data.template", "flan", "no roles: questions go in, answers come out")
     draft.rule("nothing is pretrained, so everything trains", match="*", how="full")
-    return ModelChoice("a small T5 from random weights", "scratch", False, draft, SCRATCH_TOKENS)
 
 
 # --- changes of a choice --------------------------------------------------------------------------
@@ -413,24 +440,3 @@ def _packed(choice: ModelChoice) -> ModelChoice:
     llm = {**draft.values.get("model.llm", {}), "quantize": "nf4"}
     draft.set("model.llm", llm, reason)
     return replace(choice, name=f"{choice.name} in 4 bit", draft=draft)
-
-
-def shape_tower(draft: Draft, facts: Facts, size: Size) -> None:
-    """Sets how the tower sees the images: their edges, and the tokens each takes."""
-    whole = "model.pretrained" in draft.values
-    tower = dict(draft.values.get("model.tower", {}))
-    reasons = []
-    if facts.elongated > 0.1:
-        tower["resize"] = "pad"
-        reasons.append(
-            f"{facts.elongated:.0%} of the images are not square: padding shows their edges too"
-        )
-    if facts.most_images >= MANY_IMAGES and size != "scratch":
-        tower["grid"] = POOLED
-        reasons.append(
-            f"rows have up to {facts.most_images} images, so each is pooled to {POOLED} x {POOLED} "
-            "tokens"
-        )
-    if reasons:
-        before = [] if whole else [draft.reasons["model.tower"]]
-        draft.set("model.tower", tower, "\n".join([*before, *reasons]))

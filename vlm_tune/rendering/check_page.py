@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from vlm_tune.data_check.findings import CheckReport, Finding, Part, PartReport
 from vlm_tune.data_check.row_errors import KINDS
 from vlm_tune.data_check.rules import read_rows
 from vlm_tune.errors import DataError
+from vlm_tune.rendering.media_text import NOUNS, counts_shown
 from vlm_tune.rendering.page import is_long, thumbnail, write_html
 
 LOOKED_AT = 60
@@ -43,7 +45,7 @@ def write_page(report: CheckReport, path: Path) -> None:
             for title, counts, listed in levels
         ],
         "meanings": KINDS,
-        "parts": [(part, _facts(part)) for part in report.parts],
+        "parts": [(part, _facts(part), _media_columns(part)) for part in report.parts],
         **_odd_rows([*report.errors, *report.warnings], report.read),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +55,12 @@ def write_page(report: CheckReport, path: Path) -> None:
 def _place(finding: Finding) -> str:
     where = f"{finding.source}, row {finding.row}" if finding.row else finding.source
     return f"{finding.stage} {finding.part}: {where}"
+
+
+def _media_columns(part: PartReport) -> dict[str, str]:
+    """The titles of the columns of media, by the count that each shows."""
+    shown = counts_shown([asdict(source) for source in part.sources])
+    return {name: f"{NOUNS[name]}s" for name in shown}
 
 
 def _facts(part: PartReport) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from vlm_tune.quoting import escaped
 
 if TYPE_CHECKING:
     from vlm_tune.data_check.findings import CheckReport, Finding, Histogram, PartReport
+from vlm_tune.rendering.media_text import NOUNS, counts_shown
 from vlm_tune.rendering.terminal import print_line
 
 NAMED = 5
@@ -45,11 +47,14 @@ def _show_part(console: Console, part: PartReport) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("  source", overflow="fold")
     table.add_column("form")
-    for name in ("rows", "bad", "left out", "images", "tokens", "trained"):
+    media = counts_shown([asdict(source) for source in part.sources])
+    titles = [f"{NOUNS[name]}s" for name in media]
+    for name in ("rows", "bad", "left out", *titles, "tokens", "trained"):
         table.add_column(name, justify="right")
     for source in part.sources:
         bad = Text(f"{source.bad:,}", style="red" if source.bad else "")
-        figures = (source.left_out, source.images, source.tokens, source.supervised)
+        counts = (getattr(source, name) for name in media)
+        figures = (source.left_out, *counts, source.tokens, source.supervised)
         table.add_row(
             Text(f"  {escaped(source.source)}"),
             source.form,

@@ -23,9 +23,9 @@ def show_written(console: Console, written: Written) -> None:
         facts = written.facts
         print_line(
             console,
-            f"data: {facts.rows:,} rows ({' and '.join(facts.forms)}), {facts.all_images:,} images "
-            f"of {facts.width} x {facts.height} pixels, {facts.distinct_answers:,} different "
-            f"answers to {facts.questions:,} questions ({facts.answers})",
+            f"data: {facts.rows:,} rows ({' and '.join(facts.forms)}), {facts.media_text}, "
+            f"{facts.distinct_answers:,} different answers to {facts.questions:,} questions "
+            f"({facts.answers})",
         )
     if written.machine is not None:
         print_line(console, f"machine: {escaped(written.machine)}")

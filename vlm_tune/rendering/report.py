@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_tune.evaluation.texts import normalise
 from vlm_tune.rendering.charts import DOTS, LINE, Chart, Curve, Key, Panel, chart
+from vlm_tune.rendering.media_text import NOUNS, counts_shown
 from vlm_tune.rendering.page import is_long, percent, regions_drawn, thumbnail, write_html
 from vlm_tune.rendering.report_scores import (
     baseline_rows,
@@ -160,7 +161,7 @@ def _stage(stage: StageLog) -> dict[str, Any]:
     facts = [
         _count(steps, "step"),
         _count(stage.start.get("questions"), "question"),
-        _count(stage.start.get("images"), "image"),
+        *(_count(stage.start.get(name), NOUNS[name]) for name in counts_shown([stage.start])),
     ]
     if last < steps:
         facts.append(f"the log ends at step {last:,}")

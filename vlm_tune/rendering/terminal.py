@@ -32,6 +32,7 @@ from vlm_tune.events import (
     Tuning,
 )
 from vlm_tune.quoting import escaped
+from vlm_tune.rendering.media_text import media_text
 from vlm_tune.rendering.scores_text import (
     ACCURACIES,
     MARGINS,
@@ -182,7 +183,7 @@ class Display(logging.Handler):
         rows = (
             "rows read as they come"
             if event.streaming
-            else f"{event.questions:,} question-answer pairs, {event.images:,} images"
+            else f"{event.questions:,} question-answer pairs, {media_text(event.line())}"
         )
         title = f"stage {event.stage + 1} {event.name}"
         self._line(f"{title}: {rows}, {event.steps:,} steps{start}", "bold")
@@ -203,7 +204,7 @@ class Display(logging.Handler):
 
     @_show.register
     def _features(self, event: Features) -> None:
-        self._live("features", f"computing tower features: {event.done:,} of {event.of:,} images")
+        self._live("features", f"computing tower features: {event.done:,} of {event.of:,} inputs")
 
     @_show.register
     def _scoring(self, event: Scoring) -> None:

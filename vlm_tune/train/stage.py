@@ -22,6 +22,7 @@ from vlm_tune.data.batching.loader import PreparedFeed
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.prepare.job import distinct_tasks
+from vlm_tune.data.prepare.media_counts import MediaCounts
 from vlm_tune.errors import Interrupted
 from vlm_tune.events import (
     Features,
@@ -196,11 +197,14 @@ def stage_loop(
 def _start_of(loop: StageLoop, rows: StageRows, name: str) -> StageStart:
     """The event of a stage before its first step."""
     train = rows.train
+    counts = None if train is None else MediaCounts.of(train.used_media)
     return StageStart(
         steps=loop.total,
         from_step=loop.progress.step,
         questions=None if train is None else train.questions,
-        images=None if train is None else len(train.media),
+        images=None if counts is None else counts.images,
+        frames=0 if counts is None else counts.frames,
+        clips=0 if counts is None else counts.clips,
         left_out=None if train is None else train.left_out,
         streaming=train is None,
         stage=loop.progress.stage,

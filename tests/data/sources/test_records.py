@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.helpers.audio_samples import tone, wav
 from tests.helpers.row_samples import file_source, good, read, write_rows
 from vlm_tune.config.data import DataSection, FolderSource
 from vlm_tune.data.prepare.run import conversations
@@ -222,3 +224,34 @@ def test_a_folder_a_class_is_a_classification(tmp_path: Path) -> None:
         read(FolderSource(kind="folder", path=str(tmp_path / "none")))
     with pytest.raises(DataError, match="holds no folders"):
         read(FolderSource(kind="folder", path=str(root / "empty")))
+
+
+def test_the_words_of_a_task_name_the_medium(tmp_path: Path) -> None:
+    """Those of other sets, or of the source's own, are taken as they are."""
+    (tmp_path / "a.wav").write_bytes(wav(tone()))
+    for number in range(2):
+        Image.new("RGB", (8, 8), (100 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    media = {"audio": "a.wav", "video": ["0.png", "1.png"], "image": "0.png"}
+    tasks: dict[str, dict[str, Any]] = {
+        "ocr": {"text": "hello"},
+        "caption": {"caption": "a tone"},
+        "classify": {"label": "low", "choices": ["low", "high"]},
+    }
+    words = {
+        "audio": "speech|speak|spoken|said|sound|recording|heard",
+        "video": "video|clip",
+        "image": "image|picture",
+    }
+
+    def asked(path: Path, **options: Any) -> list[str]:
+        reader = open_source(file_source(path, **options), seed=0)
+        return [row.question for row in good(list(read_all([reader])))]
+
+    for kind, value in media.items():
+        for form, fields in tasks.items():
+            rows = [fields | {kind: value, "id": number} for number in range(8)]
+            path = write_rows(tmp_path / "rows.jsonl", rows)
+            questions = asked(path, form=form)
+            assert all(re.search(words[kind], question) for question in questions), questions
+            named = asked(path, form=form, instructions=form)
+            assert all(re.search(words["image"], question) for question in named)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.helpers.audio_samples import tone, wav
 from vlm_tune.config.data import FileSource
 from vlm_tune.data.regions import Region, regions_of
 from vlm_tune.data.sources.registry import open_source, read_all
@@ -164,3 +165,41 @@ def test_faults_name_the_row(tmp_path: Path, fields: dict[str, Any], message: st
 def test_a_box_without_an_image_is_an_error(tmp_path: Path) -> None:
     fault = read(tmp_path, turns("Where?", "<bbox>", box=[1, 2, 3, 4]) | {"images": []})
     assert isinstance(fault, DataError) and "a box or point and no image" in fault.message
+
+
+@pytest.mark.parametrize(
+    ("box", "read_as"),
+    [
+        ("1, 2, 3, 4", "got '1, 2, 3, 4'"),
+        ({"x": 1, "y": 2, "width": 3, "height": 4}, "got a mapping with x, y, width, height"),
+        (None, ""),
+        ([], ""),
+    ],
+)
+def test_a_mark_beside_a_field_that_holds_no_box_is_no_text(
+    tmp_path: Path, box: Any, read_as: str
+) -> None:
+    """The model would learn to answer `<bbox>`."""
+    error = read(tmp_path, turns("<image>Where?", "<bbox>", box=box))
+    assert isinstance(error, DataError) and error.kind == "box"
+    assert "0 boxes and 1 <bbox> mark in the texts" in error.message and read_as in error.message
+    assert usable(tmp_path, turns("<image>Where?", "here", box=box)).messages[-1].text == "here"
+    ignored = usable(tmp_path, turns("<image>Where?", "<bbox>", box=box), ignore=["box"])
+    assert ignored.messages[-1].text == "<bbox>"
+
+
+def test_a_phrase_whose_box_is_no_list_says_so(tmp_path: Path) -> None:
+    images(tmp_path)
+    rows = [{"image": "a.png", "phrase": "it", "box": box} for box in ([1, 2, 3, 4], "1 2 3 4")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, error = read_all([open_source(FileSource(kind="file", path=str(path)), seed=0)])
+    assert isinstance(error, DataError) and error.kind == "box"
+    assert error.message == "`box` is [x1, y1, x2, y2] or a list of them, got '1 2 3 4'"
+
+
+def test_a_box_of_a_clip_is_a_box_without_an_image(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav(tone()))
+    row = turns("Where?", "<bbox>", box=[1, 2, 3, 4]) | {"images": [], "audio": "a.wav"}
+    error = read(tmp_path, row)
+    assert isinstance(error, DataError) and error.message == "a box or point and no image"

@@ -59,6 +59,12 @@ def waveform(media: Media, rate: int) -> np.ndarray:
     return samples
 
 
+def clip_seconds(media: Media) -> float:
+    """The length of a clip in seconds. Raises `DataError` as `waveform`."""
+    rate = 8000  # what is decoded is only counted
+    return len(waveform(media, rate)) / rate
+
+
 def _unreadable(media: Media, reason: str) -> DataError:
     return DataError(f"{media.name}: {reason}", kind="audio_unreadable")
 
@@ -87,9 +93,9 @@ def _untagged(data: bytes) -> bytes:
 
 
 def _cut_end(demuxer: str, data: bytes) -> str | None:
-    """What a file lacks by what its format states of its length; None for nothing that is known.
+    """Says what a file lacks of the length that its format states; None if nothing is known.
 
-    An MP3 states nothing. Of a FLAC the samples are counted.
+    An MP3 states none. Of a FLAC the samples are counted.
     """
     if demuxer == "wav":
         stated = 8 + int.from_bytes(data[4:8], "little")

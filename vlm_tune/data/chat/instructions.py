@@ -33,6 +33,9 @@ Prompts are drawn from those whose optional fields the row has, and of these fro
 most optional fields.
 """
 
+WORDED_BY_MEDIUM = ("caption", "classify", "match", "retrieval", "ocr", "translate")
+"""Tasks whose prompts name the medium: their sets for others than images end in its kind."""
+
 Task = Literal[
     "vqa",
     "multiple_choice",

@@ -277,6 +277,7 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
                 ]
             ),
             "modality": pa.array([row.media.modality for row in rows], pa.string()),
+            "of_video": pa.array([row.media.of_video for row in rows], pa.bool_()),
             "sha256": pa.array([row.info.sha256 for row in rows], pa.binary()),
             "width": pa.array([row.info.width for row in rows], pa.int32()),
             "height": pa.array([row.info.height for row in rows], pa.int32()),
@@ -312,7 +313,7 @@ def media_rows(batch: pa.RecordBatch, folder: Path) -> list[MediaRow]:
         path = folder / BLOB if name == BLOB else Path(name)
         source = path if row["offset"] < 0 else Slice(path, row["offset"], row["size"])
         grid = PatchGrid(*row["grid"]) if row["grid"] else None
-        return Media(source, row["modality"], _tile(row["tile"]), grid)
+        return Media(source, row["modality"], _tile(row["tile"]), grid, row["of_video"])
 
     names = [field.name for field in fields(ImageInfo)]
     return [

@@ -120,13 +120,16 @@ class Prepared:
         return int(self.store.questions.sum())
 
     @cached_property
-    def media(self) -> list[Media]:
-        """The distinct media items that the examples use."""
+    def used_media(self) -> list[MediaRow]:
+        """The distinct media items that the examples use, with the properties of their images."""
         shown = np.zeros(len(self.media_rows), dtype=bool)
         shown[self.store.shown] = True
-        return [
-            row.media for row, used in zip(self.media_rows, shown.tolist(), strict=True) if used
-        ]
+        return [row for row, used in zip(self.media_rows, shown.tolist(), strict=True) if used]
+
+    @cached_property
+    def media(self) -> list[Media]:
+        """The distinct media items that the examples use."""
+        return [row.media for row in self.used_media]
 
     # --- rows ---
 

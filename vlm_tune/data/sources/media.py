@@ -177,7 +177,7 @@ class MediaFinder:
             value = value[keys[0]]
         if isinstance(value, bytes | bytearray | memoryview):
             if not len(value):
-                raise DataError(f"the {what} has no bytes", kind="image_unreadable")
+                raise DataError(f"the {what} has no bytes", kind=f"{what}_unreadable")
             return bytes(value)
         if isinstance(value, str) and value[:5].lower() == "data:":
             return data_url(value, what)
@@ -232,19 +232,22 @@ def data_url(text: str, what: str = "image") -> bytes:
     if not comma or not head.lower().endswith(";base64"):
         raise DataError(
             f"the {what}'s data URL is not base64: it begins {quoted(text[:40])}",
-            kind="image_unreadable",
+            kind=f"{what}_unreadable",
         )
-    data = base64_bytes(body, f"{what}'s data URL")
+    data = base64_bytes(body, what, "'s data URL")
     if not data:
-        raise DataError(f"the {what}'s data URL is empty", kind="image_unreadable")
+        raise DataError(f"the {what}'s data URL is empty", kind=f"{what}_unreadable")
     return data
 
 
-def base64_bytes(text: str, what: str) -> bytes:
-    """The decoded bytes of a base64 text. Raises `DataError` for bad base64."""
+def base64_bytes(text: str, what: str, place: str = "") -> bytes:
+    """The decoded bytes of a base64 text. Raises `DataError` for bad base64.
+
+    `what` is the kind of medium, and `place` names where the text stands, for the message.
+    """
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:
         raise DataError(
-            f"the {what} is bad base64: {reason_of(error)}", kind="image_unreadable"
+            f"the {what}{place} is bad base64: {reason_of(error)}", kind=f"{what}_unreadable"
         ) from None

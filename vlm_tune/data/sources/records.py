@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.config.data import SHARES, DatasetSource, RowsSource
-from vlm_tune.data.chat.instructions import load_instructions
+from vlm_tune.data.chat.instructions import WORDED_BY_MEDIUM, load_instructions
 from vlm_tune.data.sources.base import Chunk, Container, StoredRow, checked, digest
 from vlm_tune.data.sources.chat_schemas import CHAT_FORMS, decoded_lists, with_system
 from vlm_tune.data.sources.few_shot import Shots
@@ -59,6 +59,14 @@ class RowsReader:
             if self.form in TASK_FORMS
             else None
         )
+        self._of_media = (
+            {
+                kind: load_instructions(f"{self.form}-{kind}", self.form)
+                for kind in ("audio", "video")
+            }
+            if self.form in WORDED_BY_MEDIUM and config.instructions is None
+            else {}
+        )
         self._finders: dict[Path | None, MediaFinder] = {}
         self._shot_places: Sequence[int] | None = None
         self._shots = Shots(config.shots, seed)
@@ -89,7 +97,8 @@ class RowsReader:
         # A data set's name determines its rows; another source's name is only its label in scores.
         unused = NOT_ROWS if isinstance(self._config, DatasetSource) else NOT_ROWS | {"name"}
         options = self._config.model_dump_json(exclude=unused)
-        prompts = self._instructions.model_dump_json() if self._instructions else ""
+        sets = [self._instructions, *self._of_media.values()] if self._instructions else []
+        prompts = "".join(each.model_dump_json() for each in sets if each)
         drawn = self._seed if self._instructions or self._config.shots else ""
         shots = "" if self._shot_places is None else list(self._shot_places)
         return digest(
@@ -255,17 +264,16 @@ class RowsReader:
         media = RowMedia(row, finder)
         if not any(media.items.values()):
             raise DataError("no image, video or audio", kind="image_count")
-        question, answer = self._instructions.texts(row_id, fields.values, seed=self._seed)
-        messages = with_media(
-            self._instructions.turns(marked_parts(question, media), answer), media
+        words = next(
+            (words for kind, words in self._of_media.items() if media.items[kind]),
+            self._instructions,
         )
-        answers = (
-            self._instructions.answer.format_map(fields.values | each)
-            for each in fields.alternatives
-        )
+        question, answer = words.texts(row_id, fields.values, seed=self._seed)
+        messages = with_media(words.turns(marked_parts(question, media), answer), media)
+        answers = (words.answer.format_map(fields.values | each) for each in fields.alternatives)
         references = References(self.form, tuple(answers), fields.choices, fields.chosen)
         rejected = (
-            self._instructions.turns((), self._instructions.answer.format(answer=fields.choices[1]))
+            words.turns((), words.answer.format(answer=fields.choices[1]))
             if self.form == "match"
             else [None]
         )

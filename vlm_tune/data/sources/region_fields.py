@@ -24,6 +24,7 @@ BOX = "<bbox>"
 POINT = "<point>"
 PHRASE = "<ref-object>"
 _MARK = re.compile(r"(?P<slashes>\\*)(?P<mark><bbox>|<point>|<ref-object>)")
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 UNITS: dict[str, Unit] = {"real": "pixels", "norm1": "norm1", "norm1000": "norm1000"}
 """ms-swift's names of units (`bbox_type`)."""
 SLACK = 1.0
@@ -42,7 +43,8 @@ class BoxOptions:
 class _Listed:
     """The regions and phrases of a row, as it has them.
 
-    `images` are the numbers of the images that boxes are of.
+    `images` are the numbers of the images that boxes are of, `unread` says which fields hold
+    something else.
     """
 
     boxes: list[Any]
@@ -50,6 +52,7 @@ class _Listed:
     phrases: list[str]
     images: list[Any]
     unit: Unit
+    unread: list[str]
 
 
 def region_marks(row: Row) -> list[str]:
@@ -58,6 +61,8 @@ def region_marks(row: Row) -> list[str]:
     Raises `DataError` where their fields can't be read.
     """
     listed = _listed(row, BoxOptions())
+    if not (listed.boxes or listed.points) and listed.unread:
+        raise DataError(listed.unread[0], kind="box")
     return [BOX] * len(listed.boxes) + [POINT] * len(listed.points)
 
 
@@ -74,14 +79,14 @@ def escaped_regions(text: str) -> str:
 def with_regions(messages: Sequence[Message], row: Row, options: BoxOptions) -> list[Message]:
     r"""The turns, with each mark of a box, point or phrase replaced by the row's next one.
 
-    Marks are `<bbox>`, `<point>` and `<ref-object>`, as in ms-swift, and plain text in rows that
-    have none of these fields; `\<bbox>` is the text itself.
+    Marks are `<bbox>`, `<point>` and `<ref-object>`, as in ms-swift, and plain text in rows without
+    a field for them; `\<bbox>` is the text itself.
 
     Raises:
         DataError: marks and regions differ in number, or a region is none or outside its image.
     """
     listed = _listed(row, options)
-    if not (listed.boxes or listed.points or listed.phrases):
+    if not (listed.boxes or listed.points or listed.phrases or _lacks_regions(messages, row)):
         return list(messages)
     media = [part for each in messages for part in each.parts if isinstance(part, Media)]
     replacer = _Replacer(listed, media, options)
@@ -144,9 +149,11 @@ class _Replacer:
             marks = self.marks[mark]
             # Phrases may be mere labels of boxes.
             if marks != len(fields) and (marks or mark != PHRASE):
+                unread = "".join(f"; {each}" for each in self.listed.unread)
                 raise DataError(
                     f"{len(fields)} {noun} and {marks} {mark} mark{'s' if marks != 1 else ''} in "
-                    f"the texts (\\{mark} is the text itself; `ignore` passes over a field)",
+                    f"the texts{unread} (\\{mark} is the text itself; `ignore` passes over a "
+                    "field)",
                     kind="box",
                 )
 
@@ -193,7 +200,7 @@ class _Replacer:
         """The size of the image that a box of this number is of; for None that of the first."""
         images = self.listed.images
         image = 0 if number is None or not images else images[min(number, len(images) - 1)]
-        if not self.media:
+        if not any(each.modality == "image" for each in self.media):
             raise DataError("a box or point and no image", kind="image_count")
         if (
             not isinstance(image, int)
@@ -233,8 +240,9 @@ def _listed(row: Row, options: BoxOptions) -> _Listed:
     objects = _decoded(OBJECTS, row.get(OBJECTS))
     boxes = _values(row, BOX_FIELDS)
     points = _values(row, POINT_FIELDS)
+    unread = [*_unread(row, BOX_FIELDS, "[x1, y1, x2, y2]"), *_unread(row, POINT_FIELDS, "[x, y]")]
     if is_empty(objects):
-        return _Listed(boxes, points, [], [], options.unit)
+        return _Listed(boxes, points, [], [], options.unit, unread)
     if not isinstance(objects, Mapping):
         raise DataError(
             f"`{OBJECTS}` is an object of `ref` and `bbox`, got {quoted(objects)} (`ignore` passes "
@@ -261,8 +269,44 @@ def _listed(row: Row, options: BoxOptions) -> _Listed:
     if not all(isinstance(phrase, str) for phrase in phrases):
         raise DataError(f"`{OBJECTS}.ref` is a list of texts, got {quoted(phrases)}", kind="box")
     return _Listed(
-        lists["bbox"], points, phrases, images, options.unit if unit is None else UNITS[unit]
+        lists["bbox"],
+        points,
+        phrases,
+        images,
+        options.unit if unit is None else UNITS[unit],
+        unread,
     )
+
+
+def _lacks_regions(messages: Sequence[Message], row: Row) -> bool:
+    """Whether texts have marks of a kind that the row has a field for, which holds none."""
+    fields = {BOX: (*BOX_FIELDS, OBJECTS), POINT: POINT_FIELDS, PHRASE: (OBJECTS,)}
+    lacking = {
+        mark
+        for mark, names in fields.items()
+        if any(name in row and (is_empty(row[name]) or _is_place(row[name])) for name in names)
+    }
+    texts = (part for each in messages for part in each.parts if isinstance(part, str))
+    return bool(lacking) and any(
+        len(match["slashes"]) % 2 == 0 and match["mark"] in lacking
+        for text in texts
+        for match in _MARK.finditer(text)
+    )
+
+
+def _is_place(value: Any) -> bool:
+    """Whether a value seems to be a place that is written in another way than as a list."""
+    return isinstance(value, Mapping) or (isinstance(value, str) and len(NUMBER.findall(value)) > 1)
+
+
+def _unread(row: Row, fields: Sequence[str], expected: str) -> list[str]:
+    """Lines on fields that hold a place, but no list."""
+    values = {name: _decoded(name, row.get(name)) for name in fields}
+    return [
+        f"`{name}` is {expected} or a list of them, got {quoted(value)}"
+        for name, value in values.items()
+        if not is_empty(value) and _is_place(value)
+    ]
 
 
 def _values(row: Row, fields: Sequence[str]) -> list[Any]:

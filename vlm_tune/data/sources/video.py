@@ -6,6 +6,7 @@ import io
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def video_parts(
     parts: list[str | Media] = []
     origin = video if isinstance(video, Path) else None
     for time, data in _decoded(video, suffix, frames):
-        parts += [*time_text(time), Media(data, origin=origin)]
+        parts += [*time_text(time), Media(data, of_video=True, origin=origin)]
     return tuple(parts)
 
 
@@ -63,7 +64,8 @@ def frame_parts(
         raise DataError(f"the video {name} has no frames", kind="video_unreadable")
     parts: list[str | Media] = []
     for place in evenly_spaced(len(images), frames):
-        parts += [*time_text(None if fps is None else place / fps), images[place]]
+        frame = replace(images[place], of_video=True)
+        parts += [*time_text(None if fps is None else place / fps), frame]
     return tuple(parts)
 
 
