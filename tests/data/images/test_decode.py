@@ -112,6 +112,23 @@ def test_exif_rotation_is_applied_once_in_all_eight_orientations() -> None:
         )
 
 
+@pytest.mark.parametrize("orientation", [2, 6, 8])
+def test_the_rotation_of_a_png_may_stand_behind_its_pixels(orientation: int) -> None:
+    """Its size, on which boxes and tiles depend, is that of the turned image there too."""
+    picture = Image.fromarray(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    usual = encoded(picture, "PNG", exif=exif)
+    start = usual.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(usual[start : start + 4], "big")
+    last = usual.index(b"IEND") - 4
+    late = usual[:start] + usual[end:last] + usual[start:end] + usual[last:]
+    for data in (usual, late):
+        decoded = decode_image(data)
+        assert decoded.size == image_size(Media(data)) == ((4, 6) if orientation > 4 else (6, 4))
+        assert np.array_equal(decoded, decode_image(usual))
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_file_cut_at_every_tenth_is_refused_or_whole(kind: str) -> None:
     data = encoded(picture(), kind)

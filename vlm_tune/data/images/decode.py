@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -31,6 +32,8 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 200
 ORIENTATION = 0x0112
 """The EXIF tag of the camera's orientation; values 5 to 8 exchange width and height."""
+PNG_SIGNATURE = 8
+"""Bytes of a PNG file before its first chunk."""
 DAMAGED = (
     OSError,
     ValueError,
@@ -126,9 +129,11 @@ def upright(image: Image) -> Image:
         Transpose.TRANSPOSE,
     )
     methods += (Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
-    # For a TIFF `load` applies the rotation and resets the tag.
+    # Of a PNG it is read as `image_size` reads it. For a TIFF `load` applies it and resets the tag.
+    png = image.format == "PNG"
+    before = _orientation(image, header=True) if png else 1
     image.load()
-    orientation = _orientation(image)
+    orientation = before if png else _orientation(image)
     return image if orientation == 1 else image.transpose(methods[orientation - 2])
 
 
@@ -138,11 +143,36 @@ def _orientation(image: Image, *, header: bool = False) -> int:
 
     try:
         # `PngImageFile.getexif` decodes the whole image, in search of a late EXIF chunk.
-        exif = Pil.Image.getexif(image) if header and image.format == "PNG" else image.getexif()
+        if header and image.format == "PNG":
+            exif = Pil.Image.getexif(image)
+            if not exif and (late := _late_exif(getattr(image, "fp", None))):
+                exif.load(late)
+        else:
+            exif = image.getexif()
         orientation = exif.get(ORIENTATION, 1)
     except DAMAGED:
         return 1
     return orientation if orientation in range(1, 9) else 1
+
+
+def _late_exif(file: IO[bytes] | None) -> bytes | None:
+    """The EXIF data of a PNG file behind its pixels, found by the lengths of chunks.
+
+    None if it has none there, and for a file that is closed or cut.
+    """
+    if file is None:
+        return None
+    position = file.tell()
+    try:
+        file.seek(PNG_SIGNATURE)
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+            size = int.from_bytes(head[:4], "big")
+            if head[4:] == b"eXIf":
+                return file.read(size)
+            file.seek(size + 4, os.SEEK_CUR)  # behind the chunk and its checksum
+        return None
+    finally:
+        file.seek(position)
 
 
 def encoded_bytes(media: Media) -> bytes:
