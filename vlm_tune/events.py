@@ -269,3 +269,4 @@ class FinalScores(Event):
     baselines: dict[str, dict[str, dict[str, Any]]] | None = None
     also: dict[str, dict[str, Any]] | None = None
     notes: list[str] | None = None
+    modality: str = "image"

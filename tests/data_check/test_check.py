@@ -496,3 +496,9 @@ def test_media_are_counted_as_what_they_are(tmp_path: Path) -> None:
     for shown in (text.getvalue(), page):
         assert "audio clips" in shown and "its text and audio clips are those of" in shown
         assert " images" not in shown
+
+
+def test_no_answer_is_trained_where_answers_are_sampled(tiny_recipe: Callable[..., str]) -> None:
+    recipe = parsed(tiny_recipe("causal"), objective={"kind": "grpo", "num_generations": 2})
+    train, validation = vlm_tune.check(recipe).parts
+    assert train.sources[0].supervised == 0 < validation.sources[0].supervised

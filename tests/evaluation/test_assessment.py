@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -10,16 +11,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from rich.console import Console
 
 from tests.helpers.tiny_models import built, parsed, rows_of
 from vlm_tune.config.train import METRICS as NAMES
 from vlm_tune.config.train import Baseline, EvaluateSection
-from vlm_tune.data.types import References
+from vlm_tune.data.types import Conversation, Media, Message, References
 from vlm_tune.errors import RecipeError
+from vlm_tune.evaluation.answer_files import load_answers, save_answers
 from vlm_tune.evaluation.assessment import assess, better, clusters_of, compare_answers, measure
 from vlm_tune.evaluation.baselines import TITLES
 from vlm_tune.evaluation.benchmarks import BENCHMARKS
-from vlm_tune.evaluation.evaluate import score
+from vlm_tune.evaluation.evaluate import row_answers, score
 from vlm_tune.evaluation.metrics import Answer, Scores, scores
 from vlm_tune.evaluation.registry import (
     METRICS,
@@ -29,6 +32,7 @@ from vlm_tune.evaluation.registry import (
     main_metric,
 )
 from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.rendering.scores_text import score_tables
 
 
 def answer(
@@ -281,3 +285,25 @@ def test_perplexity_is_that_of_the_loss(kind: str, tiny_recipe: Callable[..., st
     assert entry["value"] == pytest.approx(math.exp(plain.loss), rel=1e-5)
     assert entry["low"] < entry["value"] < entry["high"]
     assert sum(one.tokens for one in scored.answers) == plain.tokens
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_scores_on_clips_of_audio_say_so(modality: Any, tmp_path: Path) -> None:
+    """So that tables do not call them images; those on images are as they were."""
+    turns = (Message("user", (Media(b"x", modality), "q")), Message("assistant", ("a",)))
+    answers = row_answers([Conversation("row", turns)], ["a"])
+    save_answers(tmp_path / "answers.jsonl", answers)
+    for each in (answers, load_answers(tmp_path / "answers.jsonl")):
+        summary = scores(each, {}).summary()
+        assert summary.get("modality", "image") == modality
+    assert ("modality" in (tmp_path / "answers.jsonl").read_text()) == (modality == "audio")
+    entry = {"value": 1.0, "low": None, "high": None, "n": 1, "images": 1}
+    paired = {"difference": 0.5, "difference_low": None, "difference_high": None, "p": None}
+    summary["metrics"] = {"exact_match": entry}
+    summary["baselines"] = {"blind": {"exact_match": entry | paired}, "nearest": {}}
+    console = Console(file=io.StringIO(), width=200)
+    for table in score_tables(summary):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("clips" in text, "images" in text) == (modality == "audio", modality == "image")
+    assert ("model without the clip" if modality == "audio" else "model without image") in text

@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 
+import vlm_tune
 from tests.helpers.policy_samples import policy_recipe
 from vlm_tune.config.grpo import Grpo
 from vlm_tune.config.train import REWARDS
 from vlm_tune.data.types import Conversation, Media, Message, References
-from vlm_tune.errors import RecipeError, TrainingError
+from vlm_tune.errors import DataError, RecipeError, TrainingError
 from vlm_tune.evaluation.registry import METRICS
-from vlm_tune.evaluation.rewards import Sample, check_rewards, reward_functions
+from vlm_tune.evaluation.rewards import (
+    Sample,
+    check_rewarded,
+    check_rewards,
+    reward_functions,
+)
 
 
 def sample(text: str, answer: str = "12", **references: Any) -> Sample:
@@ -141,3 +147,25 @@ def test_names_are_checked_with_the_recipe(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         policy_recipe(tiny_recipe, "causal", objective={"reward_funcs": functions})
+
+
+def grpo(*functions: str) -> Grpo:
+    return Grpo.model_validate({"kind": "grpo", "reward_funcs": list(functions)})
+
+
+def test_rewards_that_no_row_can_get_are_an_error_before_training() -> None:
+    """Every completion would have none, and a whole run would learn nothing."""
+    words = [sample("", "a dog").row, sample("", "a cat").row]
+    boxed = sample("", "[0, 0, 2, 2]").row
+    with pytest.raises(DataError, match=r"no row can be rewarded.*box_iou needs .*point_accuracy"):
+        check_rewarded(grpo("box_iou", "point_accuracy"), words)
+    check_rewarded(grpo("box_iou", "point_accuracy"), [*words, boxed])
+    check_rewarded(grpo("box_iou", "exact_match"), words)
+    check_rewarded(grpo("box_iou", "trl.rewards:think_format_reward"), words)
+
+
+def test_the_check_reports_them(tiny_recipe: Callable[..., str]) -> None:
+    recipe = policy_recipe(tiny_recipe, "causal", objective={"reward_funcs": ["box_iou"]})
+    report = vlm_tune.check(recipe)
+    (error,) = [each for each in report.errors if each.source == "objective.reward_funcs"]
+    assert error.kind == "form" and "box_iou needs" in error.message

@@ -9,8 +9,10 @@ import pytest
 from jinja2 import UndefinedError
 
 import vlm_tune
+from tests.helpers.audio_samples import tone, wav
 from tests.helpers.html_page import HOSTILE, Page
-from vlm_tune.rendering.page import Thumbnail, write_html
+from vlm_tune.data.types import Media
+from vlm_tune.rendering.page import Thumbnail, thumbnail, write_html
 
 PACKAGE = Path(vlm_tune.__file__).parent
 TEMPLATES = sorted((PACKAGE / "rendering" / "templates").iterdir())
@@ -65,3 +67,10 @@ def test_thumbnail_names_are_escaped_in_attributes(tmp_path: Path) -> None:
         "alt": breakout,
         "src": "data:image/png;base64,AA==",
     }
+
+
+def test_a_clip_has_its_name_in_place_of_a_picture(tmp_path: Path) -> None:
+    """A run's files name media alone, so it is told by its bytes."""
+    (tmp_path / "low.wav").write_bytes(wav(tone()))
+    assert thumbnail(Media(tmp_path / "low.wav")) == "audio: low.wav"
+    assert thumbnail(Media(b"neither")) == "the image can't be read"

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.helpers.audio_samples import tone, wav
 from tests.helpers.html_page import HOSTILE, Page, assert_harmless
 from vlm_tune.errors import RecipeError
 from vlm_tune.rendering.report import write_report
@@ -425,3 +426,20 @@ def test_loss_over_many_magnitudes_is_on_a_log_scale(run: Path) -> None:
 def test_lone_surrogates_in_an_answer_are_replaced(uncharted: Path) -> None:
     edit(uncharted / "samples.json", {"after": "a\ud800b"})
     assert "✗ a?b" in report(uncharted)[1].words
+
+
+def test_a_run_on_clips_of_audio_calls_nothing_an_image(uncharted: Path) -> None:
+    """Its counts, its scores and its samples."""
+    (event,) = stage_events(0, "main")[:1]
+    write_log(uncharted, [event | {"images": 0, "clips": 2}])
+    (uncharted / "low.wav").write_bytes(wav(tone()))
+    sample = {"id": "a", "image": "low.wav", "question": "q", "expected": "a", "before": "b"}
+    (uncharted / "samples.json").write_text(json.dumps([sample | {"after": "a"}]))
+    entry = {"value": 1.0, "low": 0.5, "high": 1.0, "n": 4, "images": 2}
+    result = {"accuracy": 1.0, "n": 4, "modality": "audio", "metrics": {"exact_match": entry}}
+    (uncharted / "result.json").write_text(json.dumps(result))
+    text = write_report(uncharted).read_text()
+    body = text[text.index("<main") if "<main" in text else text.index("<body") :]
+    assert "2 audio clips" in body and "audio: low.wav" in body
+    assert "questions about one clip as one draw" in body
+    assert not re.search(r"\bimages?\b", body)

@@ -25,6 +25,7 @@ from vlm_tune.events import (
     Preparing,
     Scoring,
     StageEvent,
+    StageStart,
     TrainSteps,
     TrialEnd,
     TrialStart,
@@ -120,6 +121,20 @@ def test_every_phase_says_how_far_it_is(event: Event, line: str) -> None:
     shown = Shown()
     assert shown.event(event) == [line]
     assert shown.after(EVERY) == [f"{line} (0:30 so far)"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ({"images": 1}, "1 image"),
+        ({"images": 0}, "0 images"),
+        ({"images": 0, "clips": 1}, "1 audio clip"),
+        ({"images": 2000, "frames": 8}, "2,000 images, 8 video frames"),
+    ],
+)
+def test_a_stage_begins_with_what_it_trains_on(counts: dict[str, int], text: str) -> None:
+    start = StageStart(steps=2, from_step=0, questions=4, stage=0, name="main", **counts)
+    assert Shown().event(start) == [f"stage 1 main: 4 question-answer pairs, {text}, 2 steps"]
 
 
 def test_a_gpu_and_its_peak_memory_are_shown() -> None:

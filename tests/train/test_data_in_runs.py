@@ -20,7 +20,8 @@ from tests.helpers.tiny_models import (
     tensors_of,
 )
 from vlm_tune.api import evaluate, sft
-from vlm_tune.errors import DataError
+from vlm_tune.errors import DataError, ModelError
+from vlm_tune.run_folder import MARK
 
 QUICK: dict[str, Any] = {"evaluate__samples": 0, "train__log_every": 1}
 
@@ -179,3 +180,25 @@ def test_sources_share_an_epoch_by_their_weights(
     }
     run = sft(parsed(tiny_recipe("causal"), **changes)).folder
     assert events(run, "stage")[0]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"data__train": [{"kind": "file", "path": "gone.jsonl"}]}, DataError),
+        ({"stages": [{"data": {"test": [{"kind": "file", "path": "gone.jsonl"}]}}]}, DataError),
+        ({"model__llm": {"kind": "causal", "name": "gone"}}, ModelError),
+    ],
+)
+def test_a_mistaken_name_deletes_no_run(
+    changes: dict[str, Any], error: type[Exception], tiny_recipe: Callable[..., str]
+) -> None:
+    """`--overwrite` deletes what is there once it is known what comes in its place."""
+    recipe = parsed(tiny_recipe("causal"), **changes)
+    run = Path(recipe.output)
+    run.mkdir()
+    for name in (MARK, "result.json"):
+        (run / name).write_text("{}")
+    with pytest.raises(error, match="gone"):
+        sft(recipe, overwrite=True)
+    assert (run / "result.json").is_file()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from vlm_tune.config.data import Source
+from vlm_tune.config.grpo import Grpo
 from vlm_tune.config.load import as_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import task_rule
@@ -40,7 +41,7 @@ from vlm_tune.data_check.padding import padding
 from vlm_tune.data_check.rules import check_batches, check_rows, check_split, report_leaks
 from vlm_tune.errors import DataError, ModelError, check_count
 from vlm_tune.evaluation.registry import check_metrics
-from vlm_tune.evaluation.rewards import check_rewards
+from vlm_tune.evaluation.rewards import check_rewarded, check_rewards
 from vlm_tune.events import Note, Preparing, Report
 from vlm_tune.model.build import bare_model, build_processor, tune_bare_model
 from vlm_tune.model.feature_choice import cache_choice, stage_usage
@@ -171,6 +172,11 @@ def _parts(
             fault = form_fault(stage.objective, reader.form, part, source.objective)
             if fault is not None:
                 report.add_whole(name, part, "form", fault, reader.name)
+        if part == "train" and isinstance(stage.objective, Grpo):
+            try:
+                check_rewarded(stage.objective, prepared.conversations(prepared.places("train")))
+            except DataError as error:
+                report.add_whole(name, part, error.kind, error.message, error.source)
         fault = join_fault(stage.data) if part == "train" and follows(prepared) else None
         if fault is not None:
             report.add_whole(name, part, "box", fault, "data.augment")
@@ -324,6 +330,8 @@ def _feature_choices(
 def _part_report(part: Part, features: str | None) -> PartReport:
     prepared = part.prepared
     train = part.recipe.train
+    # Of a row whose answer is sampled the stated one is compared, and not trained.
+    samples = part.name == "train" and isinstance(part.recipe.objective, Grpo)
     numbers = prepared.column("number")
     status = prepared.column("status")
     forms = [open_source(config, seed=part.recipe.seed) for config in prepared.sources]
@@ -344,7 +352,9 @@ def _part_report(part: Part, features: str | None) -> PartReport:
                     MediaCounts.of(prepared.media_rows[number] for number in usable.first_rows)
                 ),
                 tokens=int(prepared.column("tokens")[usable.places].sum()),
-                supervised=int(prepared.column("supervised")[usable.places].sum()),
+                supervised=0
+                if samples
+                else int(prepared.column("supervised")[usable.places].sum()),
                 kinds=dict(sorted(kinds.items())),
             )
         )

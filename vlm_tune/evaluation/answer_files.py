@@ -26,6 +26,8 @@ def save_answers(path: Path, answers: Sequence[Answer]) -> None:
                 entry["loss"] = None
             if answer.ranks is None:
                 del entry["ranks"]
+            if answer.modality == "image":
+                del entry["modality"]
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,8 @@ TITLES = {
     "blind": "model without image",
 }
 """The names of the baselines in tables."""
+HEARD_TITLES = {"nearest": "nearest clip's answer", "blind": "model without the clip"}
+"""Those that are otherwise for audio."""
 SIMILARITIES = 50_000_000
 """Similarities of images that are in memory at a time."""
 GROUP_ROWS = 2000
@@ -38,6 +41,12 @@ LEAST_REPEATS = 2.0
 """Mean number of training rows of an answer from which a probe is fitted."""
 PASSES = 300
 """Most iterations of a probe's fit."""
+
+
+def baseline_title(name: str, modality: Any) -> str:
+    """A baseline's name in tables of scores on images or audio."""
+    heard = HEARD_TITLES if modality == "audio" else {}
+    return heard.get(name) or TITLES.get(name, name)
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ def row_answers(conversations: Sequence[Conversation], generated: Sequence[str])
                 source=conversation.source_name,
                 images=tuple(dict.fromkeys(names[item] for item in media)),
                 references=_scored(conversation),
+                modality=media[0].modality if media else "image",
             )
         )
     return answers

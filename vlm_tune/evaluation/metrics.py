@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_tune.data.types import References
+from vlm_tune.data.types import Modality, References
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Answer:
         loss: summed cross-entropy of the reference answer, where it was computed.
         tokens: the number of tokens that the loss is of; 0 where it was not computed.
         ranks: those of retrieval, where they were computed.
+        modality: what its first image is, which may be audio.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Answer:
     loss: float = 0.0
     tokens: int = 0
     ranks: Ranks | None = None
+    modality: Modality = "image"
 
     @property
     def expectations(self) -> tuple[str, ...]:
@@ -91,6 +93,7 @@ class Scores:
         baselines: {name: {metric: {value, low, high, difference, difference_low, difference_high,
             p}}}: what answers without training score, and how far the model is above.
         notes: lines on what was left out, and what it would cost.
+        modality: what the rows are about: images or audio.
     """
 
     accuracy: float
@@ -105,14 +108,19 @@ class Scores:
     classes: dict[str, Any] | None = field(default=None, repr=False)
     baselines: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    modality: Modality = "image"
 
     def summary(self) -> dict[str, Any]:
-        """The scores as a dictionary, without individual answers and what was not computed."""
+        """The scores as a dictionary, without individual answers and what was not computed.
+
+        It has the modality of audio alone.
+        """
         added = ("metrics", "skipped", "classes", "baselines", "notes")
+        usual = "modality" if self.modality == "image" else ""
         return {
             key: deepcopy(value)
             for key, value in vars(self).items()
-            if key != "answers" and (value or key not in added)
+            if key not in ("answers", usual) and (value or key not in added)
         }
 
 
@@ -160,6 +168,7 @@ def scores(answers: list[Answer], losses: Losses) -> Scores:
         },
         by_source=by_source,
         answers=answers,
+        modality="audio" if any(answer.modality == "audio" for answer in answers) else "image",
     )
 
 

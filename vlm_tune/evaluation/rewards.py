@@ -16,7 +16,7 @@ from vlm_tune.config.grpo import Grpo, RewardFunction
 from vlm_tune.config.objectives import AnyObjective
 from vlm_tune.config.train import REWARDS
 from vlm_tune.data.types import Conversation, Message
-from vlm_tune.errors import Problem, RecipeError, TrainingError
+from vlm_tune.errors import DataError, Problem, RecipeError, TrainingError
 from vlm_tune.evaluation.evaluate import row_answers
 from vlm_tune.evaluation.metric import Metric
 from vlm_tune.evaluation.registry import METRICS, import_function
@@ -51,6 +51,30 @@ def check_rewards(objectives: Iterable[AnyObjective]) -> None:
     for objective in objectives:
         if isinstance(objective, Grpo):
             reward_functions(objective)
+
+
+def check_rewarded(objective: Grpo, rows: Iterable[Conversation]) -> None:
+    """Checks that the rewards can tell completions of some row apart; reads up to the first one.
+
+    A function of a user's may reward any row.
+
+    Raises:
+        DataError: All rewards are metrics, and none of them can score any of the rows.
+    """
+    names = [function.function for function in objective.functions]
+    if not all(name in REWARDS for name in names):
+        return
+    metrics = [METRICS[name] for name in names]
+    for row in rows:
+        (answer,) = row_answers([row], [""])
+        if any(metric.applies(answer) for metric in metrics):
+            return
+    needs = "; ".join(f"{metric.name} needs {metric.needs}" for metric in metrics)
+    raise DataError(
+        f"no row can be rewarded, so that nothing would be learned: {needs}",
+        source=KEY,
+        kind="form",
+    )
 
 
 def format_reward(pattern: str) -> Callable[..., list[float]]:

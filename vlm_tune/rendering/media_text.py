@@ -9,6 +9,11 @@ NOUNS = {"images": "image", "frames": "video frame", "clips": "audio clip"}
 """The noun of each of `MediaCounts`."""
 
 
+def medium_noun(summary: Mapping[str, Any]) -> str:
+    """The noun of what a summary's scores are about: image, or clip of audio."""
+    return "clip" if summary.get("modality") == "audio" else "image"
+
+
 def counts_shown(counts: Sequence[Mapping[str, Any]]) -> list[str]:
     """The counts that are shown: those over 0 in one of the mappings, else that of images."""
     return [name for name in NOUNS if any(each.get(name) for each in counts)] or ["images"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_tune.data.audio.decode import is_audio
 from vlm_tune.data.images.decode import decode_image
 from vlm_tune.data.regions import mentions
 from vlm_tune.data.types import Media
@@ -88,10 +89,10 @@ def regions_drawn(size: Any, expected: Any, answers: Sequence[Any]) -> list[Mark
 
 
 def thumbnail(media: Media | None, marked: Sequence[Marked] = ()) -> Thumbnail | str:
-    """Returns the image as a thumbnail, or the reason why there is none.
+    """Returns the image as a thumbnail, or the reason why there is none, as for audio.
 
     Args:
-        media: The image.
+        media: The image or audio clip.
         marked: Texts whose boxes and points are drawn on it.
     """
     from PIL import Image
@@ -99,7 +100,11 @@ def thumbnail(media: Media | None, marked: Sequence[Marked] = ()) -> Thumbnail |
     try:
         if media is None:
             return "no image"
-        image = decode_image(media.read(), media.name)
+        encoded = media.read()
+        # A run's files name their media without saying what they are.
+        if is_audio(encoded):
+            return f"audio: {Path(media.name).name}"
+        image = decode_image(encoded, media.name)
     except (OSError, ValueError, DataError):
         return "the image can't be read"
     tiny = max(image.size) <= SHOWN

@@ -16,7 +16,7 @@ from typing import Any
 
 from vlm_tune.data.types import Media, Slice
 from vlm_tune.evaluation.assessment import better
-from vlm_tune.evaluation.baselines import TITLES
+from vlm_tune.evaluation.baselines import baseline_title
 from vlm_tune.evaluation.texts import levenshtein, normalise
 from vlm_tune.rendering.page import is_long, percent, regions_drawn, thumbnail
 from vlm_tune.rendering.scores_text import chance, is_share, main_metrics, metric_title
@@ -142,7 +142,7 @@ def baseline_rows(result: dict[str, Any]) -> list[list[str]]:
             ends = ("difference_low", "difference_high")
             rows.append(
                 [
-                    TITLES.get(baseline, baseline),
+                    baseline_title(baseline, result.get("modality")),
                     metric_title(name),
                     _shown(name, entry["value"]),
                     _shown(name, difference, signed=True),

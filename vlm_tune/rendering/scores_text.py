@@ -10,10 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm_tune.evaluation.assessment import better
-from vlm_tune.evaluation.baselines import TITLES
+from vlm_tune.evaluation.baselines import baseline_title
 from vlm_tune.evaluation.compare import Comparison
 from vlm_tune.evaluation.registry import METRICS
 from vlm_tune.quoting import escaped
+from vlm_tune.rendering.media_text import medium_noun
 
 SHOWN = 2
 """Metrics by which groups and baselines are shown; result.json has all."""
@@ -99,7 +100,8 @@ def _metrics(summary: Mapping[str, Any]) -> Table | None:
     metrics = summary.get("metrics")
     if not metrics:
         return None
-    table = _table("scores", ["metric"], ["score", "95% interval", "rows", "images"])
+    media = f"{medium_noun(summary)}s"
+    table = _table("scores", ["metric"], ["score", "95% interval", "rows", media])
     for name, entry in metrics.items():
         table.add_row(
             Text(escaped(metric_title(name))),
@@ -171,7 +173,7 @@ def _baselines(summary: Mapping[str, Any]) -> Iterator[Table]:
                 continue
             entry = metrics[name]
             table.add_row(
-                TITLES.get(baseline, baseline),
+                baseline_title(baseline, summary.get("modality")),
                 amount(name, entry["value"]),
                 amount(name, entry["difference"], signed=True),
                 ends(name, entry["difference_low"], entry["difference_high"], signed=True),

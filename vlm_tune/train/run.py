@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from vlm_tune.config.load import dump_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.prepare.run import scratch_texts
+from vlm_tune.data.sources.registry import open_source
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import TrainingError, VlmTuneError
 from vlm_tune.evaluation.registry import check_metrics
@@ -24,13 +25,13 @@ from vlm_tune.evaluation.rewards import check_rewards
 from vlm_tune.events import Environment, Evaluation, Event, Note, Report, TrainSteps
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.kernels.cpu.native import kernel_status
-from vlm_tune.model.build import build, build_processor
+from vlm_tune.model.build import build, build_processor, planned_config
 from vlm_tune.model.build_checks import check_model
 from vlm_tune.model.committed_folders import recover_folders
 from vlm_tune.model.tuning import check_fits
 from vlm_tune.paths import reason
 from vlm_tune.resources import kernel_setting
-from vlm_tune.run_folder import check_present, check_run, keep_recipe, open_run
+from vlm_tune.run_folder import MARK, check_present, check_run, keep_recipe, open_run
 from vlm_tune.run_lock import run_lock
 from vlm_tune.train.accelerator import accelerator_of, precision_notes
 from vlm_tune.train.allocator import forget_old_kernels, return_freed_memory, shut_range
@@ -107,6 +108,8 @@ def sft(
     text = dump_recipe(recipe)
     with ExitStack() as stack, kernel_setting(recipe.train.kernels), determinism(recipe):
         kernels = _check_machine(recipe)
+        if overwrite and (run / MARK).is_file():
+            _check_inputs(recipe)
         section = engine_of(recipe)
         accelerator = accelerator_of(recipe)
         stack.callback(shut_range)
@@ -149,6 +152,21 @@ def _check_machine(recipe: Recipe) -> str:
     forget_old_kernels()
     return_freed_memory()
     return kernels
+
+
+def _check_inputs(recipe: Recipe) -> None:
+    """Opens all sources and reads the model's configs.
+
+    That is done before a run is deleted: a mistaken name would else cost a finished model.
+
+    Raises:
+        DataError: A source can't be opened.
+        ModelError: A name of a model is unknown.
+    """
+    planned_config(recipe)
+    for _, stage in recipe.resolved_stages():
+        for source in (*stage.data.train, *stage.data.validation, *stage.data.test):
+            open_source(source, seed=stage.seed)
 
 
 def _report_start(

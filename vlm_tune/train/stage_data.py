@@ -39,7 +39,8 @@ from vlm_tune.data.prepare.forms import check_forms
 from vlm_tune.data.prepare.job import PartName
 from vlm_tune.data.prepare.run import part_conversations, prepared_parts
 from vlm_tune.data.prepare.worker import BAD
-from vlm_tune.data.types import Conversation
+from vlm_tune.data.types import Conversation, distinct_media
+from vlm_tune.evaluation.rewards import check_rewarded
 from vlm_tune.events import Features, Note, Preparing, StageReport
 from vlm_tune.model.feature_cache import FeatureStore, tower_features
 from vlm_tune.model.feature_choice import cache_choice, mean_patches, stage_usage, trains_tower
@@ -148,6 +149,8 @@ def read_stage(
     (train,) = parts.get("train") or [None]
     if train is not None and follows(train):
         check_joins(data)
+    if train is not None and isinstance(recipe.objective, Grpo):
+        check_rewarded(recipe.objective, train.conversations(train.places("train")))
     for line in stream_bounds(recipe) if train is None else unkept_bounds(recipe, train):
         report(Note(line))
     validation, test = (

@@ -243,7 +243,7 @@ def test_the_words_of_a_task_name_the_medium(tmp_path: Path) -> None:
         "image": "image|picture",
     }
 
-    def asked(path: Path, **options: Any) -> list[str]:
+    def questions_of(path: Path, **options: Any) -> list[str]:
         reader = open_source(file_source(path, **options), seed=0)
         return [row.question for row in good(list(read_all([reader])))]
 
@@ -251,7 +251,7 @@ def test_the_words_of_a_task_name_the_medium(tmp_path: Path) -> None:
         for form, fields in tasks.items():
             rows = [fields | {kind: value, "id": number} for number in range(8)]
             path = write_rows(tmp_path / "rows.jsonl", rows)
-            questions = asked(path, form=form)
+            questions = questions_of(path, form=form)
             assert all(re.search(words[kind], question) for question in questions), questions
-            named = asked(path, form=form, instructions=form)
+            named = questions_of(path, form=form, instructions=form)
             assert all(re.search(words["image"], question) for question in named)

@@ -59,6 +59,11 @@ def waveform(media: Media, rate: int) -> np.ndarray:
     return samples
 
 
+def is_audio(data: bytes) -> bool:
+    """Whether the first bytes of an encoded file are those of a format that `waveform` takes."""
+    return _demuxer(data) is not None
+
+
 def clip_seconds(media: Media) -> float:
     """The length of a clip in seconds. Raises `DataError` as `waveform`."""
     rate = 8000  # what is decoded is only counted

@@ -28,9 +28,8 @@ def check_whole_logits(llm: Llm | NativeLlm, language: LanguageModel) -> None:
     """
     plain = language.rule == HeadRule() and language.factor == 1
     # An encoder-decoder and a native model are called as they are.
-    if plain or language.layout == "seq2seq" or isinstance(llm, NativeLlm):
-        return
-    vlm = find_vlm(str(llm.name))
+    called = language.layout == "seq2seq" or isinstance(llm, NativeLlm)
+    vlm = None if plain or called or llm.scratch else find_vlm(str(llm.name))
     if vlm is None:
         return
     from transformers import AutoModelForImageTextToText
