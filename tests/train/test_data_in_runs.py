@@ -186,7 +186,7 @@ def test_sources_share_an_epoch_by_their_weights(
     ("changes", "error"),
     [
         ({"data__train": [{"kind": "file", "path": "gone.jsonl"}]}, DataError),
-        ({"stages": [{"data": {"test": [{"kind": "file", "path": "gone.jsonl"}]}}]}, DataError),
+        ({"stages": [{"name": "one", "data": {"test": [{"kind": "file", "path": "gone.jsonl"}]}}]}, DataError),
         ({"model__llm": {"kind": "causal", "name": "gone"}}, ModelError),
     ],
 )
