@@ -6,6 +6,7 @@ lower right one. A box has four coordinates, x1, y1, x2, y2; a point two, x and 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,25 +69,49 @@ def region_size(message: Message) -> Size | None:
 
 
 def write_region(coordinates: Sequence[float], frame: Size, boxes: Boxes) -> str:
-    """Coordinates in pixels of a frame, which the model sees, in the model's convention."""
+    """Coordinates in pixels of a frame, which the model sees, in the model's convention.
+
+    A box that is thinner than a step of the convention is written one step wide: an empty one would
+    be read back as nothing.
+    """
     sides = [frame[number % 2] for number in range(len(coordinates))]
     shares = [
         min(max(number / side, 0.0), 1.0) for number, side in zip(coordinates, sides, strict=True)
     ]
-    match boxes.unit:
-        case "pixels":
-            numbers = [str(round(share * side)) for share, side in zip(shares, sides, strict=True)]
-        case "norm1000":
-            numbers = [str(round(1000 * share)) for share in shares]
-        case "norm1":
-            numbers = [f"{share:.{boxes.decimals}f}" for share in shares]
-        case "loc":
-            bins = [min(int(share * BINS), BINS - 1) for share in shares]
-            pairs = zip(bins[::2], bins[1::2], strict=True)
-            return "".join(f"<loc{y:04}><loc{x:04}>" for x, y in pairs)
+    numbers = _numbers(shares, sides, boxes)
+    if len(numbers) == 4:
+        for axis in (0, 1):
+            if numbers[axis] == numbers[axis + 2]:
+                centre = (shares[axis] + shares[axis + 2]) / 2
+                shares[axis::2] = _one_step(centre, sides[axis], boxes)
+        numbers = _numbers(shares, sides, boxes)
+    if boxes.unit == "loc":
+        pairs = zip(numbers[::2], numbers[1::2], strict=True)
+        return "".join(f"<loc{y}><loc{x}>" for x, y in pairs)
     if boxes.style == "parentheses":
         return ",".join(f"({x},{y})" for x, y in zip(numbers[::2], numbers[1::2], strict=True))
     return f"[{', '.join(numbers)}]"
+
+
+def _numbers(shares: Sequence[float], sides: Sequence[int], boxes: Boxes) -> list[str]:
+    """Shares of a frame's sides as numbers of a convention."""
+    match boxes.unit:
+        case "pixels":
+            return [str(round(share * side)) for share, side in zip(shares, sides, strict=True)]
+        case "norm1000":
+            return [str(round(1000 * share)) for share in shares]
+        case "norm1":
+            return [f"{share:.{boxes.decimals}f}" for share in shares]
+        case "loc":
+            return [f"{min(int(share * BINS), BINS - 1):04}" for share in shares]
+
+
+def _one_step(centre: float, side: int, boxes: Boxes) -> list[float]:
+    """The step of a convention that a share of a frame's side is in, from its begin to its end."""
+    steps = {"pixels": side, "norm1000": 1000, "norm1": 10**boxes.decimals, "loc": BINS}[boxes.unit]
+    last = steps - 2 if boxes.unit == "loc" else steps - 1
+    first = min(math.floor(centre * steps), last)
+    return [first / steps, (first + 1) / steps]
 
 
 NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"

@@ -387,3 +387,13 @@ def test_a_video_in_a_shard(tmp_path: Path, ending: str) -> None:
     )
     (row,) = read(WebDatasetSource(kind="webdataset", path=str(path), video_frames=3))
     assert isinstance(row, Conversation) and greys(row.messages[0].parts[:-1]) == [0, 12, 24]
+
+
+@pytest.mark.parametrize("value", ["data:;base64,!!!", "data:,x", "data:;base64,", b""])
+@pytest.mark.parametrize("kind", ["image", "audio", "video"])
+def test_bytes_that_can_not_be_read_are_a_fault_of_their_own_kind(
+    kind: str, value: Any, finder: MediaFinder
+) -> None:
+    with pytest.raises(DataError) as caught:
+        finder.parts(kind, value)
+    assert caught.value.kind == f"{kind}_unreadable"
