@@ -182,11 +182,14 @@ def test_sources_share_an_epoch_by_their_weights(
     assert events(run, "stage")[0]["steps"] == 2
 
 
+GONE = {"kind": "file", "path": "gone.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"data__train": [{"kind": "file", "path": "gone.jsonl"}]}, DataError),
-        ({"stages": [{"name": "one", "data": {"test": [{"kind": "file", "path": "gone.jsonl"}]}}]}, DataError),
+        ({"data__train": [GONE]}, DataError),
+        ({"stages": [{"name": "one", "data": {"test": [GONE]}}]}, DataError),
         ({"model__llm": {"kind": "causal", "name": "gone"}}, ModelError),
     ],
 )
