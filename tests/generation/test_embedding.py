@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.helpers.audio_samples import hearing_recipe, write_tone_rows
 from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import parsed, rows_of
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
@@ -116,3 +117,12 @@ def test_an_image_that_is_read_with_a_question_has_no_vector(
     monkeypatch.setattr(model.connector, "needs_text", True)
     with pytest.raises(ModelError, match="reads the question"):
         model.embed_images([Image.new("RGB", (8, 8))])
+
+
+def test_a_model_that_hears_has_no_vectors_of_images(tmp_path: Path) -> None:
+    """Nor of a clip that is passed as one: its first window alone would be heard."""
+    model = talkative(hearing_recipe("causal", write_tone_rows(tmp_path), tmp_path / "run"))
+    for file in ("high.wav", "low.wav"):
+        with pytest.raises(ModelError, match=r"no vector here: the model's tower takes audio"):
+            model.embed_images([tmp_path / file])
+    assert model.embed_texts(["low"]).shape == (1, 32)

@@ -72,7 +72,7 @@ def image_embeddings(
     Raises:
         ArgumentError: `batch_size` is no whole number from 1 on.
         DataError: An image can't be decoded.
-        ModelError: The connector reads the question, or it is a native model's.
+        ModelError: The connector reads the question, or it is a native model or one that hears.
     """
     check_count("batch_size", batch_size)
     check_image_vectors(model)
@@ -90,6 +90,11 @@ def image_embeddings(
 
 def check_image_vectors(model: VisionLanguageNetwork) -> None:
     """Raises `ModelError` if an image alone has no vector in the model."""
+    if model.processor.images.modality != "image":
+        raise ModelError(
+            "an image alone has no vector here: the model's tower takes audio (model.tower.kind), "
+            "of which none are computed"
+        )
     if model.llm.native:
         raise ModelError(
             "an image alone has no vector here: a native model's own forward pass has none to show"
