@@ -39,7 +39,7 @@ from vlm_tune.data.prepare.forms import check_forms
 from vlm_tune.data.prepare.job import PartName
 from vlm_tune.data.prepare.run import part_conversations, prepared_parts
 from vlm_tune.data.prepare.worker import BAD
-from vlm_tune.data.types import Conversation, distinct_media
+from vlm_tune.data.types import Conversation
 from vlm_tune.evaluation.rewards import check_rewarded
 from vlm_tune.events import Features, Note, Preparing, StageReport
 from vlm_tune.model.feature_cache import FeatureStore, tower_features
