@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import transformers
-import trl
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.helpers.chat_samples import TEXTS
+from tests.helpers.native_families import NEWEST, QWEN, ROPE, TEXT, VISION, qwen_images, shipped
+from tests.helpers.native_tiled import TILED
 from tests.helpers.vlm_samples import stir
 
-Kind = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "lfm2_vl"]
-KINDS: list[Kind] = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "lfm2_vl"]
+FAMILIES = NEWEST | TILED
+Kind = str
+KINDS: list[Kind] = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "lfm2_vl", *FAMILIES]
 JOINED: list[Kind] = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 """Models whose samples can be joined in a row."""
 TEMPLATES = {
@@ -27,15 +29,6 @@ TEMPLATES = {
     "lfm2_vl": "lfm2_2_5_vl",
 }
 """The chat templates of the models, as TRL 1.16 holds them (Apache 2.0)."""
-QWEN = {
-    "pad_token": "<|endoftext|>",
-    "eos_token": "<|im_end|>",
-    "start_token": "<|im_start|>",
-    "vision_start_token": "<|vision_start|>",
-    "vision_end_token": "<|vision_end|>",
-    "image_token": "<|image_pad|>",
-    "video_token": "<|video_pad|>",
-}
 LFM = {
     "pad_token": "<|pad|>",
     "bos_token": "<|startoftext|>",
@@ -46,14 +39,6 @@ LFM = {
     "image_end_token": "<|image_end|>",
     "image_thumbnail": "<|img_thumbnail|>",
 }
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-VISION = {"hidden_size": 32, "intermediate_size": 48}
 SIZES = {"wide": (120, 60), "high": (50, 110), "small": (9, 9)}
 QUESTIONS = (
     (["wide"], "<image>What is it?", "a wide image"),
@@ -64,20 +49,19 @@ QUESTIONS = (
     (["small"], "<image>What is it?", "a small image"),
     ([], "Only words here?", "yes"),
 )
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def chat_template(kind: Kind) -> str:
     """A model's chat template."""
-    folder = Path(str(trl.__file__)).parent / "chat_templates"
-    return (folder / f"{TEMPLATES[kind]}.jinja").read_text()
+    return FAMILIES[kind].template() if kind in FAMILIES else shipped(TEMPLATES[kind])
 
 
 @cache
 def native_tokenizer(kind: Kind) -> Any:
     """A tokenizer with a model's special tokens."""
-    names = LFM if kind == "lfm2_vl" else QWEN
-    specials = list(names.values())
+    family = FAMILIES.get(kind)
+    names = family.tokens if family else LFM if kind == "lfm2_vl" else QWEN
+    specials = [*dict.fromkeys(names.values()), *(family.specials if family else ())]
     if kind == "lfm2_vl":
         specials += [f"<|img_row_{r}_col_{c}|>" for r in range(1, 5) for c in range(1, 5)]
     inner = Tokenizer(models.BPE())
@@ -96,27 +80,30 @@ def native_tokenizer(kind: Kind) -> Any:
     if "bos_token" in names:
         ends["bos_token"] = names["bos_token"]
     others = {key: name for key, name in names.items() if key not in ends and key != "start_token"}
-    return transformers.PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner,
         extra_special_tokens=others,
         clean_up_tokenization_spaces=False,
         **ends,
     )
+    words = family.words if family else ()
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
+    return tokenizer
 
 
 def native_processor(kind: Kind) -> Any:
     """A model's own processor, for images of few tokens."""
     tokenizer = native_tokenizer(kind)
     options = {"chat_template": chat_template(kind)}
+    if kind in FAMILIES:
+        return FAMILIES[kind].processor(tokenizer, options)
     if kind == "lfm2_vl":
         sizes: dict[str, Any] = {"tile_size": 64, "max_tiles": 4}
         sizes |= {"min_image_tokens": 2, "max_image_tokens": 4, "max_num_patches": 16}
         images = transformers.Lfm2VlImageProcessor(**sizes)
         return transformers.Lfm2VlProcessor(images, tokenizer, **options)
     side = 16 if kind == "qwen3_vl" else 14
-    images = transformers.Qwen2VLImageProcessor(
-        size={"shortest_edge": 4 * side**2, "longest_edge": 48 * side**2}, patch_size=side
-    )
+    images = qwen_images(side)
     if kind == "qwen3_vl":
         video = transformers.Qwen3VLVideoProcessor(patch_size=side)
         return transformers.Qwen3VLProcessor(images, tokenizer, video, **options)
@@ -130,6 +117,8 @@ def native_processor(kind: Kind) -> Any:
 def native_model(kind: Kind, *, tied: bool = False) -> Any:
     """A model with random weights, norms and biases moved too."""
     tokenizer = native_tokenizer(kind)
+    if kind in FAMILIES:
+        return _stirred(FAMILIES[kind].config(tokenizer))
     text = TEXT | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     common: dict[str, Any] = {
         "image_token_id": tokenizer.image_token_id,

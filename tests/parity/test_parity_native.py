@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.native_models import KINDS, Kind, save_native, with_native
+from tests.helpers.native_models import KINDS, save_native, with_native
 from tests.helpers.tiny_models import batch_of, built, largest, parsed, rows_of
+from tests.helpers.tiny_recipes import tiny_text
 from tests.parity.test_parity_idefics3 import write_rows
 from tests.parity.test_parity_pretrained import our_step
 from vlm_tune.data.images.decode import PixelCache
@@ -19,8 +19,6 @@ from vlm_tune.data.types import IGNORE_INDEX, Conversation, Media
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.language.decoding import Decoding
-
-Tiny = Callable[..., str]
 
 
 def their_inputs(folder: Path, row: Conversation, *, prompt: bool = False) -> Any:
@@ -32,8 +30,15 @@ def their_inputs(folder: Path, row: Conversation, *, prompt: bool = False) -> An
         {"role": message.role, "content": [_part(part) for part in message.parts]}
         for message in (row.messages[:-1] if prompt else row.messages)
     ]
+    # Without reasoning, where the template can open an answer by it.
+    options = {"enable_thinking": False} if "enable_thinking" in processor.chat_template else {}
     return processor.apply_chat_template(
-        turns, add_generation_prompt=prompt, tokenize=True, return_dict=True, return_tensors="pt"
+        turns,
+        add_generation_prompt=prompt,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **options,
     )
 
 
@@ -43,28 +48,29 @@ def _part(part: str | Media) -> dict[str, Any]:
     return {"type": "image", "image": Image.open(str(part.source)).convert("RGB")}
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Kind:
-    return request.param
-
-
-@pytest.fixture
-def taken(
-    kind: Kind, tiny_recipe: Tiny, color_rows: Path, tmp_path: Path
-) -> tuple[VisionLanguageModel, Any, list[Conversation]]:
+class Taken(NamedTuple):
     """The model of a recipe, transformers' own in the folder `vlm`, and the rows."""
-    write_rows(color_rows)
-    theirs = save_native(tmp_path / "vlm", kind)
-    recipe = parsed(with_native(tiny_recipe("causal"), tmp_path / "vlm"))
-    return built(recipe).eval(), theirs, rows_of(recipe)
+
+    model: VisionLanguageModel
+    theirs: Any
+    rows: list[Conversation]
+    folder: Path
 
 
-def test_ids_pixels_logits_and_gradients_are_transformers(
-    taken: tuple[VisionLanguageModel, Any, list[Conversation]], tmp_path: Path
-) -> None:
-    model, theirs, rows = taken
+@pytest.fixture(scope="module", params=KINDS)
+def taken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Taken:
+    folder = tmp_path_factory.mktemp(request.param)
+    write_rows(folder / "rows.jsonl")
+    theirs = save_native(folder / "vlm", request.param)
+    text = tiny_text("causal", folder / "rows.jsonl", folder / "run")
+    recipe = parsed(with_native(text, folder / "vlm"), data__max_length=512)
+    return Taken(built(recipe).eval(), theirs, rows_of(recipe), folder / "vlm")
+
+
+def test_ids_pixels_logits_and_gradients_are_transformers(taken: Taken) -> None:
+    model, theirs, rows, folder = taken
     examples = [model.processor.examples(row)[0] for row in rows]
-    inputs = [their_inputs(tmp_path / "vlm", row) for row in rows]
+    inputs = [their_inputs(folder, row) for row in rows]
     assert [len(example.media) for example in examples] == [1, 2, 1, 0]
     for example, given in zip(examples, inputs, strict=True):
         ids = example.input_ids.tolist()
@@ -95,22 +101,18 @@ def test_ids_pixels_logits_and_gradients_are_transformers(
         assert largest(ours[name], gradient) <= 1e-5 * max(1.0, float(gradient.abs().max())), name
 
 
-def test_another_image_changes_the_logits(
-    taken: tuple[VisionLanguageModel, Any, list[Conversation]],
-) -> None:
-    model, _, rows = taken
+def test_another_image_changes_the_logits(taken: Taken) -> None:
+    model, _, rows, _ = taken
     batch = batch_of(model, [model.processor.examples(rows[0])[0]])
     with torch.no_grad():
         before = model.llm.supervised_logits(model.embed(batch), batch)
-        batch.native["pixel_values"] = -batch.native["pixel_values"].flip(0)
+        batch.native["pixel_values"] = -batch.native["pixel_values"].flip(0, -1)
         after = model.llm.supervised_logits(model.embed(batch), batch)
     assert largest(before, after) > 1e-3
 
 
-def test_greedy_text_is_transformers(
-    taken: tuple[VisionLanguageModel, Any, list[Conversation]], tmp_path: Path
-) -> None:
-    model, theirs, rows = taken
+def test_greedy_text_is_transformers(taken: Taken) -> None:
+    model, theirs, rows, folder = taken
     texts = answer_prompts(
         model,
         model.processor.prompts(rows),
@@ -118,7 +120,7 @@ def test_greedy_text_is_transformers(
         fetch=PixelCache(model.processor.images),
     )
     for row, text in zip(rows, texts, strict=True):
-        given = their_inputs(tmp_path / "vlm", row, prompt=True)
+        given = their_inputs(folder, row, prompt=True)
         ids = theirs.generate(
             **given, max_new_tokens=8, do_sample=False, eos_token_id=model.processor.stop_ids
         )

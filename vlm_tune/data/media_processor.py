@@ -58,11 +58,11 @@ class MediaProcessor(Protocol):
         """The frame that shows a media item as a whole. Raises as `segments`."""
         ...
 
-    def segments(self, media: Media, among: int = 1) -> list[Segment]:
+    def segments(self, media: Media, place: int = 0, among: int = 1) -> list[Segment]:
         """The segments of a media item in a prompt: its frames, and the markers around them.
 
-        `among` is the number of media items of its row. Raises `DataError` for an item whose size
-        can't be read.
+        `among` is the number of media items of its row, `place` that of those before it. Raises
+        `DataError` for an item whose size can't be read.
         """
         ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -235,6 +235,23 @@ class Segment:
     row_ends: tuple[str, str] | None = None
 
 
+class Join(NamedTuple):
+    """How an input that a native model takes of its images is joined over several of them.
+
+    Attributes:
+        name: The input.
+        dimension: The dimension along which it is joined.
+        counted: For places that are counted on from image to image, the input whose places they
+            are; no name for others.
+        counted_dimensions: The number of leading dimensions of that input that count.
+    """
+
+    name: str
+    dimension: int = 0
+    counted: str = ""
+    counted_dimensions: int = 0
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """Everything that the data side knows about the model.
@@ -247,6 +264,7 @@ class InputSpec:
     max_length: int
     pad_id: int
     eos_id: int
+    joins: tuple[Join, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,10 @@ def _their_logits(
     (example,) = model.processor.examples(row)
     inputs = their_inputs(processor, model, messages_of(row), prompt=False)
     ids = example.input_ids.tolist()
-    check_ids(row, [*ids, int(example.labels[-1])], inputs["input_ids"][0, : len(ids) + 1].tolist())
+    given = inputs["input_ids"][0, : len(ids) + 1].tolist()
+    # A template that leaves an answer's end to the next turn writes none after the last one.
+    ended = [int(example.labels[-1])] if len(given) > len(ids) else []
+    check_ids(row, [*ids, *ended], given)
     _check_images(inputs, model, example)
     supervised = torch.from_numpy(example.labels).to(model.device) != IGNORE_INDEX
     return theirs(**inputs).logits[0, : len(ids)].float()[supervised]

@@ -17,6 +17,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.towers import AnyTower, AudioTower, OpenClipTower, PairTower, TimmTower
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate, load_template
+from vlm_tune.data.images.native import NativeImages
 from vlm_tune.data.prepare.job import distinct_tasks
 from vlm_tune.data.types import Conversation, InputSpec
 from vlm_tune.errors import ModelError
@@ -28,6 +29,7 @@ from vlm_tune.model.connectors.instruction import Reader
 from vlm_tune.model.connectors.projectors import Connector
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.language.base import LanguageModel
+from vlm_tune.model.language.native import NativeLLM
 from vlm_tune.model.language.registry import wrapped_llm
 from vlm_tune.model.media_tower import MediaTower
 from vlm_tune.model.optimizer_groups import Tuned
@@ -231,11 +233,13 @@ def _processor(
     check_questions(section, template)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     native = load_native_processor(section, folder) if isinstance(section, NativeSection) else None
+    images = media_processor(section, tower) if native is None else native_images(native)
+    joins = images.joins if isinstance(images, NativeImages) else ()
     processor = Processor(
         tokenizer=tokenizer,
         template=template,
-        spec=InputSpec(tokens, section.llm.kind, max_length, pad, tokenizer.eos_token_id),
-        images=media_processor(section, tower) if native is None else native_images(native),
+        spec=InputSpec(tokens, section.llm.kind, max_length, pad, tokenizer.eos_token_id, joins),
+        images=images,
         system=system,
         words=tuple(section.llm.words),
         boxes=section.boxes,
@@ -291,6 +295,8 @@ def assemble(
         config.max_length,
         folder=folder,
     )
+    if isinstance(llm, NativeLLM) and isinstance(processor.images, NativeImages):
+        llm.takes(processor.images)
     model = model_class(config, tower, connector, llm, processor)
     if getattr(language, "is_quantized", False) and config.llm.quantize:
         check_packed(model)
@@ -436,10 +442,7 @@ def planned_config(recipe: Recipe) -> tuple[VisionLanguageConfig, Any]:
 def restore_tower(
     section: AnyTower, rebuild: dict[str, Any] | None, weights: Path | None
 ) -> MediaTower:
-    """Builds a tower from the file `weights` and its architecture `rebuild`, or from its name.
-
-    The name is used if `weights` is None.
-    """
+    """Builds a tower from the file `weights` and its architecture `rebuild`; without, by name."""
     if weights is None:
         return build_tower(section)
     tower = build_tower(section, rebuild)

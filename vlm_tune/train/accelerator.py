@@ -48,7 +48,7 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
             # DDP sends the gradients themselves and no copies of them.
             DistributedDataParallelKwargs(
                 gradient_as_bucket_view=True,
-                # A native model's own forward pass runs no tower on rows without images.
+                # A native model's own forward pass may leave out parts, such as a tower of audio.
                 find_unused_parameters=isinstance(recipe.model, NativeModel),
             ),
         ],

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import LlamaConfig, PaliGemmaProcessor, SiglipImageProcessor
 
-from tests.helpers.native_models import KINDS, Kind, native_processor, save_native
+from tests.helpers.gemma_samples import paligemma_tokenizer
+from tests.helpers.native_models import KINDS, Kind, native_model, native_processor, save_native
+from tests.helpers.native_tiled import llama4_config
 from tests.helpers.vlm_samples import save_idefics3
 from vlm_tune.config.model import NativeLlm, NativeSection
 from vlm_tune.config.native import NativeModel
 from vlm_tune.config.towers import NativeTower
-from vlm_tune.data.chat.own_template import message
-from vlm_tune.data.types import Conversation, Message
+from vlm_tune.data.chat.own_template import image_text, message
+from vlm_tune.data.chat.template import processor_jinja
+from vlm_tune.data.types import Conversation, Message, Segment
 from vlm_tune.errors import DataError, ModelError
+from vlm_tune.model.language.native import NativeLLM
 from vlm_tune.model.pretrained.native import (
     load_native_processor,
     native_images,
     native_section,
     renderer,
+    stop_ids,
     template_of,
 )
 
@@ -38,18 +45,59 @@ def with_template(jinja: str) -> Any:
     return processor
 
 
+def as_loaded(kind: Kind, folder: Path) -> tuple[Any, list[int]]:
+    """A model's processor, as it is loaded from a folder, and the ids that end its answers."""
+    native_processor(kind).save_pretrained(folder)
+    native_model(kind).config.save_pretrained(folder)
+    section = NativeSection(llm=NativeLlm(name=str(folder)))
+    return load_native_processor(section, None), stop_ids(str(folder))
+
+
+def texts_of(segments: list[Segment]) -> str:
+    return "".join(str(segment.payload) for segment in segments)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_answer_and_its_end_train_and_nothing_else(kind: Kind) -> None:
-    processor = native_processor(kind)
-    template = template_of(processor)
+def test_the_answer_and_its_end_train_and_nothing_else(kind: Kind, tmp_path: Path) -> None:
+    processor, stops = as_loaded(kind, tmp_path)
+    template = template_of(processor, stops)
     turns = [("user", "Hot?"), ("assistant", "No."), ("user", "Cold?"), ("assistant", "Yes.")]
     row = Conversation("one", tuple(Message(role, (text,)) for role, text in turns))
     segments = template.segments(row)
     trained = [segment.payload for segment in segments if segment.trained]
-    assert trained == ["No.", "<|im_end|>", "Yes.", "<|im_end|>"]
-    text = "".join(str(segment.payload) for segment in segments)
-    theirs = renderer(processor)([message(role, text) for role, text in turns], False)
-    assert text == theirs
+    (end,) = template.ends
+    # GLM's own template has a line end there that a prompt without reasoning lacks.
+    line = "\n" if kind == "glm46v" else ""
+    assert trained == [f"{line}No.", end, f"{line}Yes.", end]
+    text = texts_of(segments)
+    messages = [message(role, text) for role, text in turns]
+    # Molmo2's processor puts its start token before what the template writes.
+    start = "<|endoftext|>" if kind == "molmo2" else ""
+    theirs = start + renderer(processor)(messages, False)
+    assert text == (theirs if theirs.rstrip().endswith(end) else f"{theirs}{end}")
+    opened = texts_of(template.segments(row, prompt_only=True))
+    assert opened == start + renderer(processor)(messages[:-1], True)
+    # So does the template that is written in its place where the recipe has a system text.
+    processor.chat_template = processor_jinja(template, None, image_text(renderer(processor)))
+    assert renderer(processor)(messages, False) == text
+    assert renderer(processor)(messages[:-1], True) == opened
+
+
+def test_reasoning_is_left_out_unless_it_is_asked_for(tmp_path: Path) -> None:
+    """Only the last answer has Qwen3.5's empty block of reasoning; GLM ends it by the next turn."""
+    processor, stops = as_loaded("qwen3_5", tmp_path)
+    opened = renderer(processor)([message("user", "Hot?")], True)
+    assert opened.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    reasoned = processor.apply_chat_template(
+        [message("user", "Hot?")], add_generation_prompt=True, enable_thinking=True, tokenize=False
+    )
+    assert reasoned.endswith("<|im_start|>assistant\n<think>\n")
+    template = template_of(processor, stops)
+    answer = Message("assistant", ("<think>\nIt is June.\n</think>\n\nYes.",))
+    row = Conversation("one", (Message("user", ("Hot?",)), answer))
+    with pytest.raises(DataError, match="has answers without reasoning") as caught:
+        template.segments(row)
+    assert "data.template" in str(caught.value)
 
 
 def test_a_default_system_text_gives_way_to_a_rows_own() -> None:
@@ -63,14 +111,9 @@ def test_a_default_system_text_gives_way_to_a_rows_own() -> None:
 @pytest.mark.parametrize(
     ("jinja", "reason"),
     [
-        # As Qwen3.5's: the last answer has a block for thoughts, earlier ones have none.
         (
-            PLAIN.replace(
-                "<|im_start|>{{ m.role }}\n",
-                "<|im_start|>{{ m.role }}\n"
-                "{{ '<think></think>' if loop.last and m.role != 'user' }}",
-            ),
-            "opens an answer in one way",
+            PLAIN.replace("<|im_end|>\n", "<|im_end|>{{ '' if loop.last else ' ' }}\n"),
+            "writes a turn by what follows it",
         ),
         (PLAIN.replace("assistant\n{% endif", "assistant\n<think>{% endif"), "opens an answer"),
         (PLAIN.replace("<|im_end|>\n", "\n"), "no special token stands after an answer"),
@@ -125,3 +168,39 @@ def test_a_processor_that_joins_images_is_refused(tmp_path: Path) -> None:
     save_idefics3(tmp_path, "idefics3")
     with pytest.raises(ModelError, match="another thing than of each"):
         native_images(AutoProcessor.from_pretrained(tmp_path))
+
+
+def test_types_of_tokens_that_are_not_their_ids_are_refused() -> None:
+    processor = native_processor("qwen3_vl")
+    whole = processor.create_mm_token_type_ids
+    processor.create_mm_token_type_ids = lambda ids: [
+        [kind if place < 3 else 0 for place, kind in enumerate(row)] for row in whole(ids)
+    ]
+    with pytest.raises(ModelError, match="by more than its id"):
+        native_images(processor)
+
+
+def test_a_forward_pass_that_needs_marked_tokens_gets_them_or_is_refused() -> None:
+    processor = native_processor("qwen3_vl")
+    llm = NativeLLM(native_model("qwen3_vl"))
+    llm.takes(native_images(processor))
+    assert llm.blank is not None and llm.token_types["mm_token_type_ids"]
+    with pytest.raises(ModelError, match="tells tokens apart by mm_token_type_ids"):
+        llm.takes(replace(native_images(processor), token_types={"mm_token_type_ids": {}}))
+
+
+def test_a_model_without_one_under_its_head_is_refused() -> None:
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(llama4_config())
+    with pytest.raises(ModelError, match="no model without its head"):
+        NativeLLM(model)
+
+
+def test_a_processor_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    images: Any = SiglipImageProcessor(size={"height": 32, "width": 32})
+    images.image_seq_length = 16
+    PaliGemmaProcessor(images, paligemma_tokenizer()).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="needs the processor of a chat model"):
+        load_native_processor(NativeSection(llm=NativeLlm(name=str(tmp_path))), None)

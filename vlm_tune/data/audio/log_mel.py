@@ -102,8 +102,8 @@ class AudioProcessor:
         """The clip itself."""
         return media
 
-    def segments(self, media: Media, among: int = 1) -> list[Segment]:
-        """The segments of a clip in a prompt: its windows in order.
+    def segments(self, media: Media, place: int = 0, among: int = 1) -> list[Segment]:
+        """The segments of a clip in a prompt, at any place: its windows in order.
 
         Raises `DataError` for a clip that can't be decoded, or is longer than the windows.
         """

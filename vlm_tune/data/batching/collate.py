@@ -65,8 +65,8 @@ def collate(
     outputs = inputs if spec.layout == "causal" else _answer_columns(examples)
     named = owners or [""] * len(examples)
     index, distinct = _distinct(examples, named)
-    images, native = _fetched(distinct, index, fetch, fetch_for)
-    views = _fetched(distinct, index, None, fetch_view)[0] if fetch_view else None
+    images, native = _fetched(distinct, index, spec, fetch, fetch_for)
+    views = _fetched(distinct, index, spec, None, fetch_view)[0] if fetch_view else None
     return Batch(
         ids=[example.id for example in examples],
         input_ids=inputs.padded([example.input_ids for example in examples], spec.pad_id),
@@ -194,6 +194,7 @@ def _distinct(
 def _fetched(
     distinct: Sequence[tuple[Media, str]],
     index: Sequence[int],
+    spec: InputSpec,
     fetch: Fetch | None,
     fetch_for: FetchFor | None,
 ) -> tuple[torch.Tensor | None, NativeInputs]:
@@ -205,6 +206,6 @@ def _fetched(
         items = [fetch(media) for media, _ in distinct]
     native = [item for item in items if isinstance(item, dict)]
     if native:
-        return None, joined_inputs([native[place] for place in index])
+        return None, joined_inputs([native[place] for place in index], spec.joins)
     pixels = [item for item in items if not isinstance(item, dict)]
     return stacked(pixels, [media for media, _ in distinct]) if pixels else None, {}

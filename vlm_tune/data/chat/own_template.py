@@ -1,8 +1,8 @@
 """A checkpoint's own chat template, taken apart into the turns of a `ChatTemplate`.
 
 The template is a program. It is run on conversations of marks, and what stands between the marks is
-what it writes around turns. Templates that write a turn by what follows it, such as those that
-leave out earlier reasoning, are refused.
+what it writes around turns. An answer before the last question may open otherwise than one after
+it, as where templates leave out earlier reasoning; answers with reasoning of their own are refused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import takewhile
+from typing import Any, Literal
 
 from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.data.chat.template import ChatTemplate, Piece
@@ -20,14 +21,20 @@ Render = Callable[[list[dict[str, Any]], bool], str]
 """Renders messages of transformers; the second argument opens the assistant's turn."""
 MARKS = ("first question", "first answer", "second question", "second answer")
 SYSTEM = "system words"
+THOUGHTS = ("</think>", "<channel|>", "[/THINK]")
+"""Ends of reasoning, by which templates take answers apart."""
 
 
-def own_template(render: Render, special: Sequence[str]) -> ChatTemplate:
+def own_template(
+    render: Render, special: Sequence[str], stops: Sequence[str] = (), lead: str = ""
+) -> ChatTemplate:
     """Takes a chat template apart.
 
     Args:
         render: runs the template.
         special: the tokenizer's special tokens, by their texts.
+        stops: the tokens at which the model's generation stops.
+        lead: the special token that the processor puts before what the template writes.
 
     Raises:
         DataError: it can't be taken apart.
@@ -35,25 +42,24 @@ def own_template(render: Render, special: Sequence[str]) -> ChatTemplate:
     turns = _turns(render)
     start, system, default = _system(render, turns)
     pieces = _Pieces(special)
+    user = pieces.of(turns.user[0])
+    answer_end = pieces.of(turns.end)
+    if not turns.end and user and user[0].control in stops:
+        # The next turn's first token ends an answer.
+        answer_end = [user[0]]
+        user = [user[0].model_copy(update={"unless": "assistant"}), *user[1:]]
     return ChatTemplate(
         name=OWN_TEMPLATE,
         layouts=["causal"],
-        start=pieces.of(start),
+        start=pieces.of(lead + start),
         system=[]
         if system is None
         else [*pieces.of(system[0]), Piece(content="prompt"), *pieces.of(system[1])],
-        user=[
-            *pieces.of(turns.user[0]),
-            Piece(content="prompt"),
-            *pieces.of(turns.user[1]),
-        ],
-        assistant=[
-            *pieces.of(turns.assistant[0]),
-            Piece(content="trained"),
-            *pieces.answer_end(turns.assistant[1]),
-        ],
+        user=[*user, Piece(content="prompt"), *pieces.of(turns.user[1])],
+        assistant=[*pieces.openings(turns), Piece(content="trained"), *_trained_end(answer_end)],
         default_system=default,
         strip=_strips(render),
+        thoughts=[mark for mark in THOUGHTS if not _writes(render, mark)],
     )
 
 
@@ -87,36 +93,60 @@ def refusal(reason: str) -> DataError:
     )
 
 
+def untrained_opening(render: Render) -> int | None:
+    """How much longer a written answer's opening is than the one that a prompt ends with.
+
+    None if the prompt's is another one. Raises `DataError` as `own_template`.
+    """
+    turns = _turns(render)
+    if not turns.last.startswith(turns.opened):
+        return None
+    return len(turns.last) - len(turns.opened)
+
+
 @dataclass(frozen=True)
 class _Turns:
-    """The texts before and after the content of turns, and before the first question."""
+    """The texts around the content of turns.
+
+    Attributes:
+        opening: what stands before the first question.
+        user: what stands before and after a question.
+        earlier: what opens an answer before the last question.
+        last: what opens one after it.
+        opened: what opens an answer that is to be written.
+        end: what stands after an answer.
+    """
 
     opening: str
     user: tuple[str, str]
-    assistant: tuple[str, str]
+    earlier: str
+    last: str
+    opened: str
+    end: str
 
 
 def _turns(render: Render) -> _Turns:
     first, answer, second, last = MARKS
     question = message("user", first)
     messages = [question, message("assistant", answer)]
-    whole = _between(
+    opening, turn, back, last_turn, end = _between(
         render([*messages, message("user", second), message("assistant", last)], False), MARKS
     )
-    opening, turn, back, again, end = whole
     after_question = _between(render([question], False), [first])[1]
-    opened = _between(render([question], True), [first])[1]
-    if turn != again or turn != opened:
-        raise refusal("it opens an answer in one way when it is to be written, in another later")
-    if not turn.startswith(after_question) or not back.startswith(end):
+    openings = [turn, last_turn, _between(render([question], True), [first])[1]]
+    if not back.startswith(end) or any(not text.startswith(after_question) for text in openings):
         raise refusal("it writes a turn by what follows it")
     before_question = back[len(end) :]
     if not opening.endswith(before_question):
         raise refusal("it writes the first question in another way than later ones")
+    earlier, of_last, opened = (text[len(after_question) :] for text in openings)
     return _Turns(
-        opening.removesuffix(before_question),
-        (before_question, after_question),
-        (turn[len(after_question) :], end),
+        opening=opening.removesuffix(before_question),
+        user=(before_question, after_question),
+        earlier=earlier,
+        last=of_last,
+        opened=opened,
+        end=end,
     )
 
 
@@ -150,9 +180,21 @@ def _system(render: Render, turns: _Turns) -> tuple[str, tuple[str, str] | None,
     raise refusal("it opens a conversation with system text in another way than one without")
 
 
-def _strips(render: Render) -> bool:
-    """Whether white space at the ends of a turn is left out."""
-    return f" {MARKS[0]} " not in render([message("user", f" {MARKS[0]} ")], False)
+def _strips(render: Render) -> bool | Literal["texts", "answers"]:
+    """Where white space is left out: at the ends of turns, of texts beside images, of answers."""
+    first, answer, second, _ = MARKS
+    question = render([message("user", f" {first} ", None, f" {second} ")], False)
+    if f" {first} " not in question:
+        return "texts" if f"{first} " not in question else True
+    answered = render([message("user", first), message("assistant", f" {answer} ")], False)
+    return "answers" if f" {answer} " not in answered else False
+
+
+def _writes(render: Render, mark: str) -> bool:
+    """Whether an answer with a mark in it is written as it is."""
+    first, answer, second, _ = MARKS
+    text = f"{answer}{mark}{second}"
+    return text in render([message("user", first), message("assistant", text)], False)
 
 
 class _Pieces:
@@ -171,9 +213,35 @@ class _Pieces:
             if part
         ]
 
-    def answer_end(self, text: str) -> list[Piece]:
-        """The pieces after an answer, of which the end token trains."""
-        pieces = self.of(text)
-        if not pieces or pieces[0].control is None:
-            raise refusal("no special token stands after an answer, so answers would never end")
-        return [Piece(control=pieces[0].control, trained=True), *pieces[1:]]
+    def openings(self, turns: _Turns) -> list[Piece]:
+        """The pieces that open an answer; those that a prompt does not end with train.
+
+        Raises `DataError` if a prompt ends otherwise than an answer opens.
+        """
+        if not turns.last.startswith(turns.opened):
+            raise refusal(
+                "it opens an answer in one way when it is to be written, in another later"
+            )
+        last = self._opening(turns.last, turns.opened)
+        earlier = self._opening(turns.earlier, turns.opened)
+        same = (one == other for one, other in zip(last, earlier, strict=False))
+        shared = len(list(takewhile(bool, same)))
+        return [
+            *last[:shared],
+            *(piece.model_copy(update={"when": "earlier"}) for piece in earlier[shared:]),
+            *(piece.model_copy(update={"when": "last"}) for piece in last[shared:]),
+        ]
+
+    def _opening(self, text: str, opened: str) -> list[Piece]:
+        if not text.startswith(opened):
+            return self.of(text)
+        written = self.of(text.removeprefix(opened))
+        trained = [piece.model_copy(update={"trained": True}) for piece in written]
+        return [*self.of(opened), *trained]
+
+
+def _trained_end(pieces: list[Piece]) -> list[Piece]:
+    """The pieces after an answer, of which the end token trains."""
+    if not pieces or pieces[0].control is None:
+        raise refusal("no special token stands after an answer, so answers would never end")
+    return [Piece(control=pieces[0].control, trained=True), *pieces[1:]]

@@ -157,14 +157,16 @@ class Processor:
 
     def _framed(self, segments: Sequence[Segment], conversation: Conversation) -> Iterator[Segment]:
         """The segments with each image replaced by its frames and what marks them."""
+        place = 0
         for segment in segments:
             if not isinstance(segment.payload, Media):
                 yield segment
                 continue
             try:
                 self._check_modality(segment.payload)
-                frames = self.images.segments(segment.payload, len(conversation.media))
-                yield from map(self._marker, frames)
+                count = len(conversation.media)
+                yield from map(self._marker, self.images.segments(segment.payload, place, count))
+                place += 1
             except DataError as error:
                 raise DataError(
                     error.message,
@@ -234,10 +236,8 @@ class Processor:
     @property
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the template's trained end tokens and the tokenizer's EOS."""
-        ends = [
-            piece.control for piece in self.template.assistant if piece.control and piece.trained
-        ]
-        return list(dict.fromkeys([*(self.encoder.control(end) for end in ends), self.spec.eos_id]))
+        ends = [self.encoder.control(end) for end in self.template.ends]
+        return list(dict.fromkeys([*ends, self.spec.eos_id]))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes generated ids to text, with control tokens and outer white space removed."""

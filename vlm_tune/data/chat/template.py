@@ -23,7 +23,8 @@ class Piece(BaseModel):
 
     Of the content it may be the `images` alone, or the `words` alone.
     One that stands `before` text is left out of a turn whose content begins with an image, one
-    with `unless: system` of a turn right after the system's.
+    with `unless` of a turn right after one of that role, and one with `when` of answers before the
+    last question, or of those after it.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -33,7 +34,8 @@ class Piece(BaseModel):
     content: Literal["trained", "prompt", "images", "words"] | None = None
     trained: bool = False
     before: Literal["text"] | None = None
-    unless: Literal["system"] | None = None
+    unless: Literal["system", "assistant"] | None = None
+    when: Literal["earlier", "last"] | None = None
 
 
 class ChatTemplate(BaseModel):
@@ -42,10 +44,11 @@ class ChatTemplate(BaseModel):
     Each role is a list of pieces. `start` opens every conversation. A conversation without system
     text gets `default_system` if there is one. The control names `bos` and `eos` stand for the
     tokenizer's own tokens. `strip` removes white space at both ends of a turn; with `texts` at both
-    ends of each text between its images, and none in a system's turn. `after_image` follows each
-    image, unless the text after it begins so. `between_words` stands between the texts of a turn
-    whose `words` are apart from its images. With `one_question` a conversation is one question
-    and its answer, and its BOS token may stand in the question's turn.
+    ends of each text between its images, and none in a system's turn; with `answers` in answers
+    alone. `after_image` follows each image, unless the text after it begins so. `between_words`
+    stands between the texts of a turn whose `words` are apart from its images. With `one_question`
+    a conversation is one question and its answer, and its BOS token may stand in the question's
+    turn. An answer with one of `thoughts`, the ends of reasoning, is refused.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -57,10 +60,11 @@ class ChatTemplate(BaseModel):
     user: list[Piece]
     assistant: list[Piece]
     default_system: str | None = None
-    strip: bool | Literal["texts"] = False
+    strip: bool | Literal["texts", "answers"] = False
     after_image: str = ""
     between_words: str = ""
     one_question: bool = False
+    thoughts: list[str] = []
     jinja: str = ""
 
     @property
@@ -97,8 +101,9 @@ class ChatTemplate(BaseModel):
             segment for piece in self.start for segment in self._piece(piece, None)
         ]
         self._check_questions(messages, conversation)
+        questions = [place for place, message in enumerate(messages) if message.role == "user"]
         before: Message | None = None
-        for message in messages:
+        for place, message in enumerate(messages):
             if message.role not in ROLES:
                 raise DataError(
                     f"the role {quoted(message.role)} is none of {', '.join(ROLES)}",
@@ -113,25 +118,53 @@ class ChatTemplate(BaseModel):
                     row=conversation.id,
                     kind="template",
                 )
+            self._check_thoughts(message, conversation)
             pieces: list[Piece] = getattr(self, message.role)
-            after_system = before is not None and before.role == "system"
+            role_before = None if before is None else before.role
+            other_place = "earlier" if not questions or place > questions[-1] else "last"
             segments += [
                 segment
                 for piece in pieces
-                if not (piece.unless and after_system)
+                if piece.when != other_place and not (piece.unless and piece.unless == role_before)
                 for segment in self._piece(piece, message)
             ]
             before = message
         if prompt_only:
-            for piece in self.assistant:
-                if piece.content or piece.trained:
-                    break
+            for piece in self.opened:
                 segments += self._piece(piece, None)
         # Earlier answers in a prompt are context and not trained.
         return [
             replace(segment, trained=False) if prompt_only else segment
             for segment in joined_texts(segments)
         ]
+
+    @property
+    def opened(self) -> list[Piece]:
+        """The pieces that open an answer which the model is to write."""
+        pieces = [piece for piece in self.assistant if piece.when != "earlier"]
+        written = next(n for n, piece in enumerate(pieces) if piece.content or piece.trained)
+        return pieces[:written]
+
+    @property
+    def ends(self) -> list[str]:
+        """The control tokens that end an answer."""
+        content = next(n for n, piece in enumerate(self.assistant) if piece.content)
+        return [
+            piece.control for piece in self.assistant[content:] if piece.control and piece.trained
+        ]
+
+    def _check_thoughts(self, message: Message, conversation: Conversation) -> None:
+        """Raises `DataError` for an answer with reasoning that the format would take apart."""
+        mark = next((mark for mark in self.thoughts if mark in message.text), None)
+        if mark is not None and message.role == "assistant":
+            raise DataError(
+                f"an answer contains {quoted(mark)}, and the {self.name} format has answers "
+                "without reasoning: take the reasoning out, or name a chat format that has it in "
+                "data.template",
+                source="conversation",
+                row=conversation.id,
+                kind="template",
+            )
 
     def _check_questions(self, messages: Iterable[Message], conversation: Conversation) -> None:
         roles = [message.role for message in messages]
@@ -159,7 +192,7 @@ class ChatTemplate(BaseModel):
             parts = self._part_of_turn(parts, piece.content)
         if self.strip == "texts":
             parts = parts if message.role == "system" else [_stripped([part])[0] for part in parts]
-        elif self.strip:
+        elif self.strip is True or (self.strip == "answers" and message.role == "assistant"):
             parts = _stripped(parts)
         return [
             Segment("media", part, False)
@@ -213,6 +246,12 @@ PARTS_OF_TURN = ("images", "words")
 """The contents of pieces that are not the whole of a turn's; so are the names of their macros."""
 TURN = "content(message)"
 """The Jinja expression of a turn's content."""
+LAST_QUESTION = (
+    "{%- set questions = namespace(last=-1) -%}{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{%- set questions.last = loop.index0 -%}{%- endif -%}"
+    "{%- endfor -%}"
+)
+"""Jinja that finds the place of a conversation's last question."""
 BEGINS_WITH_TEXT = (
     "message['content'] is string or not message['content'] "
     "or message['content'][0]['type'] != 'image'"
@@ -234,6 +273,9 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
     elif template.strip:
         text = "(part['text'].lstrip() if loop.first else part['text'])"
         text = f"({text}.rstrip() if loop.last else {text})"
+    if template.strip == "answers":
+        text = f"({text} if message['role'] == 'assistant' else part['text'])"
+        whole = f"({whole} if message['role'] == 'assistant' else message['content'])"
     lines = [
         "{%- macro content(message) -%}",
         f"{{%- if message['content'] is string -%}}{{{{- {whole} -}}}}",
@@ -254,6 +296,8 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
             _written(template.system, _quoted(words)),
             "{%- endif -%}",
         ]
+    if any(piece.when for piece in template.assistant):
+        lines.append(LAST_QUESTION)
     lines.append("{%- for message in messages -%}")
     for role, word in (("system", "if"), ("user", "elif"), ("assistant", "elif")):
         pieces = getattr(template, role)
@@ -265,13 +309,8 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
             f"{{%- {word} message['role'] == '{role}' -%}}",
             _written(pieces, TURN, system=bool(system)) if pieces else refusal,
         ]
-    opened: list[Piece] = []
-    for piece in template.assistant:
-        if piece.content or piece.trained:
-            break
-        opened.append(piece)
     lines += ["{%- endif -%}", "{%- endfor -%}"]
-    lines += ["{%- if add_generation_prompt -%}", _written(opened, ""), "{%- endif -%}"]
+    lines += ["{%- if add_generation_prompt -%}", _written(template.opened, ""), "{%- endif -%}"]
     return "\n".join(line for line in lines if line)
 
 
@@ -316,8 +355,10 @@ def _written(pieces: list[Piece], content: str, *, system: bool = False) -> str:
 
     `system` says whether a conversation without a system's turn gets one.
     """
-    first = str(system).lower()
-    after_system = f"(loop.previtem['role'] == 'system' if loop.previtem is defined else {first})"
+
+    def left_out(role: str) -> str:
+        first = str(system and role == "system").lower()
+        return f"(loop.previtem['role'] == '{role}' if loop.previtem is defined else {first})"
 
     def written(piece: Piece) -> str:
         if piece.content in PARTS_OF_TURN:
@@ -328,7 +369,10 @@ def _written(pieces: list[Piece], content: str, *, system: bool = False) -> str:
             return f"{piece.control}_token"
         literal = _quoted(piece.text or piece.control or "")
         if content == TURN and piece.unless:
-            return f"('' if {after_system} else {literal})"
+            return f"('' if {left_out(piece.unless)} else {literal})"
+        if content == TURN and piece.when:
+            sign = ">" if piece.when == "last" else "<"
+            return f"({literal} if loop.index0 {sign} questions.last else '')"
         at_text = piece.before is not None and content == TURN
         return f"({literal} if {BEGINS_WITH_TEXT} else '')" if at_text else literal
 

@@ -274,8 +274,8 @@ class ImageProcessor:
         """The frame that shows the whole image."""
         return media
 
-    def segments(self, media: Media, among: int = 1) -> list[Segment]:
-        """The segments of an image in a prompt: its frames, and the markers around them.
+    def segments(self, media: Media, place: int = 0, among: int = 1) -> list[Segment]:
+        """The segments of an image in a prompt, at any place: its frames and their markers.
 
         Raises `DataError` for an unreadable header.
         """
@@ -285,7 +285,7 @@ class ImageProcessor:
 
     def expand(self, media: Media, among: int = 1) -> tuple[Media, ...]:
         """The frames of an image in their order. Raises `DataError` for an unreadable header."""
-        payloads = (segment.payload for segment in self.segments(media, among))
+        payloads = (segment.payload for segment in self.segments(media, among=among))
         return tuple(payload for payload in payloads if isinstance(payload, Media))
 
     @property

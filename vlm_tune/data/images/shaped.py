@@ -125,7 +125,7 @@ class ShapedImages(ImageProcessor):
         """The image with the grid of its patches. Raises `DataError` for an unreadable header."""
         return media if media.grid else replace(media, grid=self._grid(*image_size(media)))
 
-    def segments(self, media: Media, among: int = 1) -> list[Segment]:
+    def segments(self, media: Media, place: int = 0, among: int = 1) -> list[Segment]:
         """The image's segment. Raises `DataError` for an unreadable header."""
         ends = ROW_ENDS if self.row_ends else None
         return [Segment("media", self.whole(media), row_ends=ends)]

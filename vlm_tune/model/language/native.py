@@ -9,14 +9,19 @@ Shapes: B rows, L tokens, S supervised positions, E width.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from vlm_tune.config.native import JOINED_TYPES
 from vlm_tune.data.batch import Batch
+from vlm_tune.data.images.native import NativeImages
+from vlm_tune.data.types import NativeInputs
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding
@@ -27,8 +32,6 @@ from vlm_tune.model.language.positions import learned_positions
 
 MERGERS = ("merger", "projector", "connector")
 """What names of connectors inside a tower contain."""
-TYPES = ("mm_token_type_ids", "token_type_ids")
-"""Arguments that mark a row's image tokens, by the names of transformers' forward passes."""
 Part = Literal["tower", "connector", "llm"]
 
 
@@ -40,6 +43,37 @@ class NativeLLM(LanguageModel):
 
     layout = "causal"
     native = True
+    token_types: Mapping[str, Mapping[int, int]] = {}
+    """The types of token ids, as `vlm_tune.data.images.native.NativeImages` has them."""
+    blank: tuple[Sequence[int], NativeInputs] | None = None
+    """The token ids of an image in which there is nothing, and its inputs."""
+
+    def takes(self, images: NativeImages) -> None:
+        """Notes what the model's processor makes of images: types of tokens, and a plain image.
+
+        Raises `ModelError` if it marks no tokens, where the forward pass takes them marked.
+        """
+        self.token_types = images.token_types
+        unmarked = next((name for name in self._types if not self.token_types[name]), None)
+        if unmarked:
+            raise ModelError(
+                f"a {type(self.model).__name__} can't be used here: its forward pass tells tokens "
+                f"apart by {unmarked}, and its processor gives the tokens of images no other than "
+                "those of words"
+            )
+        plain = images.plain()
+        ids = [token for segment in images.segments(plain) for token in segment.ids or ()]
+        self.blank = ids, images.inputs(plain)
+
+    @property
+    def body(self) -> Any:
+        """The model without its head. Raises `ModelError` if there is none."""
+        if self.model.base_model is self.model and not hasattr(self.model, "model"):
+            raise ModelError(
+                f"a {type(self.model).__name__} can't be trained here: transformers has no model "
+                "without its head in it"
+            )
+        return super().body
 
     @property
     def bodies(self) -> list[nn.Module]:
@@ -92,6 +126,9 @@ class NativeLLM(LanguageModel):
             id(tower): "tower",
         }
         part_of |= {id(module): "connector" for module in mergers}
+        hearing = self.model.get_encoder(modality="audio")
+        if isinstance(hearing, nn.Module) and hearing not in (self.model, self.body):
+            part_of[id(hearing)] = "tower"
         named: list[tuple[str, Part]] = [
             (f"{name}.", part_of[id(module)])
             for name, module in self.model.named_modules()
@@ -114,23 +151,11 @@ class NativeLLM(LanguageModel):
 
     # --- passes -----------------------------------------------------------------------------------
 
-    @cached_property
-    def _types(self) -> list[str]:
-        """The arguments of the forward pass that mark image tokens."""
-        arguments = inspect.signature(type(self.body).forward).parameters
-        return [name for name in TYPES if name in arguments]
-
     @property
-    def image_id(self) -> int:
-        """The id of the tokens that the model puts image features in the places of.
-
-        Raises `ModelError` for a config without one.
-        """
-        token = getattr(self.model.config, "image_token_id", None)
-        if token is None:
-            name = type(self.model).__name__
-            raise ModelError(f"a {name} can't be used here: its config has no image_token_id")
-        return int(token)
+    def _types(self) -> list[str]:
+        """The types of tokens that the processor gives and the forward pass takes."""
+        arguments = inspect.signature(type(self.body).forward).parameters
+        return [name for name in self.token_types if name in arguments]
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The arguments of the model's own forward pass for a batch.
@@ -149,14 +174,17 @@ class NativeLLM(LanguageModel):
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """The arguments of the model's own forward pass for a batch, but mask and positions."""
-        shown = (batch.input_ids == self.image_id).int()
-        return {"input_ids": batch.input_ids, **dict.fromkeys(self._types, shown), **batch.native}
+        types = {name: torch.zeros_like(batch.input_ids) for name in self._types}
+        for name, each in types.items():
+            for token, kind in self.token_types[name].items():
+                each.masked_fill_(batch.input_ids == token, kind)
+        return {"input_ids": batch.input_ids, **types, **batch.native}
 
     def axes(
         self, batch: Batch, visible_until: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """Positions int64[3, B, L] of a batch; the other arguments are those of `image_axes`."""
-        shown = batch.input_ids == self.image_id
+        shown = batch.input_ids == self.model.config.image_token_id
         return image_axes(shown, self._grids(batch), visible_until, positions)
 
     def _grids(self, batch: Batch) -> torch.Tensor | None:
@@ -173,14 +201,54 @@ class NativeLLM(LanguageModel):
         table = self.model.get_input_embeddings()
         return getattr(table, "base_layer", table).weight.dtype
 
+    @property
+    def _runs_blank(self) -> bool:
+        """Whether a batch without images must run tower and connector for other ranks' gradients.
+
+        It does so in one process too: the optimizer's steps don't depend on the ranks' number.
+        """
+        return (
+            self.training
+            and self.blank is not None
+            and any(
+                parameter.requires_grad and self.part_of(name) != "llm"
+                for name, parameter in self.model.named_parameters()
+            )
+        )
+
+    def _with_blank(self, batch: Batch) -> Batch:
+        """A batch without images with one more row: an image that does not count."""
+        assert self.blank is not None
+        ids, native = self.blank
+        rows, length = batch.input_ids.shape
+        count = len(ids)
+        room = (0, max(count - length, 0), 0, 1)
+        all_ids = pad(batch.input_ids, room)
+        all_ids[rows, :count] = torch.tensor(ids, device=all_ids.device)
+        mask = pad(batch.attention_mask, room)
+        mask[rows, :count] = True
+        joined = {}
+        if batch.visible_until is not None and batch.positions is not None:
+            until = pad(batch.visible_until, room)
+            until[rows, :count] = count
+            positions = pad(batch.positions, room)
+            positions[rows, :count] = torch.arange(count, device=positions.device)
+            joined = {"visible_until": until, "positions": positions}
+        blank = {name: value.to(all_ids.device) for name, value in native.items()}
+        return replace(batch, input_ids=all_ids, attention_mask=mask, native=blank, **joined)
+
     def theirs(self, batch: Batch) -> torch.Tensor:
         return self.model(**self.inputs(batch), use_cache=False).logits
 
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         self.check_length(batch.longest)
-        output = self.body(**self.inputs(batch), use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1)
-        return hidden.index_select(0, batch.supervised_at), batch.targets
+        blank = not batch.native and self._runs_blank
+        inputs = self.inputs(self._with_blank(batch) if blank else batch)
+        hidden = self.body(**inputs, use_cache=False).last_hidden_state
+        if blank:
+            rows, length = batch.input_ids.shape
+            hidden = hidden[:rows, :length] + 0 * hidden[rows:, :1].mean()
+        return hidden.flatten(0, 1).index_select(0, batch.supervised_at), batch.targets
 
     def generate(
         self,

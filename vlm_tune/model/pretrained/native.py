@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,29 @@ from vlm_tune.config.model import AnySection, NativeLlm, NativeSection
 from vlm_tune.config.native import OWN_TEMPLATE, NativeModel
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.towers import NativeTower
-from vlm_tune.data.chat.own_template import Render, image_text, message, own_template, refusal
+from vlm_tune.data.chat.own_template import (
+    Render,
+    image_text,
+    message,
+    own_template,
+    refusal,
+    untrained_opening,
+)
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.template import ChatTemplate, load_template, processor_jinja
 from vlm_tune.data.images.decode import decode_image, encoded_bytes
-from vlm_tune.data.images.native import OF_TEXT, NativeImages, joined_inputs, prepared_images
-from vlm_tune.data.types import Conversation, Media, Message
-from vlm_tune.errors import ModelError
+from vlm_tune.data.images.native import (
+    TYPES,
+    NativeImages,
+    joined_inputs,
+    of_images,
+    prepared_images,
+)
+from vlm_tune.data.types import Conversation, Media, Message, NativeInputs
+from vlm_tune.errors import DataError, ModelError
 from vlm_tune.model.families.boxes import family_boxes
 from vlm_tune.model.hub import check_base, config_source, is_ours, load_reason, unmerged
+from vlm_tune.model.pretrained.image_joins import image_joins
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted, reason_of
 
@@ -29,6 +44,8 @@ if TYPE_CHECKING:
 
 TRIED = ((96, 64), (50, 140))
 """Sizes of the images that a processor is tried with."""
+NO_REASONING = "{%- set enable_thinking = enable_thinking | default(false) -%}"
+"""Before a chat template: answers begin without reasoning unless a caller wants it."""
 
 
 def native_section(model: NativeModel) -> NativeSection:
@@ -111,7 +128,32 @@ def load_native_processor(section: NativeSection, folder: Path | None) -> Any:
             "preprocessor_config.json and chat_template.jinja"
         )
     _bound_pixels(processor, section.tower)
+    _leave_out_reasoning(processor)
     return processor
+
+
+def _leave_out_reasoning(processor: Any) -> None:
+    """Makes a template open answers as it writes them, where it can open them by reasoning too.
+
+    Answers have none in training. `enable_thinking` still chooses where a caller gives it.
+    """
+    text = processor.chat_template
+    if "enable_thinking" not in text:
+        return
+    by_default = _untrained(processor)
+    processor.chat_template = NO_REASONING + text
+    without = _untrained(processor)
+    if without is None or (by_default is not None and by_default <= without):
+        processor.chat_template = text
+    processor.tokenizer.chat_template = processor.chat_template
+
+
+def _untrained(processor: Any) -> int | None:
+    """`untrained_opening`; None as well for a template that can't be taken apart."""
+    try:
+        return untrained_opening(renderer(processor))
+    except DataError:
+        return None
 
 
 def _bound_pixels(processor: Any, tower: NativeTower) -> None:
@@ -156,16 +198,47 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return list(dict.fromkeys([*added, *map(str, tokenizer.all_special_tokens)]))
 
 
-def template_of(processor: Any) -> ChatTemplate:
-    """A processor's own chat template. Raises `DataError` if it can't be taken apart."""
-    return own_template(renderer(processor), special_tokens(processor.tokenizer))
+def template_of(processor: Any, stop_ids: Sequence[int] = ()) -> ChatTemplate:
+    """A processor's own chat template. Raises `DataError` if it can't be taken apart.
+
+    Args:
+        processor: transformers' processor of the whole model.
+        stop_ids: the ids at which the model's generation stops.
+    """
+    tokenizer = processor.tokenizer
+    render = renderer(processor)
+    lead = "".join(tokenizer.convert_ids_to_tokens(lead_ids(processor, render)))
+    stops = tokenizer.convert_ids_to_tokens(list(stop_ids))
+    return own_template(render, special_tokens(tokenizer), stops, lead)
+
+
+def lead_ids(processor: Any, render: Render) -> list[int]:
+    """The ids that a processor puts before a conversation, beside what its template writes."""
+    text = render([message("user", "a")], False)
+    ids = processor(text=[text], add_special_tokens=False)["input_ids"][0]
+    written = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return list(ids)[: len(ids) - len(written)]
 
 
 def recipe_template(recipe: Recipe, section: AnySection) -> ChatTemplate:
     """The recipe's chat format; the checkpoint's own where a native model's recipe wants that."""
     if isinstance(section, NativeSection) and recipe.data.template == OWN_TEMPLATE:
-        return template_of(load_native_processor(section, None))
+        processor = load_native_processor(section, None)
+        return template_of(processor, stop_ids(str(section.llm.name)))
     return load_template(recipe.data.template)
+
+
+def stop_ids(name: str) -> list[int]:
+    """The ids at which a model's generation stops, by its generation config and its config."""
+    from transformers import GenerationConfig
+
+    config = native_config(name)
+    configs = [config.get_text_config(), config]
+    with suppress(OSError):
+        configs.append(GenerationConfig.from_pretrained(config_source(name)))
+    ids = [getattr(each, "eos_token_id", None) for each in configs]
+    lists = [each if isinstance(each, list) else [each] for each in ids]
+    return list(dict.fromkeys(token for each in lists for token in each if token is not None))
 
 
 def native_images(processor: Any) -> NativeImages:
@@ -173,42 +246,80 @@ def native_images(processor: Any) -> NativeImages:
 
     Raises `ModelError` if it makes of several images another thing than of each by itself.
     """
-    text = image_text(renderer(processor))
+    render = renderer(processor)
+    text = image_text(render)
     images = _tried_images()
     try:
         alone = [prepared_images(processor, [text], [image]) for image in images]
         together = prepared_images(processor, [text * len(images)], images)
+        rows = prepared_images(processor, [text, text], [[images[0]], [images[0]]])
+        lead = len(lead_ids(processor, render))
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
         raise ModelError(
             f"a {type(processor).__name__} can't be used here: {reason_of(error)}"
         ) from None
-    ids = [token for one in alone for token in one["input_ids"][0].tolist()]
-    if together["input_ids"][0].tolist() != ids or not _same(alone, together):
-        raise ModelError(
-            f"a {type(processor).__name__} makes of two images in a row another thing than of each "
-            "by itself, so images can't be prepared one by one"
-        )
+    ids = together["input_ids"][0].tolist()
     special = set(special_tokens(processor.tokenizer))
-    names = processor.tokenizer.convert_ids_to_tokens(sorted(set(ids)))
-    return NativeImages(
+    names = processor.tokenizer.convert_ids_to_tokens(sorted(set(ids[lead:])))
+    tried = [of_images(each) for each in alone]
+    native = NativeImages(
         size=TRIED[0][0],
         processor=processor,
         text=text,
         controls=tuple(name for name in names if name in special),
+        lead=lead,
+        joins=image_joins(tried, of_images(together)),
+        token_types=_token_types(together),
+    )
+    if _same(tried, native, of_images(together)) and _same(
+        [tried[0], tried[0]], native, of_images(rows)
+    ):
+        for numbered in (False, True):
+            by_number = replace(native, numbered=numbered)
+            if _ids_of_tried(by_number) == ids[lead:]:
+                return by_number
+    raise ModelError(
+        f"a {type(processor).__name__} makes of two images in a row another thing than of each "
+        "by itself, so images can't be prepared one by one"
     )
 
 
-def _same(alone: Sequence[Any], together: Any) -> bool:
+def _ids_of_tried(images: NativeImages) -> list[int]:
+    """The tokens of the tried images in a row, as each gets them by itself."""
+    media = [Media(_encoded(image)) for image in _tried_images()]
+    segments = [
+        segment for place, item in enumerate(media) for segment in images.segments(item, place)
+    ]
+    return [token for segment in segments for token in segment.ids or ()]
+
+
+def _same(alone: Sequence[NativeInputs], images: NativeImages, together: NativeInputs) -> bool:
     """Whether the tensors of images by themselves, joined, are those of all together."""
-    inputs = [{name: one[name] for name in one if name not in OF_TEXT} for one in alone]
-    shapes = [{name: value.shape[1:] for name, value in one.items()} for one in inputs]
-    if any(each != shapes[0] for each in shapes):
+    if any(one.keys() != together.keys() for one in alone):
         return False
-    joined = joined_inputs(inputs)
+    joined = joined_inputs(alone, images.joins)
     return all(
         value.shape == together[name].shape and bool((value == together[name]).all())
         for name, value in joined.items()
     )
+
+
+def _token_types(prepared: Any) -> dict[str, dict[int, int]]:
+    """The type of each token id, by the names of the arguments that tell kinds of tokens apart.
+
+    Raises `ModelError` for an id of several types.
+    """
+    ids = prepared["input_ids"][0].tolist()
+    types: dict[str, dict[int, int]] = {}
+    for name in (name for name in TYPES if name in prepared):
+        pairs = set(zip(ids, prepared[name][0].tolist(), strict=True))
+        types[name] = {token: kind for token, kind in pairs if kind}
+        if len(dict(pairs)) != len(pairs):
+            raise ModelError(
+                f"this model's processor gives a token {name} by more than its id, so it can't be "
+                "trained here"
+            )
+    return types
 
 
 def _tried_images() -> list[Image]:
@@ -249,7 +360,10 @@ def check_own_template(processor: Processor, native: Any) -> None:
     for row in _tried_rows(system=bool(processor.template.system)):
         (example,) = processor.examples(row)
         trained = [*example.input_ids.tolist(), int(example.labels[-1])]
-        _compare(trained, _their_ids(native, row.messages, opened=False)[: len(trained)])
+        theirs = _their_ids(native, row.messages, opened=False)
+        # Where a template leaves the end of an answer to the next turn, the last one has none.
+        ended = trained[:-1] if len(theirs) == len(trained) - 1 else trained
+        _compare(ended, theirs[: len(trained)])
         _compare(
             processor.prompt(row).input_ids.tolist(),
             _their_ids(native, row.messages[:-1], opened=True),
@@ -285,7 +399,7 @@ def _tried_rows(*, system: bool) -> list[Conversation]:
     rows = [
         (question, answer),
         (question, answer, compared, Message("assistant", ("No: one is high.",))),
-        (words, Message("assistant", ("Nothing.",))),
+        (words, Message("assistant", (" Nothing. ",))),
     ]
     if system:
         rows.append((Message("system", ("Be brief.",)), compared, answer, words, answer))
