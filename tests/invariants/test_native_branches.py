@@ -105,6 +105,25 @@ def test_losses_and_gradients_are_those_of_rows_one_by_one(
     assert_close(gradients, expected)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"], indirect=True, scope="module")
+@torch.no_grad()
+def test_layers_with_windows_get_masks_of_their_own(
+    model: VisionLanguageModel, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language: Any = model.llm.model
+    decoder = language.get_decoder()
+    rows = alone(model, recipe)
+    whole: Any = model(batch_of(model, rows))
+    monkeypatch.setattr(decoder, "has_sliding_layers", True)
+    for config in (decoder.config, language.config.get_text_config()):
+        monkeypatch.setattr(config, "layer_types", ["sliding_attention", "full_attention"])
+        monkeypatch.setattr(config, "sliding_window", 5)
+    expected: Any = model(batch_of(model, rows))
+    together: Any = model(batch_of(model, joined(model, recipe)))
+    assert float(together.sum) == pytest.approx(float(expected.sum), rel=1e-5)
+    assert abs(float(expected.sum) - float(whole.sum)) > 1e-2
+
+
 def test_branches_behind_the_number_of_tokens_would_be_other_ones(
     model: VisionLanguageModel, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ from vlm_tune.model.language.positions import learned_positions
 
 MERGERS = ("merger", "projector", "connector")
 """What names of connectors inside a tower contain."""
+
 Part = Literal["tower", "connector", "llm"]
 
 
