@@ -66,6 +66,26 @@ def write_llava_next(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def write_llava_onevision(folder: Path) -> None:
+    """Writes the configs of LLaVA-OneVision over Qwen2-0.5B."""
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil
+
+    text = {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "vocab_size": 152000,
+    }
+    LlavaOnevisionConfig(text_config=text, tie_word_embeddings=False).save_pretrained(folder)
+    LlavaOnevisionImageProcessorPil(
+        size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
+
+
 def write_smolvlm(folder: Path) -> None:
     """Writes the configs of SmolVLM-256M."""
     from transformers import Idefics3Config, Idefics3ImageProcessorPil

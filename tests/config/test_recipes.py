@@ -16,6 +16,7 @@ from benchmarks.plan_time import (
     write_internvl,
     write_llava,
     write_llava_next,
+    write_llava_onevision,
     write_ministral3,
     write_smolvlm,
 )
@@ -163,6 +164,22 @@ def test_llava_1_6_mistral_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path)
         "tower.*": 0,
         "connector.*": (1024 + 1) * 4096 + (4096 + 1) * 4096 + 4096,
         "llm.*": 32 * 16 * layer,
+    }
+
+
+def test_llava_onevision_0_5b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
+    """SigLIP So/14 at 384 pixels, 26 of its blocks, Qwen2-0.5B, 896 numbers at the ends of rows."""
+    write_llava_onevision(tmp_path)
+    recipe = load_recipe(
+        RECIPES / "llava-onevision-0.5b-lora.yaml", {"model.pretrained": str(tmp_path)}
+    )
+    model, measured = bare_model(recipe)
+    assert (measured, model.processor.spec.tokens_per_image) == ((729, 1152), 729)
+    layer = 2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864)
+    assert trained(tuned(model, recipe)) == {
+        "tower.*": 0,
+        "connector.*": (1152 + 1) * 896 + (896 + 1) * 896 + 896,
+        "llm.*": 24 * 16 * layer,
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.tiled_samples import save_internvl, save_llava_next
+from tests.helpers.tiled_samples import save_internvl, save_llava_next, save_llava_onevision
 from tests.helpers.tiny_models import built, parsed, rows_of
 from tests.helpers.vlm_samples import (
     save_blip,
@@ -215,6 +215,32 @@ def test_llava_next_of_another_kind_is_refused(
         written["image_processor"] |= changes
         file.write_text(json.dumps(written))
     text = with_pretrained(tiny_recipe("causal"), tmp_path / "vlm", "llava_mistral")
+    with pytest.raises(ModelError, match=message):
+        model_section(parsed(text))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resample": 2}, "or not bicubically.* expected resample: 3"),
+        ({"size": {"height": 16, "width": 16}}, "expected 32, the tower's image_size"),
+        ({"crop_size": {"height": 16, "width": 16}}, "expected 32, the tower's image_size"),
+        ({"image_grid_pinpoints": [[32, 64]]}, "expected one list in both of its configs"),
+        ({"vision_feature_layer": [-2, -1]}, r"layers \[-2, -1\] joined"),
+        ({"vision_feature_select_strategy": "default"}, "expected full"),
+        ({"vision_aspect_ratio": "square"}, "vision_aspect_ratio: square.* expected anyres_max_9"),
+    ],
+)
+def test_llava_onevision_of_another_kind_is_refused(
+    changes: dict[str, Any], message: str, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    save_llava_onevision(tmp_path / "vlm")
+    of_images = set(changes) & {"resample", "size", "crop_size", "image_grid_pinpoints"}
+    file = tmp_path / "vlm" / ("processor_config.json" if of_images else "config.json")
+    written = json.loads(file.read_text())
+    (written["image_processor"] if of_images else written).update(changes)
+    file.write_text(json.dumps(written))
+    text = with_pretrained(tiny_recipe("causal"), tmp_path / "vlm", "llava_onevision")
     with pytest.raises(ModelError, match=message):
         model_section(parsed(text))
 

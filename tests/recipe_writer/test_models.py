@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.gemma_samples import save_gemma3, save_paligemma
 from tests.helpers.native_models import Kind, native_model
+from tests.helpers.tiled_samples import save_llava_onevision
 from tests.helpers.vlm_samples import save_idefics3
 from vlm_tune.config.model import ModelSection
 from vlm_tune.config.native import NativeModel
@@ -137,6 +138,17 @@ def test_a_model_that_cuts_images_is_left_to_cut_them(tmp_path: Path) -> None:
         assert "model.tower" not in draft.values
         assert choice.splits and choice.image_tokens == 5 * (4 + 3)
         assert draft.values["data.max_length"] >= 8 * 5 * 7
+
+
+def test_one_among_several_images_of_a_llava_onevision_takes_fewer_tokens(tmp_path: Path) -> None:
+    """Of seven frames of an image alone, the picture of the tiles is shrunk to fewer's tokens."""
+    save_llava_onevision(tmp_path / "vlm")
+    choice = named_model(str(tmp_path / "vlm"), None)
+    assert choice.splits and (choice.image_tokens, choice.among_tokens) == (3 * 19, 19)
+    assert [choice.tokens_of(images) for images in (0, 1, 2, 8)] == [0, 57, 57, 8 * 19]
+    draft = draft_of(choice, CPU, replace(FACTS, most_images=8), 1)
+    assert draft.values["data.template"] == "llava_onevision"
+    assert "up to 152 tokens" in draft.reasons["data.max_length"]
 
 
 @pytest.mark.parametrize("shares", [True, False])

@@ -105,11 +105,12 @@ def set_data(draft: Draft, facts: Facts, sources: Sources, choice: ModelChoice) 
     elif reason:
         draft.reasons["data.train"] += f"\n{reason}"
     longest = _longest_row(facts, choice)
+    media = choice.tokens_of(facts.most_images)
     draft.set(
         "data.max_length",
         longest,
         f"the longest row has {facts.longest_row:,} bytes of text (a token has one or more), and "
-        f"its {facts.medium}s take up to {facts.most_images * choice.image_tokens:,} tokens",
+        f"its {facts.medium}s take up to {media:,} tokens",
     )
     draft.set("data.overlong", "drop", "longer rows are left out and counted")
     if facts.bad:
@@ -242,7 +243,7 @@ def planned_tokens(facts: Facts, choice: ModelChoice) -> int | None:
 
 def _longest_row(facts: Facts, choice: ModelChoice) -> int:
     """The tokens of the longest row that is trained on."""
-    tokens = MARGIN * facts.longest_row + facts.most_images * choice.image_tokens
+    tokens = MARGIN * facts.longest_row + choice.tokens_of(facts.most_images)
     return min(64 * math.ceil((tokens + TEMPLATE_TOKENS) / 64), LONGEST)
 
 

@@ -12,7 +12,7 @@ import torch
 from vlm_tune.config.model import Llm
 from vlm_tune.config.native import JOINED_TYPES, OWN_TEMPLATE
 from vlm_tune.data.chat.template import load_template
-from vlm_tune.data.images.split import split_of
+from vlm_tune.data.images.split import LlavaOnevisionFrames, split_of
 from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.model.connectors.registry import build_connector
 from vlm_tune.model.families.base import Vlm
@@ -69,8 +69,8 @@ Size = Literal["scratch", "small", "aligned", "large"]
 class ModelChoice:
     """A model in words, its size and kind, and a draft with what the recipe says about it.
 
-    `image_tokens` is the most that an image takes. With `splits` the model cuts images in its way,
-    or keeps their shape.
+    `image_tokens` is the most that an image takes, `among_tokens` the most of one among several of
+    a row, where that is less. With `splits` the model cuts images in its way, or keeps their shape.
     With `shares` the questions of an image can share it in a row. `native_type` is transformers'
     type of a native model.
     """
@@ -83,6 +83,13 @@ class ModelChoice:
     splits: bool = False
     shares: bool = True
     native_type: str | None = None
+    among_tokens: int | None = None
+
+    def tokens_of(self, images: int) -> int:
+        """The most tokens that the images of a row take, of which it has at most `images`."""
+        if images < 2 or self.among_tokens is None:
+            return images * self.image_tokens
+        return max(self.image_tokens, images * self.among_tokens)
 
 
 def candidates(
@@ -175,7 +182,7 @@ def named_model(model: str, tower: str | None) -> ModelChoice:
         whole = _whole(model, whole_template(vlm), causal, "named by --model")
         whole = replace(whole, shares=vlm.family.bidirectional != "prompt")
         tokens = _own_tokens(vlm)
-        return whole if tokens is None else replace(whole, image_tokens=tokens, splits=True)
+        return whole if tokens is None else replace(whole, **tokens, splits=True)
     if stored.get("model_type") in native_types():
         _refuse_tower(model, tower)
         return _native(model, stored["model_type"])
@@ -247,8 +254,8 @@ def whole_template(vlm: Vlm) -> str:
     return last
 
 
-def _own_tokens(vlm: Vlm) -> int | None:
-    """The most tokens of an image that a model cuts in its way, or whose shape it keeps.
+def _own_tokens(vlm: Vlm) -> dict[str, int] | None:
+    """The fields of `ModelChoice` for the tokens of an image that a model cuts or does not square.
 
     None for a model that makes images square.
     """
@@ -263,8 +270,12 @@ def _own_tokens(vlm: Vlm) -> int | None:
         connector = build_connector(projector, width, width)
     slots = connector.tokens(tokens)
     if split is None:
-        return slots + math.isqrt(slots)  # each row of the largest image has an end
-    return split.most(tower.image_size) * (slots + MARKERS)
+        # Each row of the largest image has an end.
+        return {"image_tokens": slots + math.isqrt(slots)}
+    frame = slots + MARKERS
+    if isinstance(split, LlavaOnevisionFrames):
+        return {"image_tokens": split.most_joined(tower.image_size) * frame, "among_tokens": frame}
+    return {"image_tokens": split.most(tower.image_size) * frame}
 
 
 def is_causal(vlm: Vlm) -> bool:
