@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -142,16 +143,13 @@ class ChatTemplate(BaseModel):
     def opened(self) -> list[Piece]:
         """The pieces that open an answer which the model is to write."""
         pieces = [piece for piece in self.assistant if piece.when != "earlier"]
-        written = next(n for n, piece in enumerate(pieces) if piece.content or piece.trained)
-        return pieces[:written]
+        return list(takewhile(lambda piece: not (piece.content or piece.trained), pieces))
 
     @property
     def ends(self) -> list[str]:
         """The control tokens that end an answer."""
-        content = next(n for n, piece in enumerate(self.assistant) if piece.content)
-        return [
-            piece.control for piece in self.assistant[content:] if piece.control and piece.trained
-        ]
+        written = dropwhile(lambda piece: not piece.content, self.assistant)
+        return [piece.control for piece in written if piece.control and piece.trained]
 
     def _check_thoughts(self, message: Message, conversation: Conversation) -> None:
         """Raises `DataError` for an answer with reasoning that the format would take apart."""
