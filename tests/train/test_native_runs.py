@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor
 
+from tests.helpers.native_families import NEWEST
 from tests.helpers.native_models import save_native, with_native, write_questions
 from tests.helpers.served import chat, served, with_images
 from tests.helpers.tiny_models import (
@@ -118,6 +119,35 @@ def test_an_export_opens_in_plain_transformers(trained: Path) -> None:
     assert ours.processor.decode(ids.tolist()) == answer
     with pytest.raises(ModelError, match="of its own checkpoint"):
         export(trained / "run", trained / "gguf", format="gguf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*NEWEST, "molmo2"])
+def test_the_newest_families_train_and_open_in_plain_transformers(
+    kind: str, tmp_path: Path
+) -> None:
+    """Verified there: ids, tensors of images, logits, greedy text; also merged, and a start."""
+    write_rows(tmp_path / "rows.jsonl")
+    save_native(tmp_path / "vlm", kind)
+    recipe = recipe_of(tmp_path, "run", BOTH, train__steps=2, data__max_length=512)
+    sft(recipe)
+    report = export(tmp_path / "run", tmp_path / "out", dtype="fp32")
+    assert report.difference is not None and report.difference <= 1e-4
+    assert report.same_text and report.rows == 4
+    merged = merge(tmp_path / "run", tmp_path / "merged", dtype="fp32")
+    assert merged.difference_to_base > 1e-3
+    (tmp_path / "vlm").rename(tmp_path / "gone")
+    again = built(
+        recipe.model_copy(
+            update={"model": NativeModel(kind="native", pretrained=str(tmp_path / "merged"))}
+        )
+    )
+    ours = VisionLanguageModel.from_pretrained(tmp_path / "merged", dtype="fp32")
+    assert again.processor.template == ours.processor.template
+    chat_of = [
+        model.chat("What is it?", images=[str(tmp_path / "wide.png")]) for model in (again, ours)
+    ]
+    assert chat_of[0] == chat_of[1]
 
 
 def test_an_adapter_is_plain_pefts_over_the_checkpoint(trained: Path) -> None:

@@ -127,20 +127,20 @@ def _lora_config(
 
     module = parts(model)[part]
     chosen: list[str] = []
-    every: dict[str, nn.Module] = {}
     for place in places:
         layers = _adaptable_layers(model, module, rules[place])
         matched = [
             name for name in layers if owner.get(rule_name(model, part, f"{name}.weight")) == place
         ]
         chosen += _target_layers(rules[place], matched)
-        every |= layers
     rule = rules[places[0]]
     alpha = rule.lora_alpha or 2 * (rule.r or LORA_RANK)
     init = INITS[rule.init or "default"]
     if rule.pissa_niter:
         init = f"{PISSA}_niter_{rule.pissa_niter}"
     short = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    # PEFT takes all modules with a last name, also those that are no linear layers.
+    every = {clean(f"{name}.").removesuffix(".") for name, _ in module.named_modules()}
     exact = {name for name in every if name.rsplit(".", 1)[-1] in short} == set(chosen) and all(
         "." in name for name in chosen
     )
