@@ -1,11 +1,13 @@
-"""Recipes that start from a PaliGemma: answers that share a prompt, packed, planned, exported."""
+"""Recipes that start from a PaliGemma: shared prompts, packed, planned, resumed, exported."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,19 +18,23 @@ from tests.helpers.tiny_models import (
     assert_close,
     batch_of,
     built,
+    interrupted,
     largest,
     loss_and_gradients,
     parsed,
     rows_of,
+    run,
     tuned_by,
     wake_adapters,
     with_tune,
 )
 from tests.helpers.vlm_samples import with_pretrained
+from tests.invariants.test_resume import assert_same_runs, run_of
 from tests.model.pretrained.test_gemma3 import last_state, one_by_one
-from tests.model.pretrained.test_idefics3 import logits_of, trained
+from tests.model.pretrained.test_idefics3 import OTHER_PATHS, PLAIN, logits_of, trained
+from vlm_tune.api import sft
 from vlm_tune.data.packing import group_layout, pack_layout
-from vlm_tune.data.types import Conversation, Example, Message
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Message
 from vlm_tune.errors import DataError, ModelError, RecipeError
 from vlm_tune.exporting import export, possible_exports
 from vlm_tune.exporting.merge import merge
@@ -190,6 +196,72 @@ def test_the_adapter_has_the_whole_models_names(recipe: str, tmp_path: Path) -> 
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["model.multi_modal_projector.linear"]
     assert all(name.startswith("model.language_model.") for name in config["target_modules"])
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_bit_for_bit_and_merged_without_the_original(
+    recipe: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"train__log_every": 1, "evaluate__every": 2}
+    whole, stopped = (
+        parsed(
+            recipe.replace(str(tmp_path / "run"), str(tmp_path / name)),
+            **settings,
+            train__checkpoints={"keep": 10},
+        )
+        for name in ("whole", "stopped")
+    )
+    sft(whole)
+    interrupted(lambda show: run_of(stopped, show=show), stage=0, step=2)
+    run_of(stopped, resume=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "stopped")
+    model = load_model(tmp_path / "whole", dtype=torch.float32, model_class=VisionLanguageModel)
+    rows = rows_of(whole)
+    expected = logits_of(model, rows)
+    assert largest(logits_of(built(whole), rows), expected) > 1e-3
+    merge(tmp_path / "whole", tmp_path / "merged", dtype="fp32")
+    (tmp_path / "vlm").rename(tmp_path / "gone")
+    again = built(parsed(recipe.replace(str(tmp_path / "vlm"), str(tmp_path / "merged"))))
+    assert largest(logits_of(again, rows), expected) <= 1e-4
+
+
+OF_TURNS = PLAIN[PLAIN.index("        turns = [") : PLAIN.index("        with torch")]
+OF_PREFIX = """
+        inputs = processor(
+            images=part["image"],
+            text="<image>" + row["question"],
+            suffix=row["answer"],
+            return_tensors="pt",
+        )
+        del inputs["labels"]
+"""
+
+
+@pytest.mark.slow
+def test_what_was_trained_opens_in_a_process_without_vlm_tune(recipe: str, tmp_path: Path) -> None:
+    model = trained("paligemma", recipe, tmp_path)
+    export(tmp_path / "run", tmp_path / "exported", dtype="fp32")
+    rows = rows_of(parsed(recipe))[:3]
+    written = [
+        {
+            "image": str(row.media[0].source),
+            "question": row.messages[0].text,
+            "answer": row.messages[1].text,
+        }
+        for row in rows
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(written))
+    folder = tmp_path / "exported"
+    program = PLAIN.replace(OF_TURNS, OF_PREFIX)
+    run([sys.executable, "-c", program, str(folder)], cwd=tmp_path, PYTHONPATH=OTHER_PATHS)
+    names, logits = json.loads((folder / "logits.json").read_text())
+    assert names == ["PaliGemmaForConditionalGeneration", "PaliGemmaProcessor"]
+    for row, theirs in zip(rows, logits, strict=True):
+        batch = batch_of(model, model.processor.examples(row))
+        with torch.no_grad():
+            ours = model.llm.supervised_logits(model.embed(batch), batch)
+        other = torch.tensor(theirs)[(batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0]]
+        assert largest(ours, other) <= 1e-5 * max(1.0, float(ours.abs().max()))
 
 
 def test_attention_that_can_not_be_quick_says_why(recipe: str) -> None:
