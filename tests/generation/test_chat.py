@@ -393,3 +393,12 @@ def test_an_encoder_decoder_that_counts_places_takes_no_packed_rows(
         sft(packed)
     assert sft(parsed("\n".join(lines) + "\n", **settings), overwrite=True).result
     assert not check(parsed(text, data__packing=True, **settings)).errors
+
+
+def test_a_question_without_a_token_is_an_error(tiny_recipe: Callable[..., str]) -> None:
+    """Where the chat format adds none, an encoder would read nothing."""
+    model = built(parsed(tiny_recipe("seq2seq"))).eval()
+    with pytest.raises(DataError, match="no token to answer") as caught:
+        model.chat("")
+    assert caught.value.kind == "empty_question"
+    assert isinstance(model.chat("", images=[png()], max_new_tokens=2), str)

@@ -218,8 +218,19 @@ class Processor:
         return self._lay_out(conversation, prompt_only=True)[-1]
 
     def prompts(self, conversations: Sequence[Conversation]) -> list[Example]:
-        """`prompt` of each conversation. Raises `DataError` for one longer than `max_length`."""
+        """`prompt` of each conversation.
+
+        Raises `DataError` for one longer than `max_length`, and for one without a token: where the
+        chat format adds none, an empty question has none.
+        """
         prompts = [self.prompt(conversation) for conversation in conversations]
+        for prompt in prompts:
+            if not len(prompt.input_ids):
+                raise DataError(
+                    "the question has no text and no media, and so no token to answer",
+                    row=prompt.id,
+                    kind="empty_question",
+                )
         self.check_lengths(prompts)
         return prompts
 
