@@ -30,7 +30,8 @@ Kind = Literal["Idefics3", "SmolVLM"]
 """The beginning of the names of transformers' classes."""
 
 
-def _reasons(config: VisionLanguageConfig, text: Any, *, kind: Kind) -> list[str]:
+def part_reasons(config: VisionLanguageConfig, kind: Kind) -> list[str]:
+    """The reasons why a model's tower or connector can't be those of an Idefics3, from configs."""
     tower = config.model.tower
     if isinstance(tower, AudioTower):
         return ["its tower hears audio, and the layout is of a model that sees images"]
@@ -38,23 +39,29 @@ def _reasons(config: VisionLanguageConfig, text: Any, *, kind: Kind) -> list[str
     plain = isinstance(connector, PixelShuffleConnector) and (
         (connector.depth, connector.bias, connector.norm) == (1, False, False)
     )
+    return applying(
+        (
+            not isinstance(tower, TransformersTower) or not tower.final_norm,
+            f"its tower's features are taken before the last norm, {kind}'s after it "
+            "(model.tower.final_norm)",
+        ),
+        (tower.grid is not None, "its tower pools to a grid (model.tower.grid)"),
+        (
+            getattr(tower.split, "kind", None) != "idefics3",
+            f"it does not cut images as {kind} does (model.tower.split)",
+        ),
+        (
+            not plain,
+            f"its connector is not {kind}'s: a pixel shuffle and one linear layer without norm "
+            "and bias",
+        ),
+    )
+
+
+def _reasons(config: VisionLanguageConfig, text: Any, *, kind: Kind) -> list[str]:
     return [
+        *part_reasons(config, kind),
         *applying(
-            (
-                not isinstance(tower, TransformersTower) or not tower.final_norm,
-                f"its tower's features are taken before the last norm, {kind}'s after it "
-                "(model.tower.final_norm)",
-            ),
-            (tower.grid is not None, "its tower pools to a grid (model.tower.grid)"),
-            (
-                getattr(tower.split, "kind", None) != "idefics3",
-                f"it does not cut images as {kind} does (model.tower.split)",
-            ),
-            (
-                not plain,
-                f"its connector is not {kind}'s: a pixel shuffle and one linear layer without norm "
-                "and bias",
-            ),
             (
                 kind == "SmolVLM" and find_spec("num2words") is None,
                 "transformers makes SmolVLM's processor with the package num2words alone "

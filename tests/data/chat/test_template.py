@@ -300,6 +300,27 @@ def test_what_ends_an_image_stands_once_behind_it(
     assert rendered == written
 
 
+@pytest.mark.parametrize(
+    ("texts", "written"),
+    [
+        (("<__media_7__>", "What is it?"), "User:<__media_7__>What is it?"),
+        (("What is it?", "<__media_7__>"), "User: What is it?<__media_7__>"),
+        (("What is <__media_7__>?",), "User: What is <__media_7__>?"),
+    ],
+)
+def test_texts_that_begin_as_the_marker_stand_for_images(
+    texts: tuple[str, ...], written: str
+) -> None:
+    """As llama.cpp gives images to a chat template; a SmolVLM has no space before one."""
+    content = [{"type": "text", "text": text} for text in texts]
+    jinja = processor_jinja(load_template("smolvlm"), None, "<image>", "<__media")
+    for turn in (content, "".join(texts)):
+        rendered = tokenizer("chatml", "bpe").apply_chat_template(
+            [{"role": "user", "content": turn}], chat_template=jinja, tokenize=False
+        )
+        assert rendered == f"<|im_start|>{written}<end_of_utterance>\n"
+
+
 def test_the_processors_chat_template_writes_images_and_the_runs_system_text() -> None:
     template = load_template("llama3")
     turns = [

@@ -250,18 +250,20 @@ LAST_QUESTION = (
     "{%- endfor -%}"
 )
 """Jinja that finds the place of a conversation's last question."""
-BEGINS_WITH_TEXT = (
-    "message['content'] is string or not message['content'] "
-    "or message['content'][0]['type'] != 'image'"
-)
 
 
-def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> str:
+def processor_jinja(
+    template: ChatTemplate, system: str | None, image: str, marker: str | None = None
+) -> str:
     """Renders the format as a Jinja chat template for transformers' processors.
 
     Contents of messages are text, or lists of texts and images. An image is written as the token
-    `image`. `system` is the system text of a conversation without one, as in `segments`.
+    `image`. `system` is the system text of a conversation without one, as in `segments`. With a
+    `marker`, texts that begin so stand for images, and are written as they are; a content that is
+    one text may begin so too.
     """
+    is_image = _is_image("part", marker)
+    shown = _shown_image(image, marker)
     system = template.default_system if system is None else system
     text = "part['text']"
     whole = f"message['content']{' | trim' if template.strip else ''}"
@@ -278,7 +280,7 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
         "{%- macro content(message) -%}",
         f"{{%- if message['content'] is string -%}}{{{{- {whole} -}}}}",
         "{%- else -%}{%- for part in message['content'] -%}",
-        f"{{%- if part['type'] == 'image' -%}}{{{{- {_quoted(image)} -}}}}"
+        f"{{%- if {is_image} -%}}{{{{- {shown} -}}}}"
         f"{_written_after_image(template.after_image)}"
         f"{{%- else -%}}{{{{- {text} -}}}}{{%- endif -%}}",
         "{%- endfor -%}{%- endif -%}",
@@ -286,7 +288,7 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
         _written(template.start, ""),
     ]
     if any(piece.content in PARTS_OF_TURN for piece in template.user):
-        lines += _macros_of_parts(image, whole, text, template.between_words)
+        lines += _macros_of_parts(is_image, shown, whole, text, template.between_words)
     if system:
         words = system.strip() if template.strip is True else system
         lines += [
@@ -305,7 +307,7 @@ def processor_jinja(template: ChatTemplate, system: str | None, image: str) -> s
         )
         lines += [
             f"{{%- {word} message['role'] == '{role}' -%}}",
-            _written(pieces, TURN, system=bool(system)) if pieces else refusal,
+            _written(pieces, TURN, system=bool(system), marker=marker) if pieces else refusal,
         ]
     lines += ["{%- endif -%}", "{%- endfor -%}"]
     lines += ["{%- if add_generation_prompt -%}", _written(template.opened, ""), "{%- endif -%}"]
@@ -323,21 +325,44 @@ def _written_after_image(text: str) -> str:
     )
 
 
-def _macros_of_parts(image: str, whole: str, text: str, between: str) -> list[str]:
+def _is_image(part: str, marker: str | None) -> str:
+    """A Jinja expression of whether a part of a content is an image, or a text that begins so."""
+    typed = f"{part}['type'] == 'image'"
+    return typed if marker is None else f"({typed} or {part}['text'].startswith({_quoted(marker)}))"
+
+
+def _begins_with_text(marker: str | None) -> str:
+    """A Jinja expression of whether a turn's content is empty or begins with words."""
+    first_part = "message['content'][0]"
+    in_list = f"not {_is_image(first_part, marker)}"
+    if marker is None:
+        return f"message['content'] is string or not message['content'] or {in_list}"
+    in_text = f"not message['content'].startswith({_quoted(marker)})"
+    return f"not message['content'] or ({in_text} if message['content'] is string else {in_list})"
+
+
+def _shown_image(image: str, marker: str | None) -> str:
+    """A Jinja expression of what an image is written as."""
+    token = _quoted(image)
+    return token if marker is None else f"({token} if part['type'] == 'image' else part['text'])"
+
+
+def _macros_of_parts(is_image: str, shown: str, whole: str, text: str, between: str) -> list[str]:
     """The Jinja macros of `PARTS_OF_TURN`.
 
-    `whole` and `text` are the expressions of a content that is a text, and of a text in a list,
-    `between` is what stands between the latter.
+    The expressions say whether a part is an image and what an image is written as; `whole` and
+    `text` are those of a content that is a text, and of a text in a list, `between` is what stands
+    between the latter.
     """
     parted = f"{{%- if not loop.first -%}}{{{{- {_quoted(between)} -}}}}{{%- endif -%}}"
     return [
         "{%- macro images(message) -%}{%- if message['content'] is not string -%}",
-        "{%- for part in message['content'] if part['type'] == 'image' -%}"
-        f"{{{{- {_quoted(image)} -}}}}{{%- endfor -%}}",
+        f"{{%- for part in message['content'] if {is_image} -%}}"
+        f"{{{{- {shown} -}}}}{{%- endfor -%}}",
         "{%- endif -%}{%- endmacro -%}",
         "{%- macro words(message) -%}{%- if message['content'] is string -%}"
         f"{{{{- {whole} -}}}}{{%- else -%}}",
-        "{%- for part in message['content'] if part['type'] != 'image' -%}"
+        f"{{%- for part in message['content'] if not {is_image} -%}}"
         f"{parted if between else ''}{{{{- {text} -}}}}{{%- endfor -%}}",
         "{%- endif -%}{%- endmacro -%}",
     ]
@@ -348,11 +373,15 @@ def _unless_system(expression: str, other: str) -> str:
     return f"({other} if message['role'] == 'system' else {expression})"
 
 
-def _written(pieces: list[Piece], content: str, *, system: bool = False) -> str:
+def _written(
+    pieces: list[Piece], content: str, *, system: bool = False, marker: str | None = None
+) -> str:
     """A Jinja expression that writes pieces; `content` is the expression of the turn's content.
 
-    `system` says whether a conversation without a system's turn gets one.
+    `system` says whether a conversation without a system's turn gets one. `marker` is as in
+    `processor_jinja`.
     """
+    begins_with_text = _begins_with_text(marker)
 
     def left_out(role: str) -> str:
         first = str(system and role == "system").lower()
@@ -372,7 +401,7 @@ def _written(pieces: list[Piece], content: str, *, system: bool = False) -> str:
             sign = ">" if piece.when == "last" else "<"
             return f"({literal} if loop.index0 {sign} questions.last else '')"
         at_text = piece.before is not None and content == TURN
-        return f"({literal} if {BEGINS_WITH_TEXT} else '')" if at_text else literal
+        return f"({literal} if {begins_with_text} else '')" if at_text else literal
 
     parts = [written(piece) for piece in pieces]
     return f"{{{{- {' + '.join(parts)} -}}}}" if parts else ""

@@ -14,6 +14,7 @@ import torch
 
 from vlm_tune.config.model import NativeSection
 from vlm_tune.data.chat.template import ChatTemplate
+from vlm_tune.data.images.decode import image_size
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.card import described_parts, model_card
@@ -24,7 +25,8 @@ from vlm_tune.exporting.gguf.language import (
     decoder_tensors,
     describe_decoder,
 )
-from vlm_tune.exporting.gguf.mmproj import Mmproj, mmproj_notes, mmproj_reasons, write_mmproj
+from vlm_tune.exporting.gguf.mmproj import Mmproj, mmproj_reasons, projector_of, write_mmproj
+from vlm_tune.exporting.gguf.projector import IMAGE_SLOT
 from vlm_tune.exporting.gguf.sentencepiece import described_of, pieces_notes
 from vlm_tune.exporting.gguf.tokenizer import MARKER, read_tokenizer, tokenizer_reasons
 from vlm_tune.exporting.gguf.writer import (
@@ -36,7 +38,7 @@ from vlm_tune.exporting.gguf.writer import (
     read_tensors,
     write_gguf,
 )
-from vlm_tune.exporting.llava_layout import bidirectional_reasons, vision_weights
+from vlm_tune.exporting.llava_layout import bidirectional_reasons
 from vlm_tune.exporting.merge import check_output
 from vlm_tune.exporting.source import (
     EXACT,
@@ -61,11 +63,12 @@ from vlm_tune.model.restoring import read_config
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters, check_loading
 from vlm_tune.precision import DTYPES
+from vlm_tune.quoting import applying
 from vlm_tune.version import __version__
 
 HELD = (
     "llama.cpp holds a decoder, two linear layers with GELU between them, and one CLIP or SigLIP "
-    "ViT without its class token"
+    "ViT without its class token; or an Idefics3 or a SmolVLM"
 )
 
 
@@ -112,11 +115,12 @@ def check_target(source: Path, config: VisionLanguageConfig) -> Any:
     text = text_config(source, config) if config.llm.kind == "causal" else None
     reasons = gguf_reasons(config, text)
     if text is not None and not reasons:
-        reasons = tokenizer_reasons(
-            load_tokenizer(config.llm, source),
-            text.vocab_size,
-            ChatTemplate.model_validate(config.template),
-        )
+        tokenizer = load_tokenizer(config.llm, source)
+        template = ChatTemplate.model_validate(config.template)
+        reasons = [
+            *tokenizer_reasons(tokenizer, text.vocab_size, template),
+            *projector_of(config).token_reasons(tokenizer),
+        ]
     if reasons:
         raise ModelError(f"this model can't be exported as GGUF: {'; '.join(reasons)}. {HELD}")
     return text
@@ -137,7 +141,8 @@ def gguf_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
 
 def notes_of(model: VisionLanguageNetwork) -> list[str]:
     """Where llama.cpp's handling of images and text deviates from how the model was trained."""
-    return [*mmproj_notes(model), *pieces_notes(described_of(model.processor.tokenizer))]
+    pieces = pieces_notes(described_of(model.processor.tokenizer))
+    return [*projector_of(model.config).notes(model), *pieces]
 
 
 @dataclass(frozen=True)
@@ -192,23 +197,23 @@ def verify_gguf(
         logits, texts = observe(model, expected.rows)
         stored = replace(expected, logits=logits.view_as(expected.logits), texts=texts)
     theirs, fields = _opened(files.language)
-    _check_texts(fields, model, expected.rows)
-    activation = vision_weights(model.tower)[0].hidden_act
-    reader = Reader(theirs.to(model.device), fields, model)
+    activation = projector_of(model.config).vision(model.tower)[0].hidden_act
     trained = Mmproj(files.mmproj, exact=activation)
+    _check_texts(fields, trained, model, expected.rows)
+    reader = Reader(theirs.to(model.device), fields, model)
     approximate = Mmproj(files.mmproj)
     file_logits = reader.logits(expected.rows, trained)
     texts = reader.texts(expected.rows, trained)
     allowed = EXACT * max(1.0, float(stored.logits.abs().max()))
     check_answers(stored, file_logits, texts, allowed)
     moved = largest_difference(reader.logits(expected.rows, approximate), file_logits)
-    notes = [
-        *notes_of(model),
+    notes = notes_of(model) + applying(
         (
+            moved,
             "llama.cpp computes GELU in its tanh form, which moves this model's logits by up to "
-            f"{moved:.2g}"
-        ),
-    ]
+            f"{moved:.2g}",
+        )
+    )
     return Verified(
         largest_difference(file_logits, expected.logits), texts == expected.texts, notes, allowed
     )
@@ -249,9 +254,14 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _check_texts(
-    fields: dict[str, Any], model: VisionLanguageNetwork, rows: Sequence[Conversation]
+    fields: dict[str, Any],
+    mmproj: Mmproj,
+    model: VisionLanguageNetwork,
+    rows: Sequence[Conversation],
 ) -> None:
-    """Raises `ModelError` if the file's tokenizer and chat template give other token ids."""
+    """Raises `ModelError` if the files' tokenizer, template and frames give other token ids."""
+    image_ids = mmproj.projector.image_ids
+    tokens = model.processor.spec.tokens_per_image
     tokenizer = read_tokenizer(fields)
     for row in rows:
         turns = [
@@ -260,15 +270,14 @@ def _check_texts(
         ]
         pieces = tokenizer.apply_chat_template(turns, tokenize=False).split(MARKER)
         file_ids = tokenizer.encode(pieces[0], add_special_tokens=False)
-        for piece in pieces[1:]:
-            file_ids += [-1] * model.processor.spec.tokens_per_image + tokenizer.encode(
-                piece, add_special_tokens=False
-            )
+        for media, piece in zip(row.media, pieces[1:], strict=False):
+            file_ids += image_ids(tokenizer, mmproj.vision, image_size(media), tokens)
+            file_ids += tokenizer.encode(piece, add_special_tokens=False)
         (example,) = model.processor.examples(row)
         ids = (
             torch.from_numpy(example.input_ids)
             .long()
-            .masked_fill(torch.from_numpy(example.image_mask), -1)
+            .masked_fill(torch.from_numpy(example.image_mask), IMAGE_SLOT)
             .tolist()
         )
         check_ids(row, [*ids, int(example.labels[-1])], file_ids[: len(ids) + 1])
@@ -294,7 +303,7 @@ class Reader:
             (example,) = self.model.processor.examples(row)
             supervised = torch.from_numpy(example.labels).to(self.model.device) != IGNORE_INDEX
             logits.append(
-                self.theirs(inputs_embeds=self._embeds(example, row, mmproj))
+                self.theirs(inputs_embeds=self._embeds(example, mmproj))
                 .logits[0, supervised]
                 .float()
             )
@@ -312,7 +321,7 @@ class Reader:
         answers = []
         reader = AnswerReader(self.model.processor, ())
         for row in rows:
-            embeds = self._embeds(self.model.processor.prompt(row), row, mmproj)
+            embeds = self._embeds(self.model.processor.prompt(row), mmproj)
             ids = self.theirs.generate(
                 inputs_embeds=embeds,
                 attention_mask=torch.ones_like(embeds[..., 0]),
@@ -324,14 +333,14 @@ class Reader:
             answers.append(reader.answer(ids[0].tolist(), None).text)
         return answers
 
-    def _embeds(self, example: Example, row: Conversation, mmproj: Mmproj) -> torch.Tensor:
+    def _embeds(self, example: Example, mmproj: Mmproj) -> torch.Tensor:
         ids, mask = (
             torch.from_numpy(one).to(self.model.device)
             for one in (example.input_ids, example.image_mask)
         )
         embeds = self.theirs.get_input_embeddings()(ids.long())
-        if row.media:
-            pixels = torch.stack([self.model.processor.images(media) for media in row.media])
+        if example.media:
+            pixels = torch.stack([self.model.processor.images(media) for media in example.media])
             embeds[mask] = mmproj.features(pixels).flatten(0, 1).to(embeds.device)
         return embeds[None]
 

@@ -9,64 +9,43 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import conv2d, gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
-from vlm_tune.config.connectors import MlpConnector
 from vlm_tune.errors import ModelError
+from vlm_tune.exporting.gguf.idefics3_projector import IDEFICS3
+from vlm_tune.exporting.gguf.mlp_projector import MLP
+from vlm_tune.exporting.gguf.projector import Projector, cuts_as
 from vlm_tune.exporting.gguf.writer import read_fields, read_tensors, write_gguf
 from vlm_tune.exporting.hf_layout import vision_of
-from vlm_tune.exporting.llava_layout import tower_reasons, vision_weights
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
-from vlm_tune.quoting import applying
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-PAD = (122, 116, 104)
-"""The colour with which llama.cpp pads an image to a square: CLIP's mean."""
 GELUS = ("gelu", "gelu_pytorch_tanh", "gelu_new")
 ACTIVATIONS = (*GELUS, "quick_gelu", "silu")
-CONNECTOR = {"layers.0": "mm.0", "layers.2": "mm.2", "norm": "v.post_ln"}
-"""mmproj names of the connector's layers. A LayerNorm before the MLP is stored as the norm that
-mmproj has after the tower's last block."""
+PROJECTORS = {projector.name: projector for projector in (MLP, IDEFICS3)}
+
+
+REFUSED = {
+    "internvl": "llama.cpp puts an InternVL's class token behind the patches, where its positions "
+    "count it first, and so sees images otherwise than in training",
+    "llava_next": "llama.cpp joins the tiles of a LLaVA-NeXT without its tokens for rows' ends",
+    "gemma3": "the images of a Gemma 3 are not written as GGUF",
+}
+"""Why models that cut images in other ways can't be written, by `model.tower.split.kind`.
+
+As of the llama.cpp in llama-cpp-python 0.3.36 (`tools/mtmd/models`).
+"""
 
 
 def mmproj_reasons(config: VisionLanguageConfig) -> list[str]:
     """The reasons why llama.cpp can't hold a tower or a connector, from configs alone."""
-    tower = config.model.tower
-    connector = config.model.connector
-    mlp = isinstance(connector, MlpConnector)
-    depth = connector.depth if isinstance(connector, MlpConnector) else 2
-    return tower_reasons(config) + applying(
-        (
-            getattr(tower, "class_token", False),
-            "its connector gets the class token (model.tower.class_token)",
-        ),
-        (not mlp, f"its connector is of kind {connector.kind}"),
-        (depth != 2, f"its connector has {depth} layers"),
-    )
+    refused = next((reason for kind, reason in REFUSED.items() if cuts_as(config, kind)), None)
+    return projector_of(config).reasons(config) if refused is None else [refused]
 
 
-def mmproj_notes(model: VisionLanguageNetwork) -> list[str]:
-    """Where llama.cpp's handling of images deviates from how the model was trained."""
-    tower, images = vision_of(model)
-    pads = images.resize == "pad"
-    return applying(
-        (
-            vision_weights(tower)[0].model_type == "clip_vision_model",
-            "llama.cpp versions with its issue 25814 (since pull request 13321, until 25844) put "
-            "a CLIP tower's class token in the wrong place, and see images wrongly; SigLIP towers "
-            "have none",
-        ),
-        (
-            not pads,
-            "llama.cpp pads images to squares, this model was trained with resize: "
-            f"{images.resize}; give it square images",
-        ),
-        (
-            pads and tuple(int(255 * value) for value in images.mean) != PAD,
-            f"llama.cpp pads images with the colour {PAD}, this model was trained with its "
-            "tower's own; give it square images",
-        ),
-    )
+def projector_of(config: VisionLanguageConfig) -> Projector:
+    """The projector that a model may fit in, by how it cuts images."""
+    return IDEFICS3 if cuts_as(config, "idefics3") else MLP
 
 
 def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
@@ -75,7 +54,8 @@ def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
     Raises `ModelError` for an activation, a norm or a width that llama.cpp does not support.
     """
     tower, _ = vision_of(model)
-    vision, state = vision_weights(tower)
+    projector = projector_of(model.config)
+    vision, state = projector.vision(tower)
     if vision.hidden_act not in ACTIVATIONS:
         raise ModelError(
             f"llama.cpp has no {vision.hidden_act} for a tower, only {', '.join(ACTIVATIONS)}"
@@ -95,7 +75,7 @@ def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
         writer.add_type("mmproj")
         writer.add_name("tower and connector of a vision-language model")
         writer.add_clip_has_vision_encoder(True)
-        writer.add_clip_projector_type("mlp")
+        writer.add_clip_projector_type(projector.name)
         writer.add_vision_projection_dim(model.llm.width)
         writer.add_vision_image_size(vision.image_size)
         writer.add_vision_patch_size(vision.patch_size)
@@ -108,23 +88,24 @@ def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
         writer.add_vision_image_std(list(tower.std))
         writer.add_vision_use_gelu(vision.hidden_act in GELUS)
         writer.add_vision_use_silu(vision.hidden_act == "silu")
-        # Without this field llama.cpp leaves out the last block.
-        writer.add_array("clip.vision.feature_layer", [vision.num_hidden_layers])
+        projector.describe(writer, vision, model)
 
-    write_gguf(
-        path, "clip", describe, _tensors(vision.num_hidden_layers, state, model.connector), dtype
-    )
+    tensors = _tensors(vision.num_hidden_layers, state, model.connector, projector.names)
+    write_gguf(path, "clip", describe, tensors, dtype)
 
 
 def _tensors(
-    blocks: int, state: dict[str, torch.Tensor], connector: torch.nn.Module
+    blocks: int,
+    state: dict[str, torch.Tensor],
+    connector: torch.nn.Module,
+    connector_names: dict[str, str],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     names = get_tensor_name_map(MODEL_ARCH.MMPROJ, blocks)
     for key, tensor in state.items():
-        if key.startswith("post_layernorm") or key.endswith("position_ids"):
-            continue  # features are taken before the tower's last norm
+        if key.endswith("position_ids"):
+            continue
         stored_name = names.get_name(
             f"vision_tower.vision_model.{key}", try_suffixes=(".weight", ".bias")
         )
@@ -133,7 +114,7 @@ def _tensors(
         yield stored_name, tensor
     for key, tensor in connector.state_dict().items():
         owner, _, kind = key.rpartition(".")
-        yield f"{CONNECTOR[owner]}.{kind}", tensor
+        yield f"{connector_names[owner]}.{kind}", tensor
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -156,6 +137,7 @@ class Mmproj:
             for key, value in self.fields.items()
             if key.startswith("clip.vision.")
         }
+        self.projector = PROJECTORS[self.fields["clip.projector_type"]]
 
     @torch.inference_mode()
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -175,25 +157,24 @@ class Mmproj:
         if first is not None:
             hidden = torch.cat([first.expand(len(hidden), 1, -1), hidden], dim=1)
         hidden = self._norm("v.pre_ln", hidden + self.tensors["v.position_embd.weight"])
-        (last,) = self.vision["feature_layer"]
+        (last,) = self.vision.get("feature_layer", [self.vision["block_count"]])
         for number in range(last):
             hidden = self._block(f"v.blk.{number}", hidden)
         hidden = self._norm("v.post_ln", hidden)[:, int(first is not None) :]
-        inner = gelu(self._linear("mm.0", hidden), approximate="none" if self.exact else "tanh")
-        return self._linear("mm.2", inner)
+        return self.projector.connected(self, hidden)
 
     def _block(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         heads = self.vision["attention.head_count"]
         normed = self._norm(f"{name}.ln1", hidden)
         q, k, v = (
-            self._linear(f"{name}.attn_{one}", normed).unflatten(-1, (heads, -1)).transpose(1, 2)
+            self.linear(f"{name}.attn_{one}", normed).unflatten(-1, (heads, -1)).transpose(1, 2)
             for one in "qkv"
         )
-        hidden = hidden + self._linear(
+        hidden = hidden + self.linear(
             f"{name}.attn_out", scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         )
-        inner = self._linear(f"{name}.ffn_up", self._norm(f"{name}.ln2", hidden))
-        return hidden + self._linear(f"{name}.ffn_down", self._activation(inner))
+        inner = self.linear(f"{name}.ffn_up", self._norm(f"{name}.ln2", hidden))
+        return hidden + self.linear(f"{name}.ffn_down", self._activation(inner))
 
     def _activation(self, inner: torch.Tensor) -> torch.Tensor:
         if self.fields["clip.use_gelu"]:
@@ -212,5 +193,6 @@ class Mmproj:
             self.vision["attention.layer_norm_epsilon"],
         )
 
-    def _linear(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+    def linear(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        """A linear layer of the file, with or without a bias."""
         return linear(hidden, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))

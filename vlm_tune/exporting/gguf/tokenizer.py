@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MARKER = "<__media__>"
 """The text that llama.cpp replaces with an image."""
+MARKER_BEGINS = "<__media"
+"""The beginning of that text: newer servers draw what follows, so that no question spells it."""
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -140,7 +142,9 @@ def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> N
             add(number)
     writer.add_add_bos_token(any(piece.control == "bos" for piece in processor.template.start))
     writer.add_add_eos_token(False)
-    writer.add_chat_template(processor_jinja(processor.template, processor.system, MARKER))
+    writer.add_chat_template(
+        processor_jinja(processor.template, processor.system, MARKER, MARKER_BEGINS)
+    )
 
 
 def read_tokenizer(fields: dict[str, Any]) -> Any:

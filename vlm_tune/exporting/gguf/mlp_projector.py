@@ -1,0 +1,99 @@
+"""llama.cpp's projector of LLaVA: two linear layers with GELU between them, one square image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import gelu
+
+from vlm_tune.config.connectors import MlpConnector
+from vlm_tune.exporting.gguf.projector import IMAGE_SLOT, Projector
+from vlm_tune.exporting.hf_layout import vision_of
+from vlm_tune.exporting.llava_layout import tower_reasons, vision_weights
+from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
+from vlm_tune.quoting import applying
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+    from vlm_tune.exporting.gguf.mmproj import Mmproj
+
+PAD = (122, 116, 104)
+"""The colour with which llama.cpp pads an image to a square: CLIP's mean."""
+CONNECTOR = {"layers.0": "mm.0", "layers.2": "mm.2", "norm": "v.post_ln"}
+"""mmproj names of the connector's layers. A LayerNorm before the MLP is stored as the norm that
+mmproj has after the tower's last block."""
+
+
+def _reasons(config: VisionLanguageConfig) -> list[str]:
+    tower = config.model.tower
+    connector = config.model.connector
+    mlp = isinstance(connector, MlpConnector)
+    depth = connector.depth if isinstance(connector, MlpConnector) else 2
+    return tower_reasons(config) + applying(
+        (
+            getattr(tower, "class_token", False),
+            "its connector gets the class token (model.tower.class_token)",
+        ),
+        (not mlp, f"its connector is of kind {connector.kind}"),
+        (depth != 2, f"its connector has {depth} layers"),
+    )
+
+
+def _notes(model: VisionLanguageNetwork) -> list[str]:
+    tower, images = vision_of(model)
+    pads = images.resize == "pad"
+    return applying(
+        (
+            vision_weights(tower)[0].model_type == "clip_vision_model",
+            "llama.cpp versions with its issue 25814 (since pull request 13321, until 25844) put "
+            "a CLIP tower's class token in the wrong place, and see images wrongly; SigLIP towers "
+            "have none",
+        ),
+        (
+            not pads,
+            "llama.cpp pads images to squares, this model was trained with resize: "
+            f"{images.resize}; give it square images",
+        ),
+        (
+            pads and tuple(int(255 * value) for value in images.mean) != PAD,
+            f"llama.cpp pads images with the colour {PAD}, this model was trained with its "
+            "tower's own; give it square images",
+        ),
+    )
+
+
+def _vision(tower: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    config, state = vision_weights(tower)
+    # Features are taken before the tower's last norm.
+    return config, {key: state[key] for key in state if not key.startswith("post_layernorm")}
+
+
+def _describe(writer: GGUFWriter, vision: Any, model: VisionLanguageNetwork) -> None:
+    # Without this field llama.cpp leaves out the last block.
+    writer.add_array("clip.vision.feature_layer", [vision.num_hidden_layers])
+
+
+def _connected(mmproj: Mmproj, hidden: torch.Tensor) -> torch.Tensor:
+    inner = gelu(mmproj.linear("mm.0", hidden), approximate="none" if mmproj.exact else "tanh")
+    return mmproj.linear("mm.2", inner)
+
+
+def _image_ids(
+    tokenizer: Any, vision: dict[str, Any], size: tuple[int, int], tokens: int
+) -> list[int]:
+    return [IMAGE_SLOT] * tokens
+
+
+MLP = Projector(
+    name="mlp",
+    reasons=_reasons,
+    token_reasons=lambda tokenizer: [],
+    notes=_notes,
+    vision=_vision,
+    describe=_describe,
+    names=CONNECTOR,
+    connected=_connected,
+    image_ids=_image_ids,
+)
