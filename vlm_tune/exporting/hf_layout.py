@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_tune.data.chat.template import processor_jinja
+from vlm_tune.data.chat.processor_jinja import processor_jinja
 from vlm_tune.data.images.decode import ImageProcessor
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.causal import CausalLLM

@@ -10,7 +10,7 @@ import torch
 
 from vlm_tune.config.connectors import LinearConnector
 from vlm_tune.config.towers import Tower, TransformersTower
-from vlm_tune.data.chat.template import processor_jinja
+from vlm_tune.data.chat.processor_jinja import processor_jinja
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.hf_layout import IMAGE_TOKEN, Target, Weights, vision_of, written_tokenizer
 from vlm_tune.exporting.llava_layout import vision_weights

@@ -25,7 +25,8 @@ from tests.helpers.chat_samples import (
     tokenizer,
     turns,
 )
-from vlm_tune.data.chat.template import load_template, processor_jinja, read_template
+from vlm_tune.data.chat.processor_jinja import processor_jinja
+from vlm_tune.data.chat.template import load_template, read_template
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media, Message
 from vlm_tune.errors import DataError
 

@@ -18,7 +18,7 @@ from vlm_tune.config.model import NativeLlm, NativeSection
 from vlm_tune.config.native import NativeModel
 from vlm_tune.config.towers import NativeTower
 from vlm_tune.data.chat.own_template import image_text, message
-from vlm_tune.data.chat.template import processor_jinja
+from vlm_tune.data.chat.processor_jinja import processor_jinja
 from vlm_tune.data.types import Conversation, Message, Segment
 from vlm_tune.errors import DataError, ModelError
 from vlm_tune.model.language.native import NativeLLM

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vlm_tune.data.chat.processor import Processor
-from vlm_tune.data.chat.template import ChatTemplate, processor_jinja
+from vlm_tune.data.chat.processor_jinja import processor_jinja
+from vlm_tune.data.chat.template import ChatTemplate
 from vlm_tune.exporting.gguf.sentencepiece import (
     PieceTokenizer,
     describe_pieces,

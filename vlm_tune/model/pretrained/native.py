@@ -22,7 +22,8 @@ from vlm_tune.data.chat.own_template import (
     untrained_opening,
 )
 from vlm_tune.data.chat.processor import Processor
-from vlm_tune.data.chat.template import ChatTemplate, load_template, processor_jinja
+from vlm_tune.data.chat.processor_jinja import processor_jinja
+from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.images.decode import decode_image, encoded_bytes
 from vlm_tune.data.images.native import (
     TYPES,

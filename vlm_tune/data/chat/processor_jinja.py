@@ -1,0 +1,175 @@
+"""Chat formats as Jinja chat templates, for the processors of transformers and for llama.cpp."""
+
+from __future__ import annotations
+
+import json
+
+from vlm_tune.data.chat.template import PARTS_OF_TURN, ChatTemplate, Piece
+
+TURN = "content(message)"
+"""The Jinja expression of a turn's content."""
+LAST_QUESTION = (
+    "{%- set questions = namespace(last=-1) -%}{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{%- set questions.last = loop.index0 -%}{%- endif -%}"
+    "{%- endfor -%}"
+)
+"""Jinja that finds the place of a conversation's last question."""
+
+
+def processor_jinja(
+    template: ChatTemplate, system: str | None, image: str, marker: str | None = None
+) -> str:
+    """Renders the format as a Jinja chat template for transformers' processors.
+
+    Contents of messages are text, or lists of texts and images. An image is written as the token
+    `image`. `system` is the system text of a conversation without one, as in `segments`. With a
+    `marker`, texts that begin so stand for images, and are written as they are; a content that is
+    one text may begin so too.
+    """
+    is_image = _is_image("part", marker)
+    shown = _shown_image(image, marker)
+    system = template.default_system if system is None else system
+    text = "part['text']"
+    whole = f"message['content']{' | trim' if template.strip else ''}"
+    if template.strip == "texts":
+        text = _unless_system("part['text'] | trim", text)
+        whole = _unless_system(whole, "message['content']")
+    elif template.strip:
+        text = "(part['text'].lstrip() if loop.first else part['text'])"
+        text = f"({text}.rstrip() if loop.last else {text})"
+    if template.strip == "answers":
+        text = f"({text} if message['role'] == 'assistant' else part['text'])"
+        whole = f"({whole} if message['role'] == 'assistant' else message['content'])"
+    lines = [
+        "{%- macro content(message) -%}",
+        f"{{%- if message['content'] is string -%}}{{{{- {whole} -}}}}",
+        "{%- else -%}{%- for part in message['content'] -%}",
+        f"{{%- if {is_image} -%}}{{{{- {shown} -}}}}"
+        f"{_written_after_image(template.after_image)}"
+        f"{{%- else -%}}{{{{- {text} -}}}}{{%- endif -%}}",
+        "{%- endfor -%}{%- endif -%}",
+        "{%- endmacro -%}",
+        _written(template.start, ""),
+    ]
+    if any(piece.content in PARTS_OF_TURN for piece in template.user):
+        lines += _macros_of_parts(is_image, shown, whole, text, template.between_words)
+    if system:
+        words = system.strip() if template.strip is True else system
+        lines += [
+            "{%- if messages[0]['role'] != 'system' -%}",
+            _written(template.system, _quoted(words)),
+            "{%- endif -%}",
+        ]
+    if any(piece.when for piece in template.assistant):
+        lines.append(LAST_QUESTION)
+    lines.append("{%- for message in messages -%}")
+    for role, word in (("system", "if"), ("user", "elif"), ("assistant", "elif")):
+        pieces = getattr(template, role)
+        refusal = (
+            "{{- raise_exception("
+            f"{_quoted(f'the {template.name} format has no {role} turn')}) -}}}}"
+        )
+        lines += [
+            f"{{%- {word} message['role'] == '{role}' -%}}",
+            _written(pieces, TURN, system=bool(system), marker=marker) if pieces else refusal,
+        ]
+    lines += ["{%- endif -%}", "{%- endfor -%}"]
+    lines += ["{%- if add_generation_prompt -%}", _written(template.opened, ""), "{%- endif -%}"]
+    return "\n".join(line for line in lines if line)
+
+
+def _written_after_image(text: str) -> str:
+    """Jinja that writes `after_image` unless the next part of a turn is a text that begins so."""
+    if not text:
+        return ""
+    ending = _quoted(text)
+    return (
+        "{%- if not (loop.nextitem is defined and loop.nextitem['type'] == 'text' "
+        f"and loop.nextitem['text'].startswith({ending})) -%}}{{{{- {ending} -}}}}{{%- endif -%}}"
+    )
+
+
+def _is_image(part: str, marker: str | None) -> str:
+    """A Jinja expression of whether a part of a content is an image, or a text that begins so."""
+    typed = f"{part}['type'] == 'image'"
+    return typed if marker is None else f"({typed} or {part}['text'].startswith({_quoted(marker)}))"
+
+
+def _begins_with_text(marker: str | None) -> str:
+    """A Jinja expression of whether a turn's content is empty or begins with words."""
+    first_part = "message['content'][0]"
+    in_list = f"not {_is_image(first_part, marker)}"
+    if marker is None:
+        return f"message['content'] is string or not message['content'] or {in_list}"
+    in_text = f"not message['content'].startswith({_quoted(marker)})"
+    return f"not message['content'] or ({in_text} if message['content'] is string else {in_list})"
+
+
+def _shown_image(image: str, marker: str | None) -> str:
+    """A Jinja expression of what an image is written as."""
+    token = _quoted(image)
+    return token if marker is None else f"({token} if part['type'] == 'image' else part['text'])"
+
+
+def _macros_of_parts(is_image: str, shown: str, whole: str, text: str, between: str) -> list[str]:
+    """The Jinja macros of `PARTS_OF_TURN`, by their names.
+
+    The expressions say whether a part is an image and what an image is written as; `whole` and
+    `text` are those of a content that is a text, and of a text in a list, `between` is what stands
+    between the latter.
+    """
+    parted = f"{{%- if not loop.first -%}}{{{{- {_quoted(between)} -}}}}{{%- endif -%}}"
+    return [
+        "{%- macro images(message) -%}{%- if message['content'] is not string -%}",
+        f"{{%- for part in message['content'] if {is_image} -%}}"
+        f"{{{{- {shown} -}}}}{{%- endfor -%}}",
+        "{%- endif -%}{%- endmacro -%}",
+        "{%- macro words(message) -%}{%- if message['content'] is string -%}"
+        f"{{{{- {whole} -}}}}{{%- else -%}}",
+        f"{{%- for part in message['content'] if not {is_image} -%}}"
+        f"{parted if between else ''}{{{{- {text} -}}}}{{%- endfor -%}}",
+        "{%- endif -%}{%- endmacro -%}",
+    ]
+
+
+def _unless_system(expression: str, other: str) -> str:
+    """A Jinja expression that is another one in a system's turn."""
+    return f"({other} if message['role'] == 'system' else {expression})"
+
+
+def _written(
+    pieces: list[Piece], content: str, *, system: bool = False, marker: str | None = None
+) -> str:
+    """A Jinja expression that writes pieces; `content` is the expression of the turn's content.
+
+    `system` says whether a conversation without a system's turn gets one. `marker` is as in
+    `processor_jinja`.
+    """
+    begins_with_text = _begins_with_text(marker)
+
+    def left_out(role: str) -> str:
+        first = str(system and role == "system").lower()
+        return f"(loop.previtem['role'] == '{role}' if loop.previtem is defined else {first})"
+
+    def written(piece: Piece) -> str:
+        if piece.content in PARTS_OF_TURN:
+            return f"{piece.content}(message)"
+        if piece.content:
+            return content
+        if piece.control in ("bos", "eos"):
+            return f"{piece.control}_token"
+        literal = _quoted(piece.text or piece.control or "")
+        if content == TURN and piece.unless:
+            return f"('' if {left_out(piece.unless)} else {literal})"
+        if content == TURN and piece.when:
+            sign = ">" if piece.when == "last" else "<"
+            return f"({literal} if loop.index0 {sign} questions.last else '')"
+        at_text = piece.before is not None and content == TURN
+        return f"({literal} if {begins_with_text} else '')" if at_text else literal
+
+    parts = [written(piece) for piece in pieces]
+    return f"{{{{- {' + '.join(parts)} -}}}}" if parts else ""
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
