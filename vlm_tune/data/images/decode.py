@@ -52,17 +52,15 @@ DAMAGED = (
 def opened(data: bytes | Path, name: str) -> Iterator[ImageFile]:
     """Opens an image and reads only its header.
 
-    Raises `DataError` for images that are too large, and in place of any error about the image
-    inside the block.
+    Raises `DataError` for images that are too large, and in place of Pillow's errors in the block.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(
-                data if isinstance(data, Path) else io.BytesIO(data), formats=FORMATS
-            ) as image:
+            file = data if isinstance(data, Path) else io.BytesIO(data)
+            with Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise DataError(
