@@ -173,9 +173,9 @@ def build(folder: Path, parts: dict[str, int], seed: int = 0) -> None:
     """Writes the clips as folders of frames, and the rows about them."""
     for part, count in parts.items():
         draw = random.Random(f"{seed} {part}")
-        asked: list[dict[str, Any]] = []
-        matched: list[dict[str, Any]] = []
-        captioned: list[dict[str, Any]] = []
+        question_rows: list[dict[str, Any]] = []
+        caption_rows: list[dict[str, Any]] = []
+        frame_rows: list[dict[str, Any]] = []
         for number in range(count):
             clip = drawn_clip(draw)
             place = f"{part}/{number:05}"
@@ -184,23 +184,23 @@ def build(folder: Path, parts: dict[str, int], seed: int = 0) -> None:
             for index, frame in enumerate(clip.frames):
                 picture(frame, (red, green, blue)).save(folder / place / f"{index}.png")
                 if number < CAPTIONED.get(part, 0):
-                    captioned += [
+                    frame_rows += [
                         {"image": f"{place}/{index}.png", "caption": caption, "category": category}
                         for caption, category in frame_captions(frame)
                     ]
-            asked += [
+            question_rows += [
                 {"video": place, "question": question, "answer": answer, "category": category}
                 for question, answer, category in questions(clip, draw)
             ]
-            matched += [
+            caption_rows += [
                 {"video": place, "caption": caption, "category": category}
                 for caption, category in clip_captions(clip)
             ]
-        _write(folder / f"{part}.jsonl", asked)
-        _write(folder / f"match-{part}.jsonl", matched)
-        if captioned:
-            _write(folder / f"frames-{part}.jsonl", captioned)
-        print(f"{part}: {count:,} clips, {len(asked):,} questions, {len(matched):,} captions")
+        _write(folder / f"{part}.jsonl", question_rows)
+        _write(folder / f"match-{part}.jsonl", caption_rows)
+        if frame_rows:
+            _write(folder / f"frames-{part}.jsonl", frame_rows)
+        print(f"{part}: {count:,} clips, {len(question_rows):,} questions")
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

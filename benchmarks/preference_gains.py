@@ -101,16 +101,16 @@ def best_rate(way: str, base: Recipe, folder: Path, steps: int) -> float:
 
     scores = {}
     for rate in RATES:
-        recipe = way_recipe(way, base, rate, folder / run_name(way, base, rate), steps)
-        run = finished_run(recipe, command(way))
+        output = folder / run_name(way, base, rate, steps)
+        run = finished_run(way_recipe(way, base, rate, output, steps), command(way))
         scores[rate] = evaluate(run, base, split="validation").accuracy
         print(f"{way} at {rate:g}: validation {scores[rate]:.2%}", flush=True)
     return max(scores, key=scores.__getitem__)
 
 
-def run_name(way: str, base: Recipe, rate: float) -> str:
+def run_name(way: str, base: Recipe, rate: float, steps: int) -> str:
     """The folder's name of a run."""
-    return f"{way}-{base.seed}" if way == "grpo" else f"{way}-{base.seed}-{rate:g}"
+    return f"{way}-{base.seed}" if way == "grpo" else f"{way}-{base.seed}-{steps}-{rate:g}"
 
 
 def command(way: str) -> str:
@@ -173,8 +173,8 @@ def compared(bases: Sequence[Recipe], folder: Path, ways: Sequence[str], steps: 
             if way not in rates and way != "grpo":
                 rates[way] = best_rate(way, base, folder, steps)
             rate = rates.get(way, 0.0)
-            recipe = way_recipe(way, base, rate, folder / run_name(way, base, rate), steps)
-            runs[way] = finished_run(recipe, command(way))
+            output = folder / run_name(way, base, rate, steps)
+            runs[way] = finished_run(way_recipe(way, base, rate, output, steps), command(way))
         lines += table(base.seed, base_run, runs)
         print("\n".join(table(base.seed, base_run, runs)), flush=True)
     return lines

@@ -23,7 +23,7 @@ from vlm_tune.data.sources.easy_vqa import KINDS, questions
 def test_each_way_trains_the_same_weights_of_the_base(way: str, tmp_path: Path) -> None:
     base = base_recipe(1, tmp_path / "base-1")
     assert [name for name, _ in base.resolved_stages()] == ["align", "base"]
-    recipe = way_recipe(way, base, RATES[0], tmp_path / run_name(way, base, RATES[0]), 60)
+    recipe = way_recipe(way, base, RATES[0], tmp_path / run_name(way, base, RATES[0], 60), 60)
     check_command(recipe, command(way))
     (_, stage), *others = recipe.resolved_stages()
     assert not others and stage.seed == 1
