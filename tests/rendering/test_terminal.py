@@ -230,3 +230,7 @@ def test_a_validation_is_shown_by_the_metric_that_chooses_and_by_exact_match() -
     assert Shown().event(by_loss) == [
         "  step 10: validation exact match 25.00% of 16, loss 1.5000",
     ]
+    # Span corruption answers nothing.
+    assert Shown().event(replace(by_loss, accuracy=None)) == [
+        "  step 10: validation loss 1.5000 of 16",
+    ]

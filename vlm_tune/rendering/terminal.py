@@ -243,22 +243,7 @@ class Display(logging.Handler):
             self._began = self.clock()
             self._phase = "training"
             self._state = f"training, past step {event.step:,}"
-        figures = shown_figures(event.figures)
-        main = event.best_by if event.best_by in figures else next(iter(figures))
-        sources = [
-            f"{name} {amount(main, _of_source(entry, main))} of {entry['n']:,}"
-            for name, entry in (event.by_source or {}).items()
-        ]
-        listed = f" ({', '.join(sources)})" if len(sources) > 1 else ""
-        others = [
-            f", {metric_title(name)} {amount(name, figure)}"
-            for name, figure in figures.items()
-            if name != main
-        ]
-        loss = "" if event.loss is None else f", loss {event.loss:.4f}"
-        score = f"{metric_title(main)} {amount(main, figures[main])} of {event.n:,}"
-        text = f"validation {score}{listed}{''.join(others)}{loss}"
-        self._line(f"  step {event.step:,}: {text}", "green")
+        self._line(f"  step {event.step:,}: validation {_validation(event)}", "green")
         for name, reason in (event.skipped or {}).items():
             self._line(f"  {name} is not computed: {reason}", "yellow")
 
@@ -283,6 +268,30 @@ class Display(logging.Handler):
     @_show.register
     def _acceleration(self, event: Acceleration) -> None:
         self._line(f"parts that train by kernels: {event.text}")
+
+
+def _validation(event: Evaluation) -> str:
+    """The scores of a validation, the one that chooses the best checkpoint first.
+
+    Those of an objective that answers nothing and has no other figures are the loss alone.
+    """
+    figures = shown_figures(event.figures)
+    loss = "" if event.loss is None else f"loss {event.loss:.4f}"
+    if not figures:
+        return f"{loss} of {event.n:,}"
+    main = event.best_by if event.best_by in figures else next(iter(figures))
+    sources = [
+        f"{name} {amount(main, _of_source(entry, main))} of {entry['n']:,}"
+        for name, entry in (event.by_source or {}).items()
+    ]
+    listed = f" ({', '.join(sources)})" if len(sources) > 1 else ""
+    others = [
+        f"{metric_title(name)} {amount(name, figure)}"
+        for name, figure in figures.items()
+        if name != main
+    ]
+    score = f"{metric_title(main)} {amount(main, figures[main])} of {event.n:,}{listed}"
+    return ", ".join([score, *others, *([loss] if loss else [])])
 
 
 def _of_source(entry: Mapping[str, Any], metric: str) -> float | None:
