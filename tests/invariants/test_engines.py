@@ -17,6 +17,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from tests.helpers.connector_kinds import with_connector
+from tests.helpers.family_recipes import NATIVE, SAVED, over_family, save_families
 from tests.helpers.forked_runs import ended, start
 from tests.helpers.task_recipes import SOFT, task_sources
 from tests.helpers.tiny_models import (
@@ -69,6 +70,7 @@ MODELS: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "fusion": ("seq2seq", LORA_TUNE, "fusion-attention", {}),
     "cross": ("causal", LORA_TUNE, "cross_attention", {}),
     "tasks": ("causal", TASKS, None, {"train__gradient_accumulation": 2}),
+    **{name: ("causal", LORA_TUNE, None, {"train__cache_features": False}) for name in SAVED},
 }
 SHARDED = ("zero3", "fsdp")
 WITH: dict[str, Sequence[str]] = {
@@ -78,6 +80,8 @@ WITH: dict[str, Sequence[str]] = {
     "decoder-full": ("ddp", "zero2", *SHARDED),
     "t5-lora": ("ddp", "zero2", *SHARDED),
     "tasks": ("ddp", "zero2"),
+    # Checkpoints of others; a native model's weights are not sharded.
+    **{name: ("ddp", "zero2", *(("zero3",) if name not in NATIVE else ())) for name in SAVED},
 }
 RUNS = [(model, engine) for model in MODELS for engine in WITH.get(model, SHARDED)]
 HALF = {
@@ -125,6 +129,8 @@ def recipe(folder: Path, name: str, model: str, *, size: int, **changes: Any) ->
     text = tiny_text(kind, folder / "messages.jsonl", folder / name)
     if connector:
         text = with_connector(text, connector)
+    if model in SAVED:
+        text = over_family(text, folder / "families", model)
     if model == "tasks":
         changes = {"data__train": task_sources(folder / "messages.jsonl"), **changes}
     return parsed(
@@ -199,6 +205,7 @@ def train_all(folder: Path) -> None:
     for row in rows[1:]:
         row.pop("images")
     (folder / "messages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_families(folder / "families")
     plan: list[dict[str, Any]] = []
 
     def add(name: str, run_recipe: Recipe, **how: Any) -> None:
