@@ -45,6 +45,7 @@ from vlm_tune.compat import (
     RECOMPILED,
     all_true_on_meta,
     attention_name,
+    beams_keep_images,
     cache_name,
     checkpoint_function,
     checkpointed_forward,
@@ -668,3 +669,12 @@ def test_a_paligemma_caps_its_logits_in_each_release(tmp_path: Path) -> None:
     ids = torch.arange(5, 11)[None]
     logits = theirs(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
     assert 0.9 * cap < logits.abs().max() <= cap
+
+
+def test_beams_keep_images_only_where_a_models_code_sees_to_it() -> None:
+    from transformers import Qwen2VLForConditionalGeneration
+
+    assert beams_keep_images(
+        Qwen2VLForConditionalGeneration.__new__(Qwen2VLForConditionalGeneration)
+    )
+    assert not beams_keep_images(LlamaForCausalLM.__new__(LlamaForCausalLM))

@@ -6,6 +6,7 @@ each that calls the library (`tests/test_compat.py`). Libraries are imported in 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import threading
@@ -236,6 +237,20 @@ def cap_logits(model: Any) -> None:
         return output
 
     model.register_forward_hook(capped)
+
+
+def beams_keep_images(model: Any) -> bool:
+    """Whether a beam search of transformers repeats the images of a row in turn.
+
+    Older releases repeat each for itself, unless a model has code of its own, so that a row of
+    several images gets others.
+    """
+    from transformers.generation import GenerationMixin
+
+    expand = type(model)._expand_inputs_for_generation
+    parameters = inspect.signature(type(model).forward).parameters
+    own_code = expand is not GenerationMixin._expand_inputs_for_generation
+    return own_code or "mm_encoder_outputs" in parameters
 
 
 def forget_checkpoint_names(model: Any) -> None:

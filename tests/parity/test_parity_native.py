@@ -16,6 +16,7 @@ from tests.parity.test_parity_idefics3 import write_rows
 from tests.parity.test_parity_pretrained import our_step
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Media
+from vlm_tune.errors import ModelError
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.language.decoding import Decoding
@@ -126,3 +127,18 @@ def test_greedy_text_is_transformers(taken: Taken) -> None:
         )
         expected = model.processor.decode(ids[0, given["input_ids"].shape[1] :].tolist())
         assert text == expected
+
+
+@pytest.mark.parametrize("taken", ["qwen3_vl"], indirect=True)
+def test_beams_of_several_images_are_refused_where_transformers_mixes_them_up(
+    taken: Taken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, rows, _ = taken
+    one_image, two_images = model.processor.prompts(rows[:2])
+    cache = PixelCache(model.processor.images)
+    beams = Decoding(2, num_beams=2)
+    assert len(answer_prompts(model, [one_image, two_images], beams, fetch=cache)) == 2
+    monkeypatch.setattr("vlm_tune.model.language.native.beams_keep_images", lambda _: False)
+    answer_prompts(model, [one_image], beams, fetch=cache)
+    with pytest.raises(ModelError, match="mixes up the images of a row in a beam search"):
+        answer_prompts(model, [two_images], beams, fetch=cache)

@@ -12,12 +12,14 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 from torch.nn.functional import pad
 
+from vlm_tune.compat import beams_keep_images
 from vlm_tune.config.native import JOINED_TYPES
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.images.native import NativeImages
@@ -262,6 +264,13 @@ class NativeLLM(LanguageModel):
     ) -> torch.Tensor:
         length = batch.input_ids.shape[1]
         self.check_length(length)
+        rows_with_images = int(batch.image_mask.any(1).sum())
+        several = len(batch.media_index) > rows_with_images
+        if decoding.num_beams > 1 and several and not beams_keep_images(self.model):
+            raise ModelError(
+                f"transformers {version('transformers')} mixes up the images of a row in a beam "
+                f"search of a {type(self.model).__name__}: a newer release, or num_beams 1"
+            )
         options |= self._options(self.room(decoding, length), pad_id, stop_ids)
         return self.model.generate(**self.inputs(batch), **options)[:, length:]
 
