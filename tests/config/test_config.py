@@ -20,7 +20,7 @@ from vlm_tune.config.load import (
     parse_recipe,
     recipe_schema,
 )
-from vlm_tune.config.model import ModelSection
+from vlm_tune.config.model import ModelSection, PretrainedModel
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.schema_errors import OLD_NAMES
 from vlm_tune.config.yaml_source import Located, apply_override, read_yaml, read_yaml_text
@@ -941,3 +941,14 @@ def test_other_tasks_have_names_that_files_can_have() -> None:
     assert parse_recipe(good).evaluate.also == {"words.v1": "words.jsonl"}
     ((_, message),) = problems(good.replace("words.v1", "'../words'"))
     assert "a name has letters, digits, _, . and - alone" in message
+
+
+def test_a_written_recipe_overrides_nothing_of_a_checkpoint_that_it_did_not_before() -> None:
+    """Options of the tower that are set override the checkpoint's: defaults are not written."""
+    head, _, rest = SMALL.partition("model:")
+    rest = rest[rest.index("data:") :]
+    for extra, options in (("", set()), (", tower: {resize: pad}", {"resize"})):
+        recipe = parse_recipe(f"{head}model: {{pretrained: vlm{extra}}}\n{rest}")
+        again = parse_recipe(dump_recipe(recipe)).model
+        assert isinstance(again, PretrainedModel)
+        assert again == recipe.model and again.tower.model_fields_set == options

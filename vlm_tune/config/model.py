@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_serializer
 
 from vlm_tune.config.base import Config, HomePath
 from vlm_tune.config.boxes import Boxes
@@ -155,6 +155,11 @@ class PretrainedModel(Config):
         default=None,
         description="how it reads and writes boxes and points; as its family does by default",
     )
+
+    @field_serializer("tower")
+    def _set_options(self, tower: Tower) -> dict[str, Any]:
+        # Read back from a file, options that were not set would override the checkpoint's.
+        return tower.model_dump(exclude_unset=True)
 
 
 def _model_form(value: Any) -> str:
