@@ -1,4 +1,4 @@
-"""Recipes over tiny checkpoints: a family whose prompts see themselves, and a native model."""
+"""Recipes over tiny checkpoints of one family of each kind of attention."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.gemma_samples import save_paligemma
+from tests.helpers.gemma_samples import save_gemma3, save_paligemma
 from tests.helpers.native_models import save_native, with_native
+from tests.helpers.tiled_samples import save_internvl
 from tests.helpers.vlm_samples import with_pretrained
 
 SAVED: dict[str, Callable[[Path], Any]] = {
+    "internvl": save_internvl,
+    "gemma3": save_gemma3,
     "paligemma": lambda folder: save_paligemma(folder, "gemma2"),
     "qwen3_vl": lambda folder: save_native(folder, "qwen3_vl"),
 }
-"""Prompts that see themselves both ways, whatever a layer's window; positions of three axes."""
+"""Causal; images that see themselves both ways, with windows; prompts that do; native, M-RoPE."""
 NATIVE = ("qwen3_vl",)
 
 

@@ -80,7 +80,7 @@ WITH: dict[str, Sequence[str]] = {
     "decoder-full": ("ddp", "zero2", *SHARDED),
     "t5-lora": ("ddp", "zero2", *SHARDED),
     "tasks": ("ddp", "zero2"),
-    # Checkpoints of others; a native model's weights are not sharded.
+    # A family of each kind of attention; a native model's weights are not sharded.
     **{name: ("ddp", "zero2", *(("zero3",) if name not in NATIVE else ())) for name in SAVED},
 }
 RUNS = [(model, engine) for model in MODELS for engine in WITH.get(model, SHARDED)]
