@@ -245,12 +245,11 @@ def beams_keep_images(model: Any) -> bool:
     Older releases repeat each for itself, unless a model has code of its own, so that a row of
     several images gets others.
     """
-    from transformers.generation import GenerationMixin
+    from transformers import GenerationMixin
 
-    expand = type(model)._expand_inputs_for_generation
-    parameters = inspect.signature(type(model).forward).parameters
-    own_code = expand is not GenerationMixin._expand_inputs_for_generation
-    return own_code or "mm_encoder_outputs" in parameters
+    usual: Any = GenerationMixin
+    own_code = type(model)._expand_inputs_for_generation is not usual._expand_inputs_for_generation
+    return own_code or "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
 
 
 def forget_checkpoint_names(model: Any) -> None:
