@@ -825,6 +825,9 @@ def schema_faults(
                 }[word]
             ):
                 faults.append(f"{place}: {value} against {word} {rule}")
+        elif word == "minLength":
+            if isinstance(value, str) and len(value) < rule:
+                faults.append(f"{place}: shorter than {rule}")
         elif word in ("minItems", "maxItems"):
             if isinstance(value, list) and (
                 len(value) < rule if word == "minItems" else len(value) > rule

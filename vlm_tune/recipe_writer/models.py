@@ -60,9 +60,7 @@ SCRATCH_SIDES = (64, 128)
 """Sides of images that the tower from random weights reads; the larger for larger images."""
 
 Size = Literal["scratch", "small", "aligned", "large"]
-"""`aligned` is a small language model after a stage that aligns images with answers."""
-
-"""From random weights; under about a billion parameters; above."""
+"""Random weights; under a billion parameters, or that after a stage that aligns images; above."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,7 @@ class ModelChoice:
 
     `image_tokens` is the most that an image takes, `among_tokens` the most of one among several of
     a row, where that is less. With `splits` the model cuts images in its way, or keeps their shape.
-    With `shares` the questions of an image can share it in a row. `native_type` is transformers'
-    type of a native model.
+    With `shares` an image's questions can share it in a row. `native_type` is that of a native one.
     """
 
     name: str
