@@ -96,14 +96,20 @@ def shortened(path: Path, target: Path, steps: int) -> Path:
 def run_rates(place: Path, recipe: Path, output: Path) -> dict[str, float]:
     """The median tokens per second of each stage's warm steps, in a run of a checkout's code.
 
-    Its working directory is this checkout, so that a recipe's relative paths lead to one place.
+    Its working directory is this checkout, so that a recipe's relative paths lead to one place. Its
+    cache is its own: the other commit may store rows and features in another way.
     """
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "vlm_tune.cli", "sft", str(recipe)]
     done = subprocess.run(
         [*command, "--set", f"output={output}"],
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"PYTHONPATH": str(place), "PYTHONSAFEPATH": "1"},
+        env=os.environ
+        | {
+            "PYTHONPATH": str(place),
+            "PYTHONSAFEPATH": "1",
+            "VLM_TUNE_CACHE": str(output.with_name(f"cache-{place.name}")),
+        },
         capture_output=True,
         text=True,
     )
