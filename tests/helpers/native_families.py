@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 import trl
+from packaging.version import Version
 
 TEXT = {
     "hidden_size": 32,
@@ -30,6 +31,9 @@ QWEN = {
 }
 
 
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "chat_templates"
+
+
 @dataclass(frozen=True)
 class Family:
     """How a family's tiny model is made.
@@ -41,6 +45,7 @@ class Family:
         processor: returns the processor for a tokenizer; the second argument are its options.
         specials: special tokens without names.
         words: tokens that are no special ones.
+        since: the release of transformers that has the family without faults of its own.
     """
 
     tokens: dict[str, str]
@@ -49,11 +54,20 @@ class Family:
     processor: Callable[[Any, dict[str, Any]], Any]
     specials: Sequence[str] = ()
     words: Sequence[str] = ()
+    since: str = "5.17"
+
+
+def available(families: dict[str, Family]) -> dict[str, Family]:
+    """The families that the installed release of transformers has."""
+    installed = Version(transformers.__version__)
+    return {name: each for name, each in families.items() if installed >= Version(each.since)}
 
 
 def shipped(name: str) -> str:
-    """A chat template as TRL 1.16 holds it (Apache 2.0)."""
-    return (Path(str(trl.__file__)).parent / "chat_templates" / f"{name}.jinja").read_text()
+    """A chat template as TRL 1.16 holds it (Apache 2.0); one that TRL 1.11 lacks is a fixture."""
+    fixture = FIXTURES / f"{name}.jinja"
+    held = Path(str(trl.__file__)).parent / "chat_templates" / f"{name}.jinja"
+    return (fixture if fixture.exists() else held).read_text()
 
 
 def with_ids(tokenizer: Any, *names: str) -> dict[str, Any]:
@@ -273,21 +287,28 @@ def minicpm_processor(tokenizer: Any, options: dict[str, Any]) -> Any:
 
 
 THINK = ("<think>", "</think>")
-NEWEST = {
-    "qwen3_5": Family(
-        QWEN, lambda: shipped("qwen3_5_think"), qwen3_5_config, qwen3_5_processor, words=THINK
-    ),
-    "gemma4": Family(
-        GEMMA,
-        lambda: shipped("gemma4_v5"),
-        gemma4_config,
-        gemma4_processor,
-        ("<|video|>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>"),
-    ),
-    "glm46v": Family(
-        GLM, glm_template, glm46v_config, glm46v_processor, GLM_TURNS, words=(*THINK, "/nothink")
-    ),
-    "minicpmv4_6": Family(
-        MINICPM, minicpm_template, minicpm_config, minicpm_processor, words=THINK
-    ),
-}
+NEWEST = available(
+    {
+        "qwen3_5": Family(
+            QWEN, lambda: shipped("qwen3_5_think"), qwen3_5_config, qwen3_5_processor, words=THINK
+        ),
+        "gemma4": Family(
+            GEMMA,
+            lambda: shipped("gemma4_v5"),
+            gemma4_config,
+            gemma4_processor,
+            ("<|video|>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>"),
+        ),
+        "glm46v": Family(
+            GLM,
+            glm_template,
+            glm46v_config,
+            glm46v_processor,
+            GLM_TURNS,
+            words=(*THINK, "/nothink"),
+        ),
+        "minicpmv4_6": Family(
+            MINICPM, minicpm_template, minicpm_config, minicpm_processor, words=THINK, since="5.24"
+        ),
+    }
+)

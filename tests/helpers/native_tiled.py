@@ -7,7 +7,15 @@ from typing import Any
 
 import transformers
 
-from tests.helpers.native_families import ROPE, TEXT, VISION, Family, text_config, with_ids
+from tests.helpers.native_families import (
+    ROPE,
+    TEXT,
+    VISION,
+    Family,
+    available,
+    text_config,
+    with_ids,
+)
 
 CHAT = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "<|im_end|>"}
 SIGLIP = VISION | {
@@ -251,66 +259,74 @@ def molmo2_processor(tokenizer: Any, options: dict[str, Any]) -> Any:
     return transformers.Molmo2Processor(images, video, tokenizer, **options)
 
 
-TILED = {
-    "ovis2": Family(
-        CHAT,
-        chatml("<image>"),
-        ovis2_config,
-        ovis2_processor,
-        (
-            "<|im_start|>",
-            "<image>",
-            "<IMG_ATOM>",
-            "<IMG_START>",
-            "<IMG_GRID>",
-            "<IMG_COL>",
-            "<IMG_ROW>",
-            "<IMG_END>",
+TILED = available(
+    {
+        "ovis2": Family(
+            CHAT,
+            chatml("<image>"),
+            ovis2_config,
+            ovis2_processor,
+            (
+                "<|im_start|>",
+                "<image>",
+                "<IMG_ATOM>",
+                "<IMG_START>",
+                "<IMG_GRID>",
+                "<IMG_COL>",
+                "<IMG_ROW>",
+                "<IMG_END>",
+            ),
         ),
-    ),
-    "aya_vision": Family(
-        CHAT,
-        chatml("<image>", "<s>"),
-        aya_config,
-        aya_processor,
-        (
-            "<|im_start|>",
-            "<image>",
-            "<|START_OF_IMG|>",
-            "<|END_OF_IMG|>",
-            "<|IMG_PATCH|>",
-            "TILE",
-            "TILE_GLOBAL",
+        "aya_vision": Family(
+            CHAT,
+            chatml("<image>", "<s>"),
+            aya_config,
+            aya_processor,
+            (
+                "<|im_start|>",
+                "<image>",
+                "<|START_OF_IMG|>",
+                "<|END_OF_IMG|>",
+                "<|IMG_PATCH|>",
+                "TILE",
+                "TILE_GLOBAL",
+            ),
         ),
-    ),
-    "cohere2_vision": Family(
-        CHAT
-        | {
-            "image_token": "<|IMG_PATCH|>",
-            "boi_token": "<|START_OF_IMG|>",
-            "eoi_token": "<|END_OF_IMG|>",
-            "img_line_break_token": "<|IMG_LINE_BREAK|>",
-        },
-        chatml("<|IMG_PATCH|>", "<s>"),
-        cohere_config,
-        cohere_processor,
-        ("<|im_start|>",),
-    ),
-    "granite4_vision": Family(
-        CHAT, chatml("<image>"), granite_config, granite_processor, ("<|im_start|>", "<image>")
-    ),
-    "mistral3": Family(
-        CHAT,
-        chatml("[IMG]", "<s>"),
-        mistral3_config,
-        mistral3_processor,
-        ("<|im_start|>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"),
-    ),
-    "molmo2": Family(
-        CHAT | {"bos_token": "<|endoftext|>"},
-        chatml("<|image|>"),
-        molmo2_config,
-        molmo2_processor,
-        ("<|im_start|>", "<|image|>", "<|video|>", *MOLMO),
-    ),
-}
+        "cohere2_vision": Family(
+            CHAT
+            | {
+                "image_token": "<|IMG_PATCH|>",
+                "boi_token": "<|START_OF_IMG|>",
+                "eoi_token": "<|END_OF_IMG|>",
+                "img_line_break_token": "<|IMG_LINE_BREAK|>",
+            },
+            chatml("<|IMG_PATCH|>", "<s>"),
+            cohere_config,
+            cohere_processor,
+            ("<|im_start|>",),
+        ),
+        "granite4_vision": Family(
+            CHAT,
+            chatml("<image>"),
+            granite_config,
+            granite_processor,
+            ("<|im_start|>", "<image>"),
+            since="5.24",
+        ),
+        "mistral3": Family(
+            CHAT,
+            chatml("[IMG]", "<s>"),
+            mistral3_config,
+            mistral3_processor,
+            ("<|im_start|>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        ),
+        "molmo2": Family(
+            CHAT | {"bos_token": "<|endoftext|>"},
+            chatml("<|image|>"),
+            molmo2_config,
+            molmo2_processor,
+            ("<|im_start|>", "<|image|>", "<|video|>", *MOLMO),
+            since="5.24",
+        ),
+    }
+)

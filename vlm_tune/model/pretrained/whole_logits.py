@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vlm_tune.compat import cap_logits
 from vlm_tune.config.model import Llm, NativeLlm
 from vlm_tune.errors import ModelError
 from vlm_tune.model.families.base import whole_config
@@ -36,6 +37,7 @@ def check_whole_logits(llm: Llm | NativeLlm, language: LanguageModel) -> None:
 
     with torch.device("meta"):
         whole = AutoModelForImageTextToText.from_config(whole_config(vlm))
+    cap_logits(whole)
     rule = head_rule(whole, [whole.model], whole.get_output_embeddings())
     if language.rule is None or language.rule != rule or language.factor != 1:
         raise ModelError(
