@@ -66,8 +66,8 @@ def available(families: dict[str, Family]) -> dict[str, Family]:
 def shipped(name: str) -> str:
     """A chat template as TRL 1.16 holds it (Apache 2.0); one that TRL 1.11 lacks is a fixture."""
     fixture = FIXTURES / f"{name}.jinja"
-    held = Path(str(trl.__file__)).parent / "chat_templates" / f"{name}.jinja"
-    return (fixture if fixture.exists() else held).read_text()
+    of_trl = Path(str(trl.__file__)).parent / "chat_templates" / f"{name}.jinja"
+    return (fixture if fixture.exists() else of_trl).read_text()
 
 
 def with_ids(tokenizer: Any, *names: str) -> dict[str, Any]:
