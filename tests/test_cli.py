@@ -51,6 +51,7 @@ def test_recipes_are_listed_with_what_they_are() -> None:
     assert [row["name"] for row in rows] == resources.resource_names("recipes")
     text = run.invoke(app, ["recipes"]).stdout
     assert all(row["name"] in text and row["about"] in text for row in rows)
+    assert all(row["about"].endswith(".") for row in rows)
 
 
 def test_a_recipe_is_copied_once_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -213,6 +215,12 @@ def schema() -> None:
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
 
+def _first_sentence(recipe: str) -> str:
+    """The first sentence of a recipe's opening comment."""
+    comment = takewhile(lambda line: line.strip("# "), recipe.splitlines())
+    return re.split(r"(?<=\.) (?=[A-Z0-9])", " ".join(line.lstrip("# ") for line in comment))[0]
+
+
 def recipes(
     copy: Annotated[
         str | None, typer.Option(help="copy this recipe into the current folder")
@@ -247,8 +255,7 @@ def recipes(
     for name in resource_names("recipes"):
         path = find_resource("recipes", name)
         assert path is not None
-        first = path.read_text().splitlines()[0].lstrip("# ")
-        rows.append({"name": name, "about": first})
+        rows.append({"name": name, "about": _first_sentence(path.read_text(encoding="utf-8"))})
     if as_json:
         print_json(rows)
         return
