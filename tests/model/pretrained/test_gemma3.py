@@ -7,12 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.family_runs import (
+    assert_planned_without_weights,
+    assert_resumed_and_merged,
+    logits_of,
+)
 from tests.helpers.gemma_samples import save_gemma3
 from tests.helpers.tiny_models import (
     LORA_TUNE,
@@ -20,7 +24,6 @@ from tests.helpers.tiny_models import (
     batch_of,
     built,
     examples_of,
-    interrupted,
     largest,
     loss_and_gradients,
     parsed,
@@ -31,22 +34,16 @@ from tests.helpers.tiny_models import (
     with_tune,
 )
 from tests.helpers.vlm_samples import with_pretrained
-from tests.invariants.test_resume import assert_same_runs, run_of
-from tests.model.pretrained.test_idefics3 import OTHER_PATHS, PLAIN, logits_of, trained
-from vlm_tune.api import sft
+from tests.model.pretrained.test_idefics3 import OTHER_PATHS, PLAIN, trained
 from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.exporting import export, possible_exports
-from vlm_tune.exporting.merge import merge
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.generation.chat_session import _Prefix
-from vlm_tune.memory_plan.plan import plan
 from vlm_tune.model.acceleration.install import BOTH_WAYS, running
-from vlm_tune.model.build import build_processor
-from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.language.decoding import Decoding
 
 Tiny = Callable[..., str]
@@ -155,46 +152,11 @@ def last_state(model: VisionLanguageModel, prompt: Example) -> torch.Tensor:
 def test_a_run_is_resumed_bit_for_bit_and_merged_without_the_original(
     recipe: str, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"train__log_every": 1, "evaluate__every": 2}
-    whole, stopped = (
-        parsed(
-            recipe.replace(str(tmp_path / "run"), str(tmp_path / name)),
-            **settings,
-            train__checkpoints={"keep": 10},
-        )
-        for name in ("whole", "stopped")
-    )
-    sft(whole)
-    interrupted(lambda show: run_of(stopped, show=show), stage=0, step=2)
-    run_of(stopped, resume=True)
-    assert_same_runs(tmp_path / "whole", tmp_path / "stopped")
-    model = load_model(tmp_path / "whole", dtype=torch.float32, model_class=VisionLanguageModel)
-    rows = rows_of(whole)
-    expected = logits_of(model, rows)
-    assert largest(logits_of(built(whole), rows), expected) > 1e-3
-    merge(tmp_path / "whole", tmp_path / "merged", dtype="fp32")
-    (tmp_path / "vlm").rename(tmp_path / "gone")
-    merged = load_model(tmp_path / "merged", dtype=torch.float32, model_class=VisionLanguageModel)
-    assert merged.processor.images == model.processor.images
-    assert largest(logits_of(merged, rows), expected) <= 1e-4
-    again = built(parsed(recipe.replace(str(tmp_path / "vlm"), str(tmp_path / "merged"))))
-    assert largest(logits_of(again, rows), expected) <= 1e-4
+    assert_resumed_and_merged(recipe, tmp_path)
 
 
 def test_the_plan_reads_no_weights(recipe: str, tmp_path: Path) -> None:
-    config = parsed(recipe)
-    model = built(config)
-    table = tuned_by(model, config).table
-    (tmp_path / "vlm" / "model.safetensors").unlink()
-    (stage,) = plan(config).stages
-    assert [(row.match, row.trained, row.total) for row in stage.tuning] == [
-        (row.match, row.trained, row.total) for row in table
-    ]
-    processor = build_processor(config, [])
-    for row in rows_of(config):
-        assert processor.prompt(row).input_ids.tolist() == (
-            model.processor.prompt(row).input_ids.tolist()
-        )
+    assert_planned_without_weights(recipe, tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -13,6 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.family_runs import (
+    assert_planned_without_weights,
+    assert_resumed_and_merged,
+    logits_of,
+)
 from tests.helpers.tiny_models import (
     LORA_TUNE,
     assert_close,
@@ -20,7 +25,6 @@ from tests.helpers.tiny_models import (
     batch_of,
     built,
     examples_of,
-    interrupted,
     largest,
     loss_and_gradients,
     parsed,
@@ -31,19 +35,13 @@ from tests.helpers.tiny_models import (
     with_tune,
 )
 from tests.helpers.vlm_samples import save_idefics3, with_pretrained
-from tests.invariants.test_resume import assert_same_runs, run_of
-from vlm_tune.api import sft
 from vlm_tune.config.towers import Idefics3Split
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting import export, possible_exports
-from vlm_tune.exporting.merge import merge
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
-from vlm_tune.memory_plan.plan import plan
-from vlm_tune.model.build import build_processor
-from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.language.decoding import Decoding
 
 Tiny = Callable[..., str]
@@ -55,14 +53,6 @@ def smolvlm(tiny_recipe: Tiny, tmp_path: Path) -> str:
     """A recipe over a tiny SmolVLM: LoRA on the LLM, the connector in full."""
     save_idefics3(tmp_path / "vlm", "smolvlm")
     return with_tune(with_pretrained(tiny_recipe("causal"), tmp_path / "vlm", "smolvlm"), LORA_TUNE)
-
-
-def logits_of(model: VisionLanguageModel, rows: Any) -> torch.Tensor:
-    with torch.no_grad():
-        batch = batch_of(
-            model.eval(), [example for row in rows for example in model.processor.examples(row)]
-        )
-        return model.llm.supervised_logits(model.embed(batch), batch)
 
 
 def test_losses_gradients_and_answers_of_branches_equal_rows(
@@ -93,46 +83,11 @@ def test_losses_gradients_and_answers_of_branches_equal_rows(
 def test_a_run_is_resumed_bit_for_bit_and_merged_without_the_original(
     smolvlm: str, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"train__log_every": 1, "evaluate__every": 2}
-    whole, stopped = (
-        parsed(
-            smolvlm.replace(str(tmp_path / "run"), str(tmp_path / name)),
-            **settings,
-            train__checkpoints={"keep": 10},
-        )
-        for name in ("whole", "stopped")
-    )
-    sft(whole)
-    interrupted(lambda show: run_of(stopped, show=show), stage=0, step=2)
-    run_of(stopped, resume=True)
-    assert_same_runs(tmp_path / "whole", tmp_path / "stopped")
-    trained = load_model(tmp_path / "whole", dtype=torch.float32, model_class=VisionLanguageModel)
-    rows = rows_of(whole)
-    expected = logits_of(trained, rows)
-    assert largest(logits_of(built(whole), rows), expected) > 1e-3
-    merge(tmp_path / "whole", tmp_path / "merged", dtype="fp32")
-    (tmp_path / "vlm").rename(tmp_path / "gone")
-    merged = load_model(tmp_path / "merged", dtype=torch.float32, model_class=VisionLanguageModel)
-    assert merged.processor.images == trained.processor.images
-    assert largest(logits_of(merged, rows), expected) <= 1e-4
-    again = built(parsed(smolvlm.replace(str(tmp_path / "vlm"), str(tmp_path / "merged"))))
-    assert largest(logits_of(again, rows), expected) <= 1e-4
+    assert_resumed_and_merged(smolvlm, tmp_path)
 
 
 def test_the_plan_reads_no_weights_and_knows_every_frame(smolvlm: str, tmp_path: Path) -> None:
-    recipe = parsed(smolvlm)
-    model = built(recipe)
-    tuned = tuned_by(model, recipe)
-    (tmp_path / "vlm" / "model.safetensors").unlink()
-    (stage,) = plan(recipe).stages
-    assert [(row.match, row.trained, row.total) for row in stage.tuning] == [
-        (row.match, row.trained, row.total) for row in tuned.table
-    ]
-    processor = build_processor(recipe, [])
-    for row in rows_of(recipe):
-        planned, example = processor.prompt(row), model.processor.prompt(row)
-        assert planned.input_ids.tolist() == example.input_ids.tolist()
-        assert planned.media == example.media
+    assert_planned_without_weights(smolvlm, tmp_path)
 
 
 PLAIN = """

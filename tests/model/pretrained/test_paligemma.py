@@ -7,18 +7,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from tests.helpers.family_runs import (
+    assert_planned_without_weights,
+    assert_resumed_and_merged,
+    logits_of,
+)
 from tests.helpers.gemma_samples import save_paligemma
 from tests.helpers.tiny_models import (
     LORA_TUNE,
     assert_close,
     batch_of,
     built,
-    interrupted,
     largest,
     loss_and_gradients,
     parsed,
@@ -29,10 +32,8 @@ from tests.helpers.tiny_models import (
     with_tune,
 )
 from tests.helpers.vlm_samples import with_pretrained
-from tests.invariants.test_resume import assert_same_runs, run_of
 from tests.model.pretrained.test_gemma3 import last_state, one_by_one
-from tests.model.pretrained.test_idefics3 import OTHER_PATHS, PLAIN, logits_of, trained
-from vlm_tune.api import sft
+from tests.model.pretrained.test_idefics3 import OTHER_PATHS, PLAIN, trained
 from vlm_tune.data.packing import group_layout, pack_layout
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Message
 from vlm_tune.errors import DataError, ModelError, RecipeError
@@ -41,9 +42,7 @@ from vlm_tune.exporting.merge import merge
 from vlm_tune.generation.answering import answer_prompts, prompt_rows, shares_prefix
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.generation.choices import ROW, choice_rows
-from vlm_tune.memory_plan.plan import plan
 from vlm_tune.model.acceleration.install import BOTH_WAYS, running
-from vlm_tune.model.build import build_processor
 from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.language.decoding import Decoding
 
@@ -151,18 +150,7 @@ def test_the_images_stand_first(recipe: str) -> None:
 
 
 def test_the_plan_reads_no_weights(recipe: str, tmp_path: Path) -> None:
-    config = parsed(recipe)
-    model = built(config)
-    table = tuned_by(model, config).table
-    (tmp_path / "vlm" / "model.safetensors").unlink()
-    (stage,) = plan(config).stages
-    assert [(row.match, row.trained, row.total) for row in stage.tuning] == [
-        (row.match, row.trained, row.total) for row in table
-    ]
-    processor = build_processor(config, [])
-    for row in rows_of(config):
-        ids = processor.prompt(row).input_ids.tolist()
-        assert ids == model.processor.prompt(row).input_ids.tolist()
+    assert_planned_without_weights(recipe, tmp_path)
 
 
 def test_what_was_trained_is_written_as_what_it_was(recipe: str, tmp_path: Path) -> None:
@@ -202,27 +190,7 @@ def test_the_adapter_has_the_whole_models_names(recipe: str, tmp_path: Path) -> 
 def test_a_run_is_resumed_bit_for_bit_and_merged_without_the_original(
     recipe: str, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"train__log_every": 1, "evaluate__every": 2}
-    whole, stopped = (
-        parsed(
-            recipe.replace(str(tmp_path / "run"), str(tmp_path / name)),
-            **settings,
-            train__checkpoints={"keep": 10},
-        )
-        for name in ("whole", "stopped")
-    )
-    sft(whole)
-    interrupted(lambda show: run_of(stopped, show=show), stage=0, step=2)
-    run_of(stopped, resume=True)
-    assert_same_runs(tmp_path / "whole", tmp_path / "stopped")
-    model = load_model(tmp_path / "whole", dtype=torch.float32, model_class=VisionLanguageModel)
-    rows = rows_of(whole)
-    expected = logits_of(model, rows)
-    assert largest(logits_of(built(whole), rows), expected) > 1e-3
-    merge(tmp_path / "whole", tmp_path / "merged", dtype="fp32")
-    (tmp_path / "vlm").rename(tmp_path / "gone")
-    again = built(parsed(recipe.replace(str(tmp_path / "vlm"), str(tmp_path / "merged"))))
-    assert largest(logits_of(again, rows), expected) <= 1e-4
+    assert_resumed_and_merged(recipe, tmp_path)
 
 
 OF_TURNS = PLAIN[PLAIN.index("        turns = [") : PLAIN.index("        with torch")]

@@ -15,6 +15,11 @@ import torch
 from PIL import Image
 
 from tests.helpers.answered_jobs import job_of
+from tests.helpers.family_runs import (
+    assert_planned_without_weights,
+    assert_resumed_and_merged,
+    logits_of,
+)
 from tests.helpers.talkative import talkative
 from tests.helpers.tiled_samples import SAMPLES, Sample, save_internvl
 from tests.helpers.tiny_models import (
@@ -23,7 +28,6 @@ from tests.helpers.tiny_models import (
     batch_of,
     built,
     examples_of,
-    interrupted,
     largest,
     loss_and_gradients,
     parsed,
@@ -34,23 +38,17 @@ from tests.helpers.tiny_models import (
     with_tune,
 )
 from tests.helpers.vlm_samples import with_pretrained
-from tests.invariants.test_resume import assert_same_runs, run_of
-from tests.model.pretrained.test_idefics3 import OTHER_PATHS, PLAIN, logits_of
+from tests.model.pretrained.test_idefics3 import OTHER_PATHS, PLAIN
 from tests.parity.test_parity_idefics3 import write_rows
 from tests.serving.test_scheduler import Driver, assert_same, offline
-from vlm_tune.api import sft
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.media_processor import distinct_frames
 from vlm_tune.data.prepare.run import prepare
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Message
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting import export, possible_exports
-from vlm_tune.exporting.merge import merge
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
-from vlm_tune.memory_plan.plan import plan
-from vlm_tune.model.build import build_processor
-from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
 
@@ -135,46 +133,11 @@ def test_losses_gradients_and_answers_of_branches_equal_rows(
 def test_a_run_is_resumed_bit_for_bit_and_merged_without_the_original(
     recipe_text: str, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"train__log_every": 1, "evaluate__every": 2}
-    whole, stopped = (
-        parsed(
-            recipe_text.replace(str(tmp_path / "run"), str(tmp_path / name)),
-            **settings,
-            train__checkpoints={"keep": 10},
-        )
-        for name in ("whole", "stopped")
-    )
-    sft(whole)
-    interrupted(lambda show: run_of(stopped, show=show), stage=0, step=2)
-    run_of(stopped, resume=True)
-    assert_same_runs(tmp_path / "whole", tmp_path / "stopped")
-    trained_model = load_model(
-        tmp_path / "whole", dtype=torch.float32, model_class=VisionLanguageModel
-    )
-    rows = rows_of(whole)
-    expected = logits_of(trained_model, rows)
-    assert largest(logits_of(built(whole), rows), expected) > 1e-3
-    merge(tmp_path / "whole", tmp_path / "merged", dtype="fp32")
-    (tmp_path / "vlm").rename(tmp_path / "gone")
-    merged = load_model(tmp_path / "merged", dtype=torch.float32, model_class=VisionLanguageModel)
-    assert merged.processor.images == trained_model.processor.images
-    assert largest(logits_of(merged, rows), expected) <= 1e-4
+    assert_resumed_and_merged(recipe_text, tmp_path)
 
 
 def test_the_plan_reads_no_weights_and_knows_every_slot(recipe_text: str, tmp_path: Path) -> None:
-    recipe = parsed(recipe_text)
-    model = built(recipe)
-    tuned = tuned_by(model, recipe)
-    (tmp_path / "vlm" / "model.safetensors").unlink()
-    (stage,) = plan(recipe).stages
-    assert [(row.match, row.trained, row.total) for row in stage.tuning] == [
-        (row.match, row.trained, row.total) for row in tuned.table
-    ]
-    processor = build_processor(recipe, [])
-    for row in rows_of(recipe):
-        planned, example = processor.prompt(row), model.processor.prompt(row)
-        assert planned.input_ids.tolist() == example.input_ids.tolist()
-        assert planned.media == example.media
+    assert_planned_without_weights(recipe_text, tmp_path)
 
 
 def test_what_was_trained_is_written_as_what_it_was(

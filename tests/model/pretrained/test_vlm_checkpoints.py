@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.helpers.family_runs import logits_of
 from tests.helpers.tiny_models import (
     LORA_TUNE,
     assert_same_outputs,
@@ -42,14 +43,6 @@ def command(*arguments: str) -> str:
     invocation = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     assert invocation.exit_code == 0, invocation.output
     return invocation.output
-
-
-def logits_of(model: VisionLanguageModel, rows: Any) -> torch.Tensor:
-    with torch.no_grad():
-        batch = batch_of(
-            model.eval(), [example for row in rows for example in model.processor.examples(row)]
-        )
-        return model.llm.supervised_logits(model.embed(batch), batch)
 
 
 @pytest.fixture
