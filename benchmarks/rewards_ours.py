@@ -8,35 +8,18 @@ of standard input it takes a step, and prints {"seconds", "loss", "reward",
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import vlm_tune
-from benchmarks.preferences_ours import take_steps
+from benchmarks.our_steps import Request, lora_recipe, take_steps
 
 
-def recipe_of(request: dict[str, Any], output: Path) -> str:
+def recipe_of(request: Request, output: Path) -> str:
     """The recipe of a request: what `benchmarks/peers/train_grpo.py` gives TRL."""
-    return f"""
-name: rewards
-output: {output}
-model: {{pretrained: {request["model"]}}}
-data:
-  template: chatml
-  group: image
-  max_length: 2048
-  train: [{{kind: file, path: {request["material"]}/{request["rows"]}.jsonl}}]
-tune:
-  - {{match: "tower.*", how: frozen}}
-  - {{match: "connector.*", how: frozen}}
-  - {{match: "llm.*", how: lora, r: 16, lora_alpha: 32, target_modules: all-linear}}
-objective: {{kind: grpo, reward_funcs: ["benchmarks.peers.rewards:vowels"], num_generations: 8,
-  max_completion_length: {request["length"]}}}
-train: {{steps: {request["steps"]}, batch_size: {request["batch"]}, precision: \
-{request["precision"]}, log_every: 1, cache_features: false,
-  learning_rate: {request["learning_rate"]}, schedule: {{kind: linear, warmup: 0.0}},
-  checkpoints: {{every: 1000000}}}}
-evaluate: {{samples: 0}}
-"""
+    objective = (
+        'objective: {kind: grpo, reward_funcs: ["benchmarks.peers.rewards:vowels"], '
+        f"num_generations: 8, max_completion_length: {request['length']}}}"
+    )
+    return lora_recipe(request, output, objective=objective)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import families_ours, material
+from benchmarks import material, our_steps
 from benchmarks.turns import Comparison, Sides
 from tests.helpers.tiny_models import built, parsed, rows_of, save_llm
 from tests.parity.test_parity_idefics3 import ids_of, their_inputs
@@ -33,7 +33,7 @@ def test_both_sides_read_the_same_ids_of_an_image_of_one_frame(tmp_path: Path) -
         "precision": "fp32",
         "learning_rate": 5e-5,
     }
-    text = families_ours.recipe_of({**request, "model": tmp_path / "smolvlm"}, tmp_path / "run")
+    text = our_steps.lora_recipe({**request, "model": tmp_path / "smolvlm"}, tmp_path / "run")
     rows = rows_of(parsed(text))
     assert len(rows) == 6
     decoder = save_llm(tmp_path / "llm", "causal", rows)
