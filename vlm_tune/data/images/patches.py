@@ -1,4 +1,4 @@
-"""Batches of images that keep their shape: patches one after the other, padded at the end.
+"""Batches of images of variable resolution: patches one after the other, padded at the end.
 
 Shapes: U images, N patches of the one with most, P pixels of a patch's side, D width of a tower.
 

@@ -264,9 +264,7 @@ class NativeLLM(LanguageModel):
     ) -> torch.Tensor:
         length = batch.input_ids.shape[1]
         self.check_length(length)
-        rows_with_images = int(batch.image_mask.any(1).sum())
-        several = len(batch.media_index) > rows_with_images
-        if decoding.num_beams > 1 and several and not beams_keep_images(self.model):
+        if decoding.num_beams > 1 and _several_images(batch) and not beams_keep_images(self.model):
             raise ModelError(
                 f"transformers {version('transformers')} mixes up the images of a row in a beam "
                 f"search of a {type(self.model).__name__}: a newer release, or num_beams 1"
@@ -282,3 +280,9 @@ class NativeLLM(LanguageModel):
         new_tokens: int,
     ) -> NativeBranches:
         return NativeBranches(self, batch, leaves, new_tokens)
+
+
+def _several_images(batch: Batch) -> bool:
+    """Whether a row of a batch has several images."""
+    host = batch.on_host
+    return len(host.media_index) > int(host.image_mask.any(1).sum())

@@ -1,4 +1,4 @@
-"""Vision towers that keep an image's shape: Pixtral's, and SigLIP 2's NaFlex.
+"""Vision towers of variable resolution that keep the aspect ratio: Pixtral's, and SigLIP 2's NaFlex.
 
 Shapes: U images, N patches of the one with most, P pixels of a patch's side, D tower width, H
 heads, W width of a head.
@@ -26,7 +26,7 @@ UNFIT = {"grid": None, "tiles": [], "split": None, "class_token": False, "resize
 
 
 class ShapedVision(VisionTower):
-    """Base class of towers that keep an image's shape; a subclass implements `states`.
+    """Base class of towers that keep an image's aspect ratio; a subclass implements `states`.
 
     The tower takes patches and their places, as `vlm_tune/data/images/patches.py` has them.
     """
