@@ -93,7 +93,7 @@ class MostPatches:
 
 @dataclass(frozen=True)
 class ShapedImages(ImageProcessor):
-    """Prepares images in their native aspect ratio: an image is resized to whole squares of patches.
+    """Prepares images in their native aspect ratio, resized to whole squares of patches.
 
     Attributes:
         sizing: The size that an image gets.

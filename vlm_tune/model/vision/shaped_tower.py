@@ -1,4 +1,4 @@
-"""Vision towers of variable resolution that keep the aspect ratio: Pixtral's, and SigLIP 2's NaFlex.
+"""Vision towers of variable resolution that keep the aspect ratio: Pixtral's and NaFlex ones.
 
 Shapes: U images, N patches of the one with most, P pixels of a patch's side, D tower width, H
 heads, W width of a head.
