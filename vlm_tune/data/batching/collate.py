@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,12 +58,9 @@ def collate(
     """
     import torch
 
-    length = max(len(example.input_ids) for example in examples)
-    sizes = [len(example.input_ids) for example in examples]
-    inputs = _Columns(
-        [slice(length - size, length) if pad_left else slice(0, size) for size in sizes], length
-    )
-    outputs = inputs if spec.layout == "causal" else _answer_columns(examples)
+    inputs = _Columns([len(example.input_ids) for example in examples], pad_left)
+    causal = spec.layout == "causal"
+    outputs = inputs if causal else _Columns([len(example.labels) for example in examples])
     named = owners or [""] * len(examples)
     index, distinct = _distinct(examples, named)
     images, native = _fetched(distinct, index, spec, fetch, fetch_for)
@@ -70,7 +68,7 @@ def collate(
     return Batch(
         ids=[example.id for example in examples],
         input_ids=inputs.padded([example.input_ids for example in examples], spec.pad_id),
-        attention_mask=inputs.padded([1] * len(examples), False),
+        attention_mask=torch.from_numpy(inputs.filled),
         image_mask=inputs.padded([example.image_mask for example in examples], False),
         labels=outputs.padded([example.labels for example in examples], IGNORE_INDEX),
         media_index=torch.tensor(index, dtype=torch.int64),
@@ -88,27 +86,38 @@ def collate(
     )
 
 
-def _answer_columns(examples: Sequence[Example]) -> _Columns:
-    """The columns of an encoder-decoder's labels."""
-    sizes = [len(example.labels) for example in examples]
-    return _Columns([slice(0, size) for size in sizes], max(*sizes, 1))
-
-
 @dataclass(frozen=True)
 class _Columns:
-    """The columns that each row fills in a padded array of `width` columns."""
+    """The columns of a padded array that each row fills: as many as its size, from one end."""
 
-    places: Sequence[slice]
-    width: int
+    sizes: Sequence[int]
+    pad_left: bool = False
+
+    @cached_property
+    def filled(self) -> np.ndarray:
+        """The places that rows fill: bool[rows, columns], with one column at least."""
+        sizes = np.array(self.sizes)[:, None]
+        width = max(*self.sizes, 1)
+        columns = np.arange(width)
+        return columns >= width - sizes if self.pad_left else columns < sizes
+
+    @property
+    def starts(self) -> list[int]:
+        """The first column of each row."""
+        width = self.filled.shape[1]
+        return [width - size if self.pad_left else 0 for size in self.sizes]
 
     def padded(self, rows: Sequence[np.ndarray | int], fill: int | bool) -> torch.Tensor:
-        """The rows as one tensor [rows, width], with `fill` in the columns that a row leaves."""
+        """The rows as one tensor [rows, columns], with `fill` in the places that they leave."""
         import torch
 
-        shape = (len(rows), self.width)
-        array = np.full(shape, fill, dtype=bool if isinstance(fill, bool) else np.int64)
-        for number, (row, place) in enumerate(zip(rows, self.places, strict=True)):
-            array[number, place] = row
+        array = np.full(self.filled.shape, fill, dtype=bool if isinstance(fill, bool) else np.int64)
+        array[self.filled] = np.concatenate(
+            [
+                row if isinstance(row, np.ndarray) else np.full(size, row)
+                for row, size in zip(rows, self.sizes, strict=True)
+            ]
+        )
         return torch.from_numpy(array)
 
 
@@ -116,8 +125,8 @@ def _joined(examples: Sequence[Example], inputs: _Columns, outputs: _Columns) ->
     """The fields of `Batch` that only rows joined from several examples need."""
     joined: dict[str, Any] = {}
     if any(example.visible_until is not None for example in examples):
-        sizes = [len(example.input_ids) for example in examples]
-        starts = [place.start for place in inputs.places]
+        sizes = inputs.sizes
+        starts = inputs.starts
         positions = [
             np.arange(size) if e.positions is None else e.positions
             for e, size in zip(examples, sizes, strict=True)

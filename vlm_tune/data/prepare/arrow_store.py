@@ -137,10 +137,18 @@ class _Columns:
         lists: dict[str, Any] = {name: batch.column(name) for name in LISTS}
         self.offsets = {name: numpy_view(column.offsets) for name, column in lists.items()}
         self.values = {name: numpy_view(column.values) for name, column in lists.items()}
+        self.empty = {name for name, values in self.values.items() if not len(values)}
 
     def list(self, name: str, row: int) -> np.ndarray:
         offsets = self.offsets[name]
         return self.values[name][offsets[row] : offsets[row + 1]]
+
+    def optional(self, name: str, row: int) -> np.ndarray | None:
+        """The list of a row, None if it is empty. Most batches leave whole columns empty."""
+        if name in self.empty:
+            return None
+        values = self.list(name, row)
+        return values if len(values) else None
 
 
 class ExampleStore:
@@ -176,13 +184,6 @@ class ExampleStore:
         mask = np.zeros(len(ids), dtype=bool)
         for start, size in columns.list("slots", row).reshape(-1, 2).tolist():
             mask[start : start + size] = True
-        positions, visible_until, label_samples, answers = (
-            array if len(array) else None
-            for array in (
-                columns.list(name, row)
-                for name in ("positions", "ends", "label_samples", "answers")
-            )
-        )
         return Example(
             id=columns.ids[row].as_py(),
             input_ids=ids,
@@ -190,11 +191,11 @@ class ExampleStore:
             image_mask=mask,
             media=tuple(self.media[item] for item in columns.list("media", row).tolist()),
             category=columns.categories[row].as_py(),
-            positions=positions,
-            visible_until=visible_until,
-            label_samples=label_samples,
+            positions=columns.optional("positions", row),
+            visible_until=columns.optional("ends", row),
+            label_samples=columns.optional("label_samples", row),
             questions=int(columns.questions[row]),
-            answers=answers,
+            answers=columns.optional("answers", row),
         )
 
     def media_of(self, number: int) -> np.ndarray:
