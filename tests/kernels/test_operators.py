@@ -14,7 +14,7 @@ from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.version import VERSION
 
 FOLDER = Path(kernels.__file__).parent
-SOURCES = {1: "8492ab667f7a50a3"}
+SOURCES = {1: "e665c2074164fd9d"}
 """The checksum of the operators' sources for each version."""
 
 

@@ -20,12 +20,12 @@ from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.cpu.native import pointers
 from vlm_tune.kernels.devices import check_devices
 from vlm_tune.kernels.kv_cache import KVCache, Layer
+from vlm_tune.kernels.operator import operator
 from vlm_tune.kernels.reference_attention import (
     attend_blocks,
     attend_blocks_backward,
     attend_grown,
 )
-from vlm_tune.kernels.version import VERSION
 
 
 def _operands_reason(dtype: torch.dtype, device: torch.device, width: int) -> str | None:
@@ -92,7 +92,7 @@ def _gradients(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(rows, length, heads, width), keys, values
 
 
-@torch.library.custom_op(f"vlm_tune::interval_attention_{VERSION}", mutates_args=())
+@operator("interval_attention")
 def interval_attention(
     query: Tensor,
     key: Tensor,
@@ -121,36 +121,10 @@ def interval_attention(
         ValueError: The tensors are on several devices.
         TypeError: `visible_until` is of another type.
     """
-    return _attend(query, key, value, visible_until, scale, kv_cache, by_kernel=False)
-
-
-@interval_attention.register_kernel("cpu")
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible_until: Tensor,
-    scale: float,
-    kv_cache: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    by_kernel = _by_kernel(query)
-    return _attend(query, key, value, visible_until, scale, kv_cache, by_kernel=by_kernel)
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible_until: Tensor,
-    scale: float,
-    kv_cache: Tensor | None,
-    *,
-    by_kernel: bool,
-) -> tuple[Tensor, Tensor]:
-    """`interval_attention` by the kernel or by torch's matrix products."""
     check_devices("interval_attention", (query, key, value, visible_until))
     if visible_until.dtype != torch.int32:
         raise TypeError(f"visible_until is int32, got {visible_until.dtype}")
+    by_kernel = _by_kernel(query)
     if kv_cache is not None:
         cache = KVCache.of(kv_cache)
         if cache.visible is not None:
@@ -214,7 +188,7 @@ def _(
     return _outputs(query)
 
 
-@torch.library.custom_op(f"vlm_tune::interval_attention_backward_{VERSION}", mutates_args=())
+@operator("interval_attention_backward")
 def interval_attention_backward(
     gradient: Tensor,
     query: Tensor,
@@ -275,4 +249,4 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...
     return *(each.transpose(1, 2) for each in gradients), None, None, None
 
 
-interval_attention.register_autograd(_backward, setup_context=_save)
+interval_attention.register_gradient(_backward, _save)

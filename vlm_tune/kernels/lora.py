@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.devices import check_devices
-from vlm_tune.kernels.version import VERSION
+from vlm_tune.kernels.operator import operator
 
 LARGE = 4096
 """Number of inputs or outputs of a layer above which the kernel reads its rows too often."""
@@ -236,7 +236,7 @@ def _quick_backward(
     return x_gradient, of_downs, of_ups
 
 
-@torch.library.custom_op(f"vlm_tune::lora_linear_{VERSION}", mutates_args=())
+@operator("lora_linear")
 def lora_linear(
     rows: Tensor,
     weights: Sequence[Tensor],
@@ -297,7 +297,7 @@ def _(
     )
 
 
-@torch.library.custom_op(f"vlm_tune::lora_linear_backward_{VERSION}", mutates_args=())
+@operator("lora_linear_backward")
 def lora_linear_backward(
     gradient: Tensor,
     rows: Tensor,
@@ -412,4 +412,4 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Any, ...]:
     return x if needs_x else None, [None] * count, None, None, None, None, of_downs, of_ups, None
 
 
-lora_linear.register_autograd(_backward, setup_context=_save)
+lora_linear.register_gradient(_backward, _save)

@@ -16,7 +16,7 @@ from torch import Tensor
 from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.devices import check_devices
 from vlm_tune.kernels.lora import rows_of, sizes
-from vlm_tune.kernels.version import VERSION
+from vlm_tune.kernels.operator import operator
 
 LARGE = 2048
 """E above which too few positions fit a core's cache beside the weights streamed through it."""
@@ -69,7 +69,7 @@ def _room(rows: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op(f"vlm_tune::linear_cross_entropy_{VERSION}", mutates_args=())
+@operator("linear_cross_entropy")
 def losses(rows: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """fp32 cross-entropy [S] of hidden states [S, E], with `keep` its gradients fp32[S, E].
 
@@ -77,7 +77,19 @@ def losses(rows: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[T
         IndexError: A target is not in the vocabulary.
         ValueError: The tensors are on several devices.
     """
-    return reference_losses(rows, weight, targets, keep)
+    if unsupported_reason(rows.dtype, weight) is not None or weight.stride(1) != 1:
+        return reference_losses(rows, weight, targets, keep)
+    _check(rows, weight, targets)
+    loss, gradient = _room(rows, keep)
+    if len(rows):
+        rows = rows_of(rows)
+        targets = targets.contiguous()
+        shape = sizes(*rows.shape, len(weight), rows.stride(0), weight.stride(0))
+        native.kernels().head(
+            shape,
+            *native.pointers(rows, weight, targets, loss, gradient if keep else None),
+        )
+    return loss, gradient
 
 
 def reference_losses(
@@ -97,23 +109,6 @@ def reference_losses(
                 1, targets[part, None], -torch.ones_like(targets[part, None], dtype=torch.float32)
             )
             gradient[part] = probabilities.to(weight.dtype) @ weight
-    return loss, gradient
-
-
-@losses.register_kernel("cpu")
-def _(rows: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    if unsupported_reason(rows.dtype, weight) is not None or weight.stride(1) != 1:
-        return reference_losses(rows, weight, targets, keep)
-    _check(rows, weight, targets)
-    loss, gradient = _room(rows, keep)
-    if len(rows):
-        rows = rows_of(rows)
-        targets = targets.contiguous()
-        shape = sizes(*rows.shape, len(weight), rows.stride(0), weight.stride(0))
-        native.kernels().head(
-            shape,
-            *native.pointers(rows, weight, targets, loss, gradient if keep else None),
-        )
     return loss, gradient
 
 
@@ -146,4 +141,4 @@ def _backward(ctx: Any, flow: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return (gradient * flow[:, None]).to(ctx.dtype), None, None, None
 
 
-losses.register_autograd(_backward, setup_context=_save)
+losses.register_gradient(_backward, _save)

@@ -19,8 +19,8 @@ from torch import Tensor
 from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.devices import check_devices
 from vlm_tune.kernels.lora import NO_NORM, Adapters, by_layer, rows_of, sizes, unpacked
+from vlm_tune.kernels.operator import operator
 from vlm_tune.kernels.reference_mlp import gated_rows, gated_rows_backward
-from vlm_tune.kernels.version import VERSION
 
 LARGE = 6144
 """E + 2F above which too few rows fit a core's cache beside the weights streamed through it."""
@@ -91,7 +91,7 @@ def _shape(rows: Tensor, weights: Sequence[Tensor], activation: int, *strides: i
     )
 
 
-@torch.library.custom_op(f"vlm_tune::lora_gated_mlp_{VERSION}", mutates_args=())
+@operator("lora_gated_mlp")
 def lora_gated_mlp(
     rows: Tensor,
     weights: Sequence[Tensor],
@@ -120,44 +120,13 @@ def lora_gated_mlp(
         block layout [32 ceil(T / 32), 2F] or all of gate before all of up; the outputs of A of gate
         and up [T, R]; and those of A of down [T, R'].
     """
-    return _forward(rows, weights, packing, activation, downs, ups, scales, keep, kernel=False)
-
-
-@lora_gated_mlp.register_kernel("cpu")
-def _(
-    rows: Tensor,
-    weights: Sequence[Tensor],
-    packing: str,
-    activation: int,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    scales: Sequence[float],
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    few = not keep and len(rows) < FEW * torch.get_num_threads()
-    kernel = not few and by_kernel(rows.dtype, rows.device, rows.shape[1], len(ups[0]))
-    return _forward(rows, weights, packing, activation, downs, ups, scales, keep, kernel=kernel)
-
-
-def _forward(
-    rows: Tensor,
-    weights: Sequence[Tensor],
-    packing: str,
-    activation: int,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    scales: Sequence[float],
-    keep: bool,
-    *,
-    kernel: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`lora_gated_mlp` by the kernel or by torch's matrix products."""
     check_devices("lora_gated_mlp", (rows, *weights, *downs, *ups))
     matrices = gated_weights(weights, packing, ups, downs, rows)
     rows = rows_of(rows)
     saved = _saved(rows, downs, ups, keep)
     saved_or_none = saved if keep else (None,) * 3
-    if not kernel:
+    few = not keep and len(rows) < FEW * torch.get_num_threads()
+    if few or not by_kernel(rows.dtype, rows.device, rows.shape[1], len(ups[0])):
         out = gated_rows(rows, matrices, activation, downs, ups, scales, saved if keep else None)
         return out, *saved
     adapters = Adapters(downs, ups, scales)
@@ -201,7 +170,7 @@ def _(
     return rows.new_empty(rows.shape), *_saved(rows, downs, ups, keep)
 
 
-@torch.library.custom_op(f"vlm_tune::lora_gated_mlp_backward_{VERSION}", mutates_args=())
+@operator("lora_gated_mlp_backward")
 def lora_gated_mlp_backward(
     gradient: Tensor,
     rows: Tensor,
@@ -301,4 +270,4 @@ def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Any, ...]:
     return x if needs_x else None, [None] * ctx.count, None, None, of_downs, of_ups, None, None
 
 
-lora_gated_mlp.register_autograd(_backward, setup_context=_save)
+lora_gated_mlp.register_gradient(_backward, _save)

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 
 from vlm_tune.kernels.devices import check_devices
 from vlm_tune.kernels.lora import parts, unpacked
-from vlm_tune.kernels.version import VERSION
+from vlm_tune.kernels.operator import operator
 
 NESTED = 3
 """Tensors by which the block scales of a double-quantised weight are dequantised."""
@@ -89,7 +89,7 @@ def _dequantised(
         yield place, unpacked(codes, scales, f"{kind}:{block}", shape, dtype)
 
 
-@torch.library.custom_op(f"vlm_tune::packed_linear_{VERSION}", mutates_args=())
+@operator("packed_linear")
 def packed_linear(
     rows: Tensor,
     weights: Sequence[Tensor],
@@ -127,7 +127,7 @@ def _(
     return rows.new_empty(rows.shape[0], sum(outputs))
 
 
-@torch.library.custom_op(f"vlm_tune::packed_linear_backward_{VERSION}", mutates_args=())
+@operator("packed_linear_backward")
 def packed_linear_backward(
     gradient: Tensor, weights: Sequence[Tensor], packing: str, outputs: Sequence[int], width: int
 ) -> Tensor:
@@ -159,4 +159,4 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return of_x, [None] * len(weights), None, None, None
 
 
-packed_linear.register_autograd(_backward, setup_context=_save)
+packed_linear.register_gradient(_backward, _save)
