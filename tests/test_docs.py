@@ -19,6 +19,7 @@ from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import png
 from vlm_tune.cli.entry import app
 from vlm_tune.config.load import parse_recipe
+from vlm_tune.resources import resource_names
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -100,6 +101,18 @@ def test_links_lead_to_files(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not link.startswith(("http://", "https://")):
             assert (page.parent / link).exists(), link
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", index)) == pages
+
+
+def test_the_recipes_page_lists_every_recipe() -> None:
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.-]+)` \|", page, re.MULTILINE)
+    assert sorted(rows) == resource_names("recipes")
 
 
 def test_every_fault_has_its_test() -> None:
