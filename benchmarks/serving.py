@@ -340,7 +340,7 @@ def main() -> None:
     add("--questions", type=int, default=256, help="different ones")
     add("--alone", type=int, default=24, help="questions that are asked one at a time")
     add("--clients", type=int, default=64)
-    add("--batch", type=int, default=64, help="the most answers that are generated at a time")
+    add("--batch", type=int, default=64, help="the maximum number of answers generated at a time")
     add("--answers", type=int, default=256, help="questions that the clients ask in all")
     add("--seconds", type=float, help="ask for so long, in place of --answers")
     add("--http", action="store_true", help="ask a server by the openai client")

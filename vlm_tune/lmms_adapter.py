@@ -70,7 +70,7 @@ class LmmsModel(_base):
         Args:
             pretrained: a run, a checkpoint or a merged folder.
             batch_size: rows per batch.
-            dtype: bf16, fp16 or fp32; the model's own where not given.
+            dtype: bf16, fp16 or fp32; the model's own by default.
             device: where the model goes; by default the GPU if there is one.
             max_new_tokens: the longest answer where a task sets none.
             **unknown: `max_batch_size`, which lmms-eval passes to every model, has no effect.

@@ -75,7 +75,7 @@ def evaluate(
 
     Args:
         model: a run, a checkpoint or a merged folder.
-        recipe: whose data to score on; the run's own where not given.
+        recipe: recipe whose data is scored; the run's by default.
         overrides: changes to the recipe, as in `sft`.
         split: the part of the recipe to score.
         data: a file, a pattern of files, or tar shards, of rows of any form, or several of these;
@@ -87,7 +87,7 @@ def evaluate(
             where not given.
         baselines: names of baselines, `auto` or []; the recipe's where not given.
         answering: `likelihood` chooses among a row's choices; the recipe's where not given.
-        dtype: bf16, fp16 or fp32; the model's own where not given.
+        dtype: bf16, fp16 or fp32; the model's own by default.
         base: as in `merge`, like `accept_other_base`.
         show: called with every event.
 
@@ -302,7 +302,7 @@ def predict(
         num_beams: 1 is greedy.
         batch_size: rows per batch.
         json_schema: a JSON schema that every answer follows.
-        dtype: bf16, fp16 or fp32; the model's own where not given.
+        dtype: bf16, fp16 or fp32; the model's own by default.
         base: as in `merge`, like `accept_other_base`.
         show: called with every event.
 

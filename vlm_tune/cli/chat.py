@@ -29,11 +29,9 @@ from vlm_tune.cli.options import (
 if TYPE_CHECKING:
     from vlm_tune.model.language.decoding import Settings
 
-SystemOption = Annotated[
-    str | None, typer.Option(help="the system text; the model's where not given")
-]
+SystemOption = Annotated[str | None, typer.Option(help="the system text; the model's by default")]
 MaxNewTokensOption = Annotated[
-    int, typer.Option(min=1, max=MOST_TOKENS, help="longest answer in tokens")
+    int, typer.Option(min=1, max=MOST_TOKENS, help="maximum length of an answer in tokens")
 ]
 TemperatureOption = Annotated[
     float, typer.Option(min=0, max=100, help="sampling temperature; 0 is greedy")
@@ -52,15 +50,16 @@ TopKOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option(min=0, help="seed of the sampling")]
 ChoicesOption = Annotated[
     str | None,
-    typer.Option(help="answer with the likeliest of these texts, separated by commas"),
+    typer.Option(help="answer with the likeliest of these comma-separated texts"),
 ]
 
 
 def chat(
     model: ModelArgument,
-    image: Annotated[list[Path] | None, typer.Option(help="an image (again for more)")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="an image file (repeatable)")] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="the question; without it, ask in the terminal")
+        str | None,
+        typer.Option(help="the question; without it, a conversation starts in the terminal"),
     ] = None,
     system: SystemOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
@@ -77,7 +76,7 @@ def chat(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask MODEL about images: one --prompt, or a conversation in the terminal."""
+    """Query MODEL about images: a single --prompt, or a conversation in the terminal."""
     check_dtype(dtype)
     settings: Settings = {
         "max_new_tokens": max_new_tokens,

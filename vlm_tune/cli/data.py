@@ -34,7 +34,7 @@ def init(
         list[str] | None,
         typer.Argument(
             metavar="[PATH]...",
-            help="files of rows, tar shards, a saved data set, or a folder of them or of class "
+            help="data files, tar shards, a saved data set, or a folder of these or of class "
             "folders",
         ),
     ] = None,
@@ -43,30 +43,30 @@ def init(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="convert a configuration of LLaMA-Factory, ms-swift, TRL or LLaVA (YAML, JSON, "
-            "or a script) in place of PATH",
+            help="convert a configuration of LLaMA-Factory, ms-swift, TRL or LLaVA (YAML, "
+            "JSON, or a script), instead of PATH",
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="the recipe to write")] = Path("recipe.yaml"),
     model: Annotated[
         str | None,
         typer.Option(
-            help="a folder or hub name of an LLM or of a whole model; chosen by the machine "
-            "where not given"
+            help="folder or hub name of an LLM or of a whole model; by default the largest "
+            "suitable one that fits this machine"
         ),
     ] = None,
     tower: Annotated[
         str | None,
         typer.Option(
-            help="a folder or hub name of a vision tower, or an open_clip one as NAME:TAG; of a "
+            help="folder or hub name of a vision tower, an open_clip tower as NAME:TAG, or a "
             "Whisper model for rows with audio"
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing recipe")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at data and this machine, and write a recipe with the reason for each choice; exit code
-    3 if rows can't be used.
+    """Write a recipe for your data and this machine, with the reason for each choice; exit code 3
+    if rows can't be used.
     """
     quiet_libraries()
     from vlm_tune.recipe_writer.init import init as run
@@ -91,9 +91,9 @@ def init(
 def show(
     recipe: RecipeArgument,
     n: Annotated[
-        int, typer.Option("-n", min=1, max=10_000, help="how many samples of each stage")
+        int, typer.Option("-n", min=1, max=10_000, help="samples to print from each stage")
     ] = 3,
-    ids: Annotated[bool, typer.Option("--ids", help="print token ids as well")] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="also print token ids")] = False,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -113,15 +113,17 @@ def check(
     recipe: RecipeArgument,
     set_: SetOption = None,
     sample: Annotated[
-        int | None, typer.Option(min=1, help="read the first n rows of each source only")
+        int | None, typer.Option(min=1, help="read only the first n rows of each source")
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(help="write a page with figures and a look at the odd rows to this file"),
+        typer.Option(
+            help="write the report as an HTML page, with images of odd rows, to this file"
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read all that RECIPE would train and score on, and name the rows that are bad, odd, too long
+    """Read all rows that RECIPE trains and scores on, and report those that are bad, odd, too long
     or leaked.
     """
     loaded = load(recipe, set_)
@@ -156,22 +158,23 @@ def plan(
     set_: SetOption = None,
     gpu_memory: Annotated[
         str | None,
-        typer.Option(help="of one device, as 24GB or 40GiB; without it, this machine's kind"),
+        typer.Option(
+            help="memory of one device, e.g. 24GB or 40GiB; by default this machine's device"
+        ),
     ] = None,
-    processes: Annotated[
-        int, typer.Option(min=1, help="how many train together, one a device")
-    ] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="number of processes, one per device")] = 1,
     zero: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed's ZeRO stage")] = 0,
     offload: Annotated[
-        str, typer.Option(help="to the machine's memory: none, optimizer, or all (weights too)")
+        str,
+        typer.Option(help="what to offload to CPU memory: none, optimizer, or all (also weights)"),
     ] = "none",
     tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="length of a row; from the data, or max_length, where not given"),
+        typer.Option(min=2, help="tokens per row; by default from the data, or max_length"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what RECIPE needs (parameters, memory by cause, FLOPs) without its weights; exit
+    """Report what RECIPE needs (parameters, memory by cause, FLOPs) without loading weights; exit
     code 5 if it does not fit.
     """
     check_choice("--offload", offload, ("none", "optimizer", "all"))

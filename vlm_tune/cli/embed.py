@@ -38,7 +38,7 @@ def embed(
     *,
     texts: Annotated[Path | None, typer.Option(help="a file with a text on each line")] = None,
     output: Annotated[Path, typer.Option(help="the .npz file to write")],
-    batch_size: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="images a batch")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="images per batch")] = 32,
     dtype: DtypeOption = None,
     base: BaseOption = None,
     accept_other_base: AcceptBaseOption = False,

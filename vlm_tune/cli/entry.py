@@ -29,7 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Instruction tuning of vision-language LLMs: train a recipe, evaluate, merge, ask.",
+    help="Instruction tuning for vision-language LLMs: train, evaluate, merge, export, serve.",
 )
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 """Libraries whose versions `--version --json` prints."""
@@ -43,12 +43,12 @@ def root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", help="print the version (with --json, also those of libraries) and end"
+            "--version", help="print the version (with --json, also those of libraries) and exit"
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="with --version", hidden=True)] = False,
 ) -> None:
-    """Instruction tuning of vision-language LLMs: train a recipe, evaluate, merge, ask."""
+    """Instruction tuning for vision-language LLMs: train, evaluate, merge, export, serve."""
     if version:
         print_json(_versions()) if as_json else typer.echo(_version_line())
         raise typer.Exit

@@ -36,50 +36,49 @@ DataOption = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
-        help="score on this file of rows (or a pattern, or tar shards) instead of the recipe's; "
-        "again for more",
+        help="score this data file (or a pattern, or tar shards) instead of the recipe's data; "
+        "repeatable",
     ),
 ]
-LimitOption = Annotated[int | None, typer.Option(help="score the first n rows only")]
+LimitOption = Annotated[int | None, typer.Option(help="score only the first n rows")]
 MetricsOption = Annotated[
     str | None,
     typer.Option(
-        help="names with commas between, as exact_match,anls or my_module:score; the recipe's, or "
-        "what fits the rows, where not given"
+        help="comma-separated names, e.g. exact_match,anls or my_module:score; by default the "
+        "recipe's, or those that fit the rows"
     ),
 ]
 PairedMetricsOption = Annotated[
     str | None,
     typer.Option(
-        help="names with commas between, as exact_match,anls or my_module:score; what fits the "
-        "rows where not given"
+        help="comma-separated names, e.g. exact_match,anls or my_module:score; by default "
+        "those that fit the rows"
     ),
 ]
 BaselinesOption = Annotated[
     str | None,
     typer.Option(
-        help="auto (those that are cheap), none, or names with commas between; the recipe's where "
-        "not given"
+        help="auto (the cheap ones), none, or comma-separated names; the recipe's by default"
     ),
 ]
 BenchmarkOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="score on a local copy of a public benchmark by its own rules, as pope=FOLDER; "
-        "also mmbench=FILE, scienceqa, textvqa, chartqa; again for more"
+        help="score a local copy of a public benchmark by its own rules, e.g. pope=FOLDER; "
+        "also mmbench=FILE, scienceqa, textvqa, chartqa; repeatable"
     ),
 ]
 AnsweringOption = Annotated[
     str | None,
     typer.Option(
-        help="generate, or likelihood: rows with choices are answered by the likeliest; the "
-        "recipe's where not given"
+        help="generate, or likelihood (answer rows with choices by the likeliest choice); the "
+        "recipe's by default"
     ),
 ]
 AnswersOption = Annotated[Path | None, typer.Option(help="write every answer to this JSONL file")]
 SplitOption = Annotated[str, typer.Option(help="test or validation")]
 RecipeOption = Annotated[
-    str | None, typer.Option(help="whose data to score on; the run's own where not given")
+    str | None, typer.Option(help="recipe whose data is scored; the run's by default")
 ]
 
 
@@ -101,7 +100,7 @@ def evaluate(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score MODEL's generated answers, with intervals and beside baselines."""
+    """Score MODEL's generated answers, with intervals and baselines."""
     check_choice("--split", split, ("test", "validation"))
     check_choice("--answering", answering or "generate", ("generate", "likelihood"))
     choices: dict[str, Any] = {"split": split, "answering": answering}
@@ -145,13 +144,15 @@ def evaluate(
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="a run, or with --data a model")],
-    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="the one compared with it")],
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="a run, or with --data any model")],
+    second: Annotated[
+        Path, typer.Argument(metavar="RUN_B", help="the run or model to compare with it")
+    ],
     data: DataOption = None,
     limit: LimitOption = None,
     metrics: PairedMetricsOption = None,
     flips: Annotated[
-        int, typer.Option(min=0, help="how many rows to print whose answer became right or wrong")
+        int, typer.Option(min=0, help="number of rows to print whose answer became right or wrong")
     ] = 10,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -177,20 +178,18 @@ def compare(
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RUN...", help="a run, or several: the others are compared with the first"
-        ),
+        typer.Argument(metavar="RUN...", help="one run, or several to compare with the first"),
     ],
     output: Annotated[
         Path | None,
         typer.Option(
-            help="the HTML file to write; report.html in the run's folder, or of several runs in "
-            "the current folder, where not given"
+            help="HTML file to write; by default report.html in the run's folder, or for "
+            "several runs in the current folder"
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the report of one RUN anew, or a page that overlays several."""
+    """Write the report of one RUN again, or a page that overlays several."""
     quiet_libraries()
     from vlm_tune.api import report as run
 
@@ -206,21 +205,27 @@ def predict(
     data: Annotated[
         str,
         typer.Option(
-            help="a file of rows (or a pattern, or tar shards) of any form, with or without answers"
+            help="a data file (or a pattern, or tar shards) in any row format, with or "
+            "without answers"
         ),
     ],
     output: Annotated[Path, typer.Option(help="the JSONL file to write")],
-    limit: Annotated[int | None, typer.Option(min=1, help="answer the first n rows only")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="answer only the first n rows")] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST_TOKENS, help="longest answer; the recipe's where not given"),
+        typer.Option(
+            min=1,
+            max=MOST_TOKENS,
+            help="maximum length of an answer in tokens; the recipe's by default",
+        ),
     ] = None,
     num_beams: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="1 is greedy; the recipe's where not given")
+        int | None,
+        typer.Option(min=1, max=1000, help="1 is greedy decoding; the recipe's by default"),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST_TOKENS, help="rows a batch; the recipe's where not given"),
+        typer.Option(min=1, max=MOST_TOKENS, help="rows per batch; the recipe's by default"),
     ] = None,
     json_schema: JsonSchemaOption = None,
     dtype: DtypeOption = None,

@@ -32,10 +32,13 @@ def merge(
     model: Annotated[Path, typer.Argument(metavar="RUN", help="a run or a checkpoint")],
     output: Annotated[Path, typer.Option(help="the folder to write")],
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or where that is too coarse fp16")
+        str | None,
+        typer.Option(
+            help="bf16, fp16 or fp32; by default bf16, or a finer type where bf16 is too coarse"
+        ),
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="how far rounding may move logits; 0.02 where not given")
+        float | None, typer.Option(help="largest change of logits by rounding; 0.02 by default")
     ] = None,
     task: TaskOption = None,
     base: BaseOption = None,
@@ -80,22 +83,21 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="transformers: a model of its own, adapters merged; adapter: a PEFT folder; "
-            "gguf: for llama.cpp, merged",
+            help="transformers (merged model), adapter (PEFT folder) or gguf (merged, for "
+            "llama.cpp)",
         ),
     ] = "transformers",
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="bf16, fp16 or fp32 (gguf: or q8_0); the merge's or the model's own where not "
-            "given"
+            help="bf16, fp16 or fp32 (gguf: also q8_0); by default the merge's or the model's own"
         ),
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option(help="largest weights file of the format transformers")
+        str, typer.Option(help="maximum size of a weights file, for the format transformers")
     ] = "5GB",
     verify: Annotated[
-        bool, typer.Option(help="open what was written and compare it with MODEL")
+        bool, typer.Option(help="open the export and compare its outputs with MODEL's")
     ] = True,
     task: TaskOption = None,
     base: BaseOption = None,
@@ -103,7 +105,7 @@ def export(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write MODEL in another library's layout and verify it there."""
+    """Write MODEL in another library's layout, and verify it with that library."""
     from dataclasses import asdict
 
     check_choice("--format", format_, ("transformers", "adapter", "gguf"))

@@ -27,39 +27,40 @@ ModelArgument = Annotated[
 ]
 TaskOption = Annotated[
     str | None,
-    typer.Option(help="the task, of a run whose tasks have adapters of their own", metavar="NAME"),
+    typer.Option(help="the task, for a run with an adapter for each task", metavar="NAME"),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="override a value: --set train.epochs=2 (again for more)"),
+    typer.Option("--set", help="override a value: --set train.epochs=2 (repeatable)"),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 ProcessesOption = Annotated[
-    int, typer.Option(min=1, help="how many train together on this machine, one a GPU")
+    int, typer.Option(min=1, help="number of processes on this machine, one per GPU")
 ]
 BaseOption = Annotated[
     list[str] | None,
     typer.Option(
         "--base",
         metavar="PATH",
-        help="where MODEL's base is now: PATH of the language model, tower=PATH of the tower",
+        help="new location of MODEL's base weights: PATH for the language model, tower=PATH "
+        "for the tower",
     ),
 ]
 AcceptBaseOption = Annotated[
     bool,
     typer.Option(
         "--accept-other-base",
-        help="take the base though its weights are not those that MODEL was trained over",
+        help="accept base weights that differ from those MODEL was trained on",
     ),
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="bf16, fp16 or fp32; the model's own where not given")
+    str | None, typer.Option(help="bf16, fp16 or fp32; the model's own by default")
 ]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        help="cpu, cuda, or one GPU as cuda:1 (the one that CUDA_VISIBLE_DEVICES names); a GPU "
-        "where one is"
+        help="cpu, cuda, or one GPU as cuda:1 (an index into CUDA_VISIBLE_DEVICES); by default "
+        "a GPU if there is one"
     ),
 ]
 JsonSchemaOption = Annotated[

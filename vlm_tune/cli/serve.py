@@ -39,59 +39,69 @@ def _named_folder(name: str) -> Path:
 
 
 HostOption = Annotated[
-    str, typer.Option(help="address to listen at; 0.0.0.0: all of this machine's")
+    str, typer.Option(help="address to listen on; 0.0.0.0 for all of this machine's")
 ]
-PortOption = Annotated[int, typer.Option(min=0, max=65535, help="port; 0: a free one")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="port; 0 for a free one")]
 NameOption = Annotated[
-    str | None, typer.Option(help="name of MODEL in requests; its folder's where not given")
+    str | None, typer.Option(help="name of MODEL in requests; its folder's name by default")
 ]
 AdapterOption = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME=FOLDER", help="a further run over the same base, by a name (again for more)"
+        metavar="NAME=FOLDER", help="another run over the same base, as NAME=FOLDER (repeatable)"
     ),
 ]
 KeyOption = Annotated[
     str | None,
     typer.Option(
         envvar=KEY_VARIABLE,
-        help="key that requests need; other users of this machine may see an option, not the "
-        f"environment variable {KEY_VARIABLE}",
+        help="key that requests must send; prefer the environment variable, because other users "
+        "of this machine can see options",
     ),
 ]
 HostnameOption = Annotated[
-    list[str] | None, typer.Option(help="a further name of this server in URLs (again for more)")
+    list[str] | None, typer.Option(help="another host name of this server (repeatable)")
 ]
 AllowHostOption = Annotated[
     list[str] | None,
-    typer.Option(help="a host that images are fetched from (again for more); else none are"),
+    typer.Option(help="a host from which images may be fetched (repeatable); none by default"),
 ]
 ImageRootOption = Annotated[
     Path | None,
     typer.Option(
         parser=_named_folder,
         metavar="PATH",
-        help="folder in which requests may name images by their paths; else none may",
+        help="folder in which requests may name images by path; none by default",
     ),
 ]
 CorsOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="ORIGIN", help="an origin whose pages may send requests (again for more)"),
+    typer.Option(metavar="ORIGIN", help="an origin whose pages may send requests (repeatable)"),
 ]
-QueueOption = Annotated[int, typer.Option(min=1, max=100_000, help="most requests that wait")]
+QueueOption = Annotated[
+    int, typer.Option(min=1, max=100_000, help="maximum number of waiting requests")
+]
 BatchOption = Annotated[
-    int, typer.Option(min=1, max=4096, help="most answers that are generated at a time")
+    int, typer.Option(min=1, max=4096, help="maximum number of answers generated at a time")
 ]
-ImagesOption = Annotated[int, typer.Option(min=1, max=10_000, help="most images of a request")]
+ImagesOption = Annotated[
+    int, typer.Option(min=1, max=10_000, help="maximum number of images in a request")
+]
 TokensOption = Annotated[
-    int, typer.Option(min=1, max=MOST_TOKENS, help="longest answer that a request may ask for")
+    int,
+    typer.Option(
+        min=1, max=MOST_TOKENS, help="maximum answer length that a request may set, in tokens"
+    ),
 ]
-TimeoutOption = Annotated[float, typer.Option(min=0.001, help="seconds that an answer may take")]
+TimeoutOption = Annotated[float, typer.Option(min=0.001, help="maximum seconds for an answer")]
 DrainOption = Annotated[
-    float, typer.Option(min=0.001, help="seconds that running answers get when it is stopped")
+    float,
+    typer.Option(
+        min=0.001, help="seconds that running answers have to finish when the server stops"
+    ),
 ]
 EngineOption = Annotated[
-    str, typer.Option(help="vlm_tune, or vllm: MODEL is an export, and vLLM serves it")
+    str, typer.Option(help="vlm_tune, or vllm to serve an exported MODEL by vLLM")
 ]
 
 
@@ -118,7 +128,7 @@ def serve(
     accept_other_base: AcceptBaseOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Serve MODEL by HTTP: OpenAI's API, and a page to ask it in a browser."""
+    """Serve MODEL over HTTP: an OpenAI-compatible API, and a page for the browser."""
     check_dtype(dtype)
     check_choice("--engine", engine, ("vlm_tune", "vllm"))
     adapters = _named(adapter or [])

@@ -29,7 +29,8 @@ SAME = (Acceleration, Environment, Tuning)
 KeepOption = Annotated[
     str,
     typer.Option(
-        metavar="best|all", help="whose models and checkpoints stay: the best trial's alone, or all"
+        metavar="best|all",
+        help="whose models and checkpoints to keep: best (only the best trial's) or all",
     ),
 ]
 
@@ -42,11 +43,11 @@ def sweep(
             "--search",
             metavar="KEY=VALUES",
             help="values to try: KEY=log:LOW..HIGH, LOW..HIGH, LOW..HIGH:STEP or A,B,C "
-            "(again for more)",
+            "(repeatable)",
         ),
     ],
     trials: Annotated[
-        int, typer.Option(min=1, help="how many, with those of an earlier start")
+        int, typer.Option(min=1, help="number of trials, including those of an interrupted sweep")
     ] = 20,
     set_: SetOption = None,
     output: Annotated[
@@ -54,11 +55,12 @@ def sweep(
         typer.Option(help="the sweep's folder; the recipe's `output` with -sweep by default"),
     ] = None,
     no_prune: Annotated[
-        bool, typer.Option("--no-prune", help="train every trial to its end, however bad it is")
+        bool,
+        typer.Option("--no-prune", help="train every trial to its end, even if its scores are bad"),
     ] = False,
     keep: KeepOption = "best",
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the sweep in the folder")
+        bool, typer.Option("--resume", help="continue the sweep in the folder")
     ] = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,

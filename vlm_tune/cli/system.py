@@ -8,7 +8,7 @@ from vlm_tune.cli.options import JsonOption, print_json, quiet_libraries
 
 
 def env(as_json: JsonOption = False) -> None:
-    """Print versions, devices, attention backends and kernels, as a text for bug reports."""
+    """Print versions, devices, attention backends and kernels, for bug reports."""
     quiet_libraries(model_code=False)
     from vlm_tune.rendering.system_text import system_text
     from vlm_tune.system import system

@@ -32,15 +32,19 @@ if TYPE_CHECKING:
     from vlm_tune.train.run import Run
 
 ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="go on from the last checkpoint of this recipe's run")
+    bool, typer.Option("--resume", help="continue from the last checkpoint of this recipe's run")
 ]
 OverwriteOption = Annotated[
     bool,
-    typer.Option("--overwrite", help="start anew: delete what the run in the output folder wrote"),
+    typer.Option(
+        "--overwrite", help="start over: delete what an earlier run wrote to the output folder"
+    ),
 ]
 AcceptChangesOption = Annotated[
     bool,
-    typer.Option("--accept-changes", help="with --resume: go on though the recipe has changed"),
+    typer.Option(
+        "--accept-changes", help="with --resume: continue although recipe or data have changed"
+    ),
 ]
 OutputOption = Annotated[
     str | None, typer.Option(help="the run's folder, in place of the recipe's `output`")
@@ -48,7 +52,7 @@ OutputOption = Annotated[
 NoTestOption = Annotated[
     bool,
     typer.Option(
-        "--no-test", help="do not score the test part at the end (it is read and checked)"
+        "--no-test", help="do not score the test part at the end (it is still read and checked)"
     ),
 ]
 
@@ -86,15 +90,15 @@ def _command(name: Literal["sft", "dpo", "kto", "grpo"], about: str) -> Callable
     return train
 
 
-sft = _command("sft", "Fine-tune what RECIPE says, score the result, and write a report.")
-dpo = _command("dpo", "Train what RECIPE says on pairs of answers: objective dpo, simpo or orpo.")
+sft = _command("sft", "Fine-tune the model of RECIPE, score it, and write a report.")
+dpo = _command(
+    "dpo", "Train RECIPE on pairs of preferred and rejected answers (objective dpo, simpo or orpo)."
+)
 kto = _command(
-    "kto", "Train what RECIPE says on answers that are liked or disliked: objective kto."
+    "kto", "Train RECIPE on answers labelled as desirable or undesirable (objective kto)."
 )
 
-grpo = _command(
-    "grpo", "Train what RECIPE says on completions that are sampled and rewarded: objective grpo."
-)
+grpo = _command("grpo", "Train RECIPE on sampled completions and their rewards (objective grpo).")
 
 
 def _train(
@@ -181,7 +185,9 @@ def verify_run(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="how many; up to the next kept checkpoint where not given"),
+        typer.Option(
+            min=1, help="number of steps; by default up to the next checkpoint that was kept"
+        ),
     ] = None,
     processes: ProcessesOption = 1,
     device: DeviceOption = None,

@@ -261,7 +261,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         """Begins a conversation of several turns, whose past is computed once.
 
         Args:
-            system: the system text; the model's where not given.
+            system: the system text; the model's by default.
             **settings: how its answers are generated, as in `chat`.
         """
         return Chat(self, system, **settings)

@@ -78,7 +78,7 @@ class Batch:
 
         Args:
             model: The model; `batching_reason` has none against it.
-            size: The most answers that are generated at a time.
+            size: The maximum number of answers generated at a time.
             prefix_bytes: The most memory of the prefixes.
             features: The tower's features of images that came lately.
         """

@@ -41,9 +41,9 @@ class Limits:
     """Settings of the server that clients meet.
 
     Attributes:
-        queue: The most requests that wait for the engine.
-        batch: The most answers that are generated at a time.
-        max_images: The most images of a request.
+        queue: The maximum number of waiting requests for the engine.
+        batch: The maximum number of answers generated at a time.
+        max_images: The maximum number of images in a request.
         max_tokens: The largest `max_tokens` of a request.
         timeout: Seconds from a request's arrival to the end of its answer.
         drain: Seconds that running requests get when the server is stopped.

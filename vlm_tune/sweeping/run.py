@@ -111,7 +111,7 @@ def run_sweep(
 
     Args:
         setting: what to run.
-        resume: go on with the sweep in the folder; a trial that was interrupted comes first.
+        resume: continue the sweep in the folder; a trial that was interrupted comes first.
         train: trains a recipe in its output folder.
         write_report: writes the page of a sweep.
         show: called with every event of the sweep and of its trials.

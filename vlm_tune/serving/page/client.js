@@ -138,7 +138,7 @@ export async function ask(request, { key, signal, onText, onWait }) {
 /**
  * @typedef {object} Model A served model; an adapter is one too.
  * @property {string} id The name to ask it by.
- * @property {number} max_images The most images of a request.
+ * @property {number} max_images The maximum number of images in a request.
  * @property {number} max_tokens The most tokens of an answer.
  */
 
