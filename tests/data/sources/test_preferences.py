@@ -93,6 +93,28 @@ def test_a_judged_answer_knows_whether_it_is_liked(folder: Path, label: bool) ->
     assert set(example.answers.tolist()) == {-1, 0 if label else 1}
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_label_may_be_a_text_or_a_number(folder: Path, kind: str) -> None:
+    labels = ["True", "false", " 1 ", "0"] if kind == "csv" else [1.0, 0, "TRUE", "false"]
+    rows = [
+        {"prompt": "what is it?", "completion": "a dog", "label": label, "image": "a.png"}
+        for label in labels
+    ]
+    reader = open_source(file_source(write_rows(folder / f"r.{kind}", rows)), seed=0)
+    assert reader.form == "unpaired_preference"
+    read_rows = good(read(file_source(folder / f"r.{kind}")))
+    assert [row.desirable for row in read_rows] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("label", ["yes", 2, None])
+def test_a_row_without_a_judgement_is_a_bad_one_among_others(folder: Path, label: Any) -> None:
+    row = {"prompt": "what is it?", "completion": "a dog", "label": True, "image": "a.png"}
+    rows = [row, row | {"label": label}, row]
+    source = file_source(write_rows(folder / "r.jsonl", rows))
+    (error,) = [each for each in read(source) if isinstance(each, DataError)]
+    assert "row 2: `label` is true or false" in str(error)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "equal": ({"prompt": "q", "chosen": "a dog", "rejected": "a dog "}, "the same answer"),
     "empty": ({"prompt": "q", "chosen": "a", "rejected": " "}, "`rejected` is an empty answer"),
@@ -116,6 +138,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         },
         "`chosen` is an empty answer",
     ),
+    "no answer": ({"prompt": "q", "chosen": "a", "rejected": None}, "no text or list `rejected`"),
+    "a turn alone": (
+        {"prompt": [USER], "chosen": [DOG], "rejected": CAT},
+        "no text or list `rejected` of turns, got",
+    ),
+    "a number": ({"prompt": 3, "chosen": "a", "rejected": "b"}, "`prompt` of turns, got 3"),
     "label": ({"prompt": "q", "completion": "a", "label": "good"}, "`label` is true or false"),
 }
 

@@ -70,15 +70,19 @@ PART_KINDS = ("image", "image_url", "video", "video_url", "audio", "audio_url", 
 """Types of content parts with media; `input_audio` is OpenAI's."""
 
 
-def turns_of(row: Row, name: str) -> Sequence[Row]:
-    """The row's list of turns, which Arrow may store as an object of lists."""
+def turns_of(row: Row, name: str, expected: str = "list") -> Sequence[Row]:
+    """The row's list of turns, which Arrow may store as an object of lists.
+
+    `expected` says in errors what else the field may be.
+    """
     turns = row.get(name)
     if isinstance(turns, Mapping) and all(isinstance(column, list) for column in turns.values()):
         columns: list[list[Any]] = list(turns.values())
         if len({len(column) for column in columns}) == 1:
             turns = [dict(zip(turns, values, strict=True)) for values in zip(*columns, strict=True)]
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"no list `{name}`", kind="missing_field")
+        got = "" if is_empty(turns) else f" of turns, got {quoted(turns)}"
+        raise DataError(f"no {expected} `{name}`{got}", kind="missing_field")
     for place, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping):
             raise DataError(
@@ -176,7 +180,10 @@ def prompt_completion(row: Row, finder: MediaFinder) -> list[Message]:
             messages.append(Message(role, text_parts(value, role, media)))
         else:
             messages += messages_of(
-                turns_of(row, name), media, after=len(messages), context=name == "prompt"
+                turns_of(row, name, "text or list"),
+                media,
+                after=len(messages),
+                context=name == "prompt",
             )
     return with_system(row, with_media(messages, media))
 

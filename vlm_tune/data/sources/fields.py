@@ -90,6 +90,16 @@ UNSUPPORTED = {
 """Those of `MEANT` that no chat format and no model here supports."""
 
 
+def judgement(label: Any) -> bool | None:
+    """Whether a `label` is of a liked answer; None for what is no such label.
+
+    CSV files have texts, and columns with gaps numbers with a fraction.
+    """
+    if isinstance(label, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
+    return bool(label) if isinstance(label, int | float) and label in (0, 1) else None
+
+
 def is_empty(value: Any) -> bool:
     """Whether a value is empty.
 

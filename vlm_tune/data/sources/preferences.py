@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_tune.data.sources.chat_schemas import messages_of, text_parts, turns_of, with_system
-from vlm_tune.data.sources.fields import is_empty
+from vlm_tune.data.sources.fields import is_empty, judgement
 from vlm_tune.data.sources.legible import SURROGATE, is_legible
 from vlm_tune.data.sources.media import MediaFinder
 from vlm_tune.data.sources.media_places import Row, RowMedia, with_media
@@ -71,16 +71,16 @@ def preference(row: Row, finder: MediaFinder) -> Judged:
 
 def unpaired_preference(row: Row, finder: MediaFinder) -> Judged:
     """Rows of `prompt` (or `question`), `completion` and `label`: whether the answer is liked."""
-    label = row.get("label")
-    if not (isinstance(label, bool) or (isinstance(label, int) and label in (0, 1))):
-        raise DataError(f"`label` is true or false, got {quoted(label)}", kind="field")
+    liked = judgement(row.get("label"))
+    if liked is None:
+        raise DataError(f"`label` is true or false, got {quoted(row.get('label'))}", kind="field")
     prompt = _prompt_of(row)
     if prompt is None:
         raise DataError("no `prompt` (or `question`)", kind="missing_field")
     media = RowMedia(row, finder)
     messages = _context(prompt, media)
     messages.append(_one_answer("completion", _completion(row, "completion"), media))
-    return Judged(with_system(row, with_media(messages, media)), desirable=bool(label))
+    return Judged(with_system(row, with_media(messages, media)), desirable=liked)
 
 
 def shared_prompt(
@@ -114,14 +114,14 @@ def _prompt_of(row: Row) -> Any:
 def _completion(row: Row, name: str) -> str | Sequence[Row]:
     """The text or the turns of a field."""
     completion = row.get(name)
-    return completion if isinstance(completion, str) else turns_of(row, name)
+    return completion if isinstance(completion, str) else turns_of(row, name, "text or list")
 
 
 def _context(prompt: str | Sequence[Row], media: RowMedia) -> list[Message]:
     """The turns of a prompt, whose answers carry no loss."""
     if isinstance(prompt, str):
         return [Message("user", text_parts(prompt, "user", media))]
-    return messages_of(turns_of({"prompt": prompt}, "prompt"), media, context=True)
+    return messages_of(turns_of({"prompt": prompt}, "prompt", "text or list"), media, context=True)
 
 
 def _one_answer(name: str, completion: str | Sequence[Row], media: RowMedia) -> Message:

@@ -9,7 +9,15 @@ from typing import Any
 
 from vlm_tune.data.sources.base import StoredRow
 from vlm_tune.data.sources.chat_schemas import decoded_lists
-from vlm_tune.data.sources.fields import FIELDS, LETTERS, MEDIA, REGIONS, has_choices, is_empty
+from vlm_tune.data.sources.fields import (
+    FIELDS,
+    LETTERS,
+    MEDIA,
+    REGIONS,
+    has_choices,
+    is_empty,
+    judgement,
+)
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import name_list, quoted
 
@@ -92,10 +100,13 @@ def detect_form(
     )
     if not votes:
         raise DataError(f"can't detect the rows' form: {observed} ({needs})", source=name)
+    forms = {form for form, _ in votes}
     # A text-only row of a ShareGPT file looks like one of a LLaVA file; both are read alike.
-    forms = {form for form, _ in votes} - (
-        {"llava"} if ("sharegpt", "conversations") in votes else set()
-    )
+    if ("sharegpt", "conversations") in votes:
+        forms.discard("llava")
+    # A row whose label is no judgement is a bad one among those whose label is.
+    if ("unpaired_preference", "") in votes:
+        forms -= {"prompt_completion", "classify"}
     if len(forms) > 1:
         fitting = "; ".join(f"{form}: {NEEDS[form]}" for form in sorted(forms))
         raise DataError(
@@ -140,8 +151,11 @@ def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
         return forms
     if {"chosen", "rejected"} <= has:
         return {("preference", "")}
-    judged = "completion" in has and isinstance(row.get("label"), bool)
-    if judged and has & {"prompt", "question"}:
+    if (
+        "completion" in has
+        and has & {"prompt", "question"}
+        and judgement(row.get("label")) is not None
+    ):
         return {("unpaired_preference", "")}
     has_media = any(not is_empty(row.get(name)) for name in MEDIA)
     has_question = "question" in has
