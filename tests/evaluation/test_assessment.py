@@ -224,8 +224,8 @@ def test_a_users_function_scores_each_row(own_metric: str) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("broken", "failed: ZeroDivisionError: division by zero"),
-        ("leaving", "failed: SystemExit: 3"),
+        ("broken", "failed: ZeroDivisionError: division by zero ({place})"),
+        ("leaving", "failed: SystemExit: 3 ({place})"),
         ("endless", "gave inf, expected a finite number"),
     ],
 )
@@ -235,6 +235,9 @@ def test_a_users_function_that_fails_leaves_the_other_scores(
     name = f"{own_metric}:{function}"
     scored = assessed([answer(7, "yes")], [name, "exact_match"])
     assert scored.metrics.keys() == {"exact_match"}
+    body = SCORE.split("\n")
+    line = next(n for n, text in enumerate(body) if text.startswith(f"def {function}(")) + 2
+    message = message.format(place=f"{Path.cwd() / own_metric}.py, line {line}")
     assert scored.skipped == {name: f"a, row 7: the metric {name} {message}"}
 
 

@@ -100,10 +100,18 @@ def test_a_function_gets_what_trl_gives_it(tmp_path: Path, monkeypatch: Any) -> 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return [1.0]", "returned 1 rewards for 2 completions"),
-        ("return [1.0, float('inf')]", "infinite reward"),
-        ("raise KeyError('x')", "my_faults:score failed: KeyError"),
-        ("return ['a', 'b']", "my_faults:score failed: ValueError"),
+        ("return [1.0]", "returned a list of 1 for 2 completions"),
+        ("return [1.0, float('inf')]", "returned inf for completion 2"),
+        ("return [1.0, -1e30]", "returned -1e\\+30 for completion 2, expected a number from"),
+        (
+            "raise KeyError('x')",
+            r"my_faults:score failed: KeyError: 'x' \(.*my_faults.py, line 2\)",
+        ),
+        ("return ['a', 'b']", "returned 'a' for completion 1"),
+        ("return None", r"returned nothing \(null\), expected a list with a number"),
+        ("return {0: 1.0, 1: 2.0}", "returned a mapping with 0, 1, expected a list"),
+        ("return '01'", "returned '01', expected a list"),
+        ("import torch; return torch.ones(2, 2)", "returned a Tensor for completion 1"),
     ],
 )
 def test_faults_of_a_function(
@@ -114,6 +122,25 @@ def test_faults_of_a_function(
     monkeypatch.delitem(__import__("sys").modules, "my_faults", raising=False)
     with pytest.raises(TrainingError, match=message):
         rewards("my_faults:score", sample("12"), sample("13"))
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("def score(completions)", "unexpected keyword argument 'prompts'.*with \\*\\*columns"),
+        ("def score(prompts, completions, other, **columns)", "missing a required argument"),
+        ("async def score(**columns)", "is asynchronous"),
+        ("class score", "can't be called as a reward function"),
+    ],
+)
+def test_a_function_that_can_not_be_called_is_refused_before_training(
+    head: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_functions.py").write_text(f"{head}:\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "my_functions", raising=False)
+    with pytest.raises(RecipeError, match=message):
+        check_rewards([grpo("my_functions:score")])
 
 
 @pytest.mark.parametrize(

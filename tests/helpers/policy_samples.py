@@ -19,6 +19,7 @@ from vlm_tune.data.batching.sampler import Plan, Sizes
 from vlm_tune.data.packing import completed, group_layout
 from vlm_tune.data.prepare.run import conversations, prepare
 from vlm_tune.data.types import Example
+from vlm_tune.events import StageReport
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.train.sampling import Sampler
 
@@ -44,13 +45,15 @@ def prompt_batches(model: VisionLanguageModel, recipe: Recipe) -> list[Batch]:
     return next(feed.windows(Position()))
 
 
-def sampler_of(model: VisionLanguageModel, recipe: Recipe) -> Sampler:
+def sampler_of(
+    model: VisionLanguageModel, recipe: Recipe, report: StageReport = lambda event: None
+) -> Sampler:
     """What samples completions, in one process without autocast."""
     engine: Any = SimpleNamespace(
         inference=nullcontext, accelerator=SimpleNamespace(autocast=nullcontext)
     )
     watch: Any = SimpleNamespace(at=lambda place, reached: None)
-    return Sampler(model, recipe, engine, watch)
+    return Sampler(model, recipe, engine, watch, report)
 
 
 def prompts_of(model: VisionLanguageModel, recipe: Recipe, number: int) -> list[Example]:

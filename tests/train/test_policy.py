@@ -139,6 +139,23 @@ def test_a_process_without_rows_takes_part(tiny_recipe: Callable[..., str]) -> N
     assert all(int(number) == 0 for _, number in loss.metrics.values())
 
 
+def no_reward(completions: list[Any], **_: object) -> list[None]:
+    """A reward function that judges no completion."""
+    return [None] * len(completions)
+
+
+def test_a_step_without_any_reward_is_reported_once(tiny_recipe: Callable[..., str]) -> None:
+    functions = [f"{__name__}:no_reward"]
+    recipe = policy_recipe(tiny_recipe, "causal", objective={"reward_funcs": functions})
+    model = awake(recipe)
+    notes: list[Any] = []
+    sampler = sampler_of(model, recipe, notes.append)
+    for step in (1, 2):
+        sampler(prompt_batches(model, recipe)[:1], step, compiled=False)
+    (note,) = notes
+    assert note.step == 1 and "no_reward gave none of the 16 completions a reward" in note.text
+
+
 def test_check_takes_the_objective(tiny_recipe: Callable[..., str]) -> None:
     assert not check(policy_recipe(tiny_recipe, "causal", data__validation=[])).errors
     missing = policy_recipe(tiny_recipe, "causal", objective={"reward_funcs": ["no_module:score"]})

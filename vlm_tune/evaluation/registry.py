@@ -13,6 +13,7 @@ import difflib
 import importlib
 import math
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -38,6 +39,7 @@ from vlm_tune.evaluation.intervals import Value
 from vlm_tune.evaluation.metric import Metric, by_row
 from vlm_tune.evaluation.metrics import Answer
 from vlm_tune.evaluation.texts import anls, relaxed_match, vqa_accuracy, vqa_normalise
+from vlm_tune.paths import shown_path
 from vlm_tune.quoting import quoted, reason_of
 
 LONG_ANSWER = 5
@@ -365,6 +367,18 @@ def import_function(name: str, key: str) -> Callable[..., Any]:
     return function
 
 
+def failure_of(error: BaseException) -> str:
+    """The type, message and place of an error that a user's function raised.
+
+    The place is the innermost line of the function's file that the error came through. To be called
+    where the function was.
+    """
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
+    place = f" ({shown_path(frames[0].filename)}, line {lines[-1]})" if lines else ""
+    return f"{type(error).__name__}: {reason_of(error)}{place}"
+
+
 def _user_score(name: str, function: Callable[..., Any]) -> Callable[[Answer], float]:
     """Calls a user's function for an answer; its faults become a `DataError` with the row."""
 
@@ -374,7 +388,7 @@ def _user_score(name: str, function: Callable[..., Any]) -> Callable[[Answer], f
         # A user's function may raise anything, or end the process.
         except (Exception, SystemExit) as error:
             raise DataError(
-                f"the metric {name} failed: {type(error).__name__}: {reason_of(error)}",
+                f"the metric {name} failed: {failure_of(error)}",
                 source=answer.source,
                 row=answer.id,
             ) from None

@@ -6,6 +6,7 @@ messages, and columns of the rows by name. It returns a number, or None, for eac
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,10 +20,14 @@ from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError, Problem, RecipeError, TrainingError
 from vlm_tune.evaluation.evaluate import row_answers
 from vlm_tune.evaluation.metric import Metric
-from vlm_tune.evaluation.registry import METRICS, import_function
+from vlm_tune.evaluation.registry import METRICS, failure_of, import_function
 from vlm_tune.quoting import quoted, reason_of
 
 KEY = "objective.reward_funcs"
+COLUMNS = ("solution", "answers", "choices", "chosen", "category", "id")
+"""The names of the columns that functions get beside prompts, completions and their ids."""
+MOST_REWARD = 1e9
+"""The largest reward, either way: squares of larger ones, weighted, leave the range of fp32."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,28 @@ def _reward(described: RewardFunction) -> Reward:
                 f"{quoted(name)} returned no function for its arguments, but {quoted(function)}"
             )
             raise RecipeError([Problem(KEY, message)])
+    _check_call(name, function)
     return _function_reward(name, function)
+
+
+def _check_call(name: str, function: Callable[..., Any]) -> None:
+    """Raises `RecipeError` for a function that can't be called as a reward function is."""
+    if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):
+        message = f"{quoted(name)} is asynchronous, expected a function that returns its rewards"
+        raise RecipeError([Problem(KEY, message)])
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # one written in C may have none
+        return
+    names = ("prompts", "completions", "completion_ids", *COLUMNS)
+    try:
+        signature.bind(**dict.fromkeys(names))
+    except TypeError as error:
+        message = (
+            f"{quoted(name)} can't be called as a reward function: {reason_of(error)}; it gets "
+            f"{', '.join(names)} by name: end its parameters with **columns"
+        )
+        raise RecipeError([Problem(KEY, message)]) from None
 
 
 def _metric_reward(metric: Metric) -> Reward:
@@ -134,24 +160,40 @@ def _function_reward(name: str, function: Callable[..., Any]) -> Reward:
                 completion_ids=[list(each.ids) for each in samples],
                 **_columns([each.row for each in samples]),
             )
-            numbers = [math.nan if reward is None else float(reward) for reward in rewards]
         # A user's function may raise anything, or end the process.
         except (Exception, SystemExit) as error:
-            raise TrainingError(
-                f"the reward function {name} failed: {type(error).__name__}: {reason_of(error)}"
-            ) from None
-        if len(numbers) != len(samples):
-            raise TrainingError(
-                f"the reward function {name} returned {len(numbers)} rewards for {len(samples)} "
-                "completions; it returns one for each, or None"
-            )
-        if any(map(math.isinf, numbers)):
-            raise TrainingError(
-                f"the reward function {name} returned an infinite reward, expected finite numbers"
-            )
-        return numbers
+            raise TrainingError(f"the reward function {name} failed: {failure_of(error)}") from None
+        return _numbers(name, rewards, len(samples))
 
     return score
+
+
+def _numbers(name: str, rewards: Any, expected: int) -> list[float]:
+    """The rewards that a function returned, NaN for None; checked."""
+    if isinstance(rewards, str | Mapping) or not isinstance(rewards, Iterable):
+        raise TrainingError(
+            f"the reward function {name} returned {quoted(rewards)}, expected a list with a "
+            "number, or None, for each completion"
+        )
+    rewards = list(rewards)
+    if len(rewards) != expected:
+        raise TrainingError(
+            f"the reward function {name} returned a list of {len(rewards)} for {expected} "
+            "completions; it returns a number, or None, for each"
+        )
+    numbers = []
+    for place, reward in enumerate(rewards, 1):
+        try:
+            number = math.nan if reward is None else float(reward)
+        except (TypeError, ValueError, RuntimeError):
+            number = math.inf
+        if abs(number) > MOST_REWARD:
+            raise TrainingError(
+                f"the reward function {name} returned {quoted(reward)} for completion {place}, "
+                f"expected a number from {-MOST_REWARD:,.0f} to {MOST_REWARD:,.0f}, or None"
+            )
+        numbers.append(number)
+    return numbers
 
 
 def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -171,12 +213,18 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _columns(rows: Sequence[Conversation]) -> dict[str, list[Any]]:
-    """The columns that functions get beside prompts and completions, by name."""
+    """The columns that functions get beside prompts, completions and their ids, by name."""
+    values = [
+        (
+            row.messages[-1].text.strip(),
+            list(row.references.answers),
+            list(row.references.choices),
+            row.references.chosen,
+            row.category,
+            row.id,
+        )
+        for row in rows
+    ]
     return {
-        "solution": [row.messages[-1].text.strip() for row in rows],
-        "answers": [list(row.references.answers) for row in rows],
-        "choices": [list(row.references.choices) for row in rows],
-        "chosen": [row.references.chosen for row in rows],
-        "category": [row.category for row in rows],
-        "id": [row.id for row in rows],
+        name: list(column) for name, column in zip(COLUMNS, zip(*values, strict=True), strict=True)
     }

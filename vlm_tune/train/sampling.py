@@ -19,11 +19,13 @@ from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.packing import completed, group_layout, numbered, trees
 from vlm_tune.data.types import CHOSEN, Example, Media, Prompt
 from vlm_tune.evaluation.rewards import Sample, reward_functions
+from vlm_tune.events import Note, StageReport
 from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.answers import Answer
 from vlm_tune.model.acceleration.compiling import eager
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.quoting import name_list
 from vlm_tune.train.engines.base import Engine
 from vlm_tune.train.watchdog import Watch
 
@@ -36,20 +38,27 @@ class Sampler:
     """
 
     def __init__(
-        self, model: VisionLanguageNetwork, recipe: Recipe, engine: Engine, watch: Watch
+        self,
+        model: VisionLanguageNetwork,
+        recipe: Recipe,
+        engine: Engine,
+        watch: Watch,
+        report: StageReport,
     ) -> None:
         """Takes the model with the engine that trains it, and a recipe whose objective samples.
 
-        `watch` is notified of each batch of answers.
+        `watch` is notified of each batch of answers, and `report` of steps without a reward.
         """
         assert isinstance(recipe.objective, Grpo)
         self.model = model
         self.engine = engine
         self.watch = watch
+        self.report = report
         self.recipe = recipe
         self.config = recipe.objective
         self.layout = model.processor.spec.layout
         self.rewards = reward_functions(recipe.objective)
+        self._noted = False
         self.decoding = Decoding(
             self.config.max_completion_length,
             temperature=self.config.temperature,
@@ -79,9 +88,20 @@ class Sampler:
         ]
         columns = [reward(samples) if samples else [] for reward in self.rewards]
         rewards = torch.tensor(columns, dtype=torch.float32).T
+        self._note_none(rewards, step)
         number = len(prompts), self.config.num_generations
         by_prompt = iter(zip(groups, rewards.reshape(*number, len(columns)), strict=True))
         return [self._batch(batch, by_prompt) for batch in batches]
+
+    def _note_none(self, rewards: torch.Tensor, step: int) -> None:
+        """Reports, once, that the rewards [N, F] of a step are none at all."""
+        if len(rewards) and not self._noted and bool(rewards.isnan().all()):
+            self._noted = True
+            names = name_list(self.config.names)
+            text = (
+                f"nothing is learned: {names} gave none of the {len(rewards)} completions a reward"
+            )
+            self.report(Note(text, step))
 
     def _groups(
         self, batches: Sequence[Batch], prompts: Sequence[Prompt], step: int
@@ -181,10 +201,16 @@ class Sampler:
 
 
 def build_sampler(
-    model: VisionLanguageNetwork, recipe: Recipe, engine: Engine, watch: Watch
+    model: VisionLanguageNetwork,
+    recipe: Recipe,
+    engine: Engine,
+    watch: Watch,
+    report: StageReport,
 ) -> Sampler | None:
     """The sampler of a recipe whose objective samples; None for others."""
-    return Sampler(model, recipe, engine, watch) if isinstance(recipe.objective, Grpo) else None
+    if not isinstance(recipe.objective, Grpo):
+        return None
+    return Sampler(model, recipe, engine, watch, report)
 
 
 def completion_ids(answer: Answer) -> list[int]:

@@ -98,7 +98,7 @@ class StageLoop:
         self.position = StagePosition(data.feed, progress, train, resume_from)
         self.total = self.position.total
         self.watch = watch or Watch(self.accelerator, train.timeout)
-        self.sampler = build_sampler(model, recipe, engine, self.watch)
+        self.sampler = build_sampler(model, recipe, engine, self.watch, report)
         self.writer = CheckpointWriter(
             folder, train.checkpoints.keep, background=train.checkpoints.background
         )
