@@ -290,16 +290,17 @@ def test_perplexity_is_that_of_the_loss(kind: str, tiny_recipe: Callable[..., st
     assert sum(one.tokens for one in scored.answers) == plain.tokens
 
 
-@pytest.mark.parametrize("modality", ["image", "audio"])
-def test_scores_on_clips_of_audio_say_so(modality: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("modality", ["image", "video", "audio"])
+def test_scores_on_videos_and_clips_say_so(modality: Any, tmp_path: Path) -> None:
     """So that tables do not call them images; those on images are as they were."""
-    turns = (Message("user", (Media(b"x", modality), "q")), Message("assistant", ("a",)))
+    media = Media(b"x", of_video=True) if modality == "video" else Media(b"x", modality)
+    turns = (Message("user", (media, "q")), Message("assistant", ("a",)))
     answers = row_answers([Conversation("row", turns)], ["a"])
     save_answers(tmp_path / "answers.jsonl", answers)
     for each in (answers, load_answers(tmp_path / "answers.jsonl")):
         summary = scores(each, {}).summary()
         assert summary.get("modality", "image") == modality
-    assert ("modality" in (tmp_path / "answers.jsonl").read_text()) == (modality == "audio")
+    assert ("modality" in (tmp_path / "answers.jsonl").read_text()) == (modality != "image")
     entry = {"value": 1.0, "low": None, "high": None, "n": 1, "images": 1}
     paired = {"difference": 0.5, "difference_low": None, "difference_high": None, "p": None}
     summary["metrics"] = {"exact_match": entry}
@@ -309,4 +310,5 @@ def test_scores_on_clips_of_audio_say_so(modality: Any, tmp_path: Path) -> None:
         console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert ("clips" in text, "images" in text) == (modality == "audio", modality == "image")
-    assert ("model without the clip" if modality == "audio" else "model without image") in text
+    noun = {"audio": "the clip", "video": "the video", "image": "image"}[modality]
+    assert f"model without {noun}" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,17 @@ def test_the_command_writes_a_page_where_it_is_called(runs: list[Path], tmp_path
     printed = cli("report", "first", "second", "--json", cwd=tmp_path)
     assert json.loads(printed) == {"report": "report.html"}
     assert "Paired differences" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("modality", "noun"), [("audio", "clip"), ("video", "video")])
+def test_runs_on_clips_or_videos_call_nothing_an_image(
+    modality: str, noun: str, runs: list[Path], tmp_path: Path
+) -> None:
+    for run in runs:
+        result = json.loads((run / "result.json").read_text())
+        (run / "result.json").write_text(json.dumps(result | {"modality": modality}))
+    runs_report.write_runs_report(runs, tmp_path / "page.html")
+    words = Page((tmp_path / "page.html").read_text()).words
+    assert f"questions about one {noun} as one draw" in words
+    assert f"both answers {noun} by {noun}" in words and f"{noun}s" in words
+    assert not re.search(r"\bimages?\b", words)

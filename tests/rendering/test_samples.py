@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from tests.helpers.audio_samples import hearing_recipe, write_tone_rows
 from tests.helpers.tiny_models import parsed
+from tests.helpers.tiny_recipes import COLORS
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.rendering.samples import sample_tokens, show_samples
 
@@ -92,6 +94,54 @@ def test_span_corruption_shows_the_masked_answer(tiny_recipe: Callable[..., str]
         for kind in ("prompt", "target")
     }
     assert "<extra_id_0>" in texts["prompt"] and texts["target"].startswith("<extra_id_0>")
+
+
+def write_captions(color_rows: Path) -> Path:
+    """Captions of the four images."""
+    path = color_rows.with_name("captions.jsonl")
+    rows = [{"image": f"{name}.png", "caption": f"a {name} square"} for name in COLORS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize("views", ["image_text", "image_image", "both"])
+def test_a_contrastive_stage_shows_what_it_compares(
+    kind: str, views: str, tiny_recipe: Callable[..., str], color_rows: Path
+) -> None:
+    augment = {} if views == "image_text" else {"data__augment": {"flip": 0.5}}
+    sources = [{"kind": "file", "path": str(write_captions(color_rows))}]
+    recipe = parsed(
+        tiny_recipe(kind),
+        objective={"kind": "contrastive", "views": views},
+        data__train=sources,
+        data__validation=[],
+        data__group="image",
+        **augment,
+    )
+    (sample,) = sample_tokens(recipe, 1)
+    texts = {token["kind"]: "" for token in sample["tokens"]}
+    for token in sample["tokens"]:
+        texts[token["kind"]] += token["text"]
+    words = {} if views == "image_image" else {"caption": "a red square"}
+    assert {name: text.strip() for name, text in texts.items()} == {"image": "", **words}
+    assert sample["compares"] == views
+    text = shown(recipe)
+    assert ("of captions" in text) == ("caption: " in text) == bool(words)
+    assert ("two augmentations" in text) == (views != "image_text")
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_a_matching_stage_shows_the_answers_to_both_images(
+    kind: str, tiny_recipe: Callable[..., str], color_rows: Path
+) -> None:
+    source = {"kind": "file", "path": str(write_captions(color_rows)), "form": "match"}
+    recipe = parsed(
+        tiny_recipe(kind), objective={"kind": "matching"}, data__train=[source], data__validation=[]
+    )
+    text = shown(recipe)
+    assert re.search(r" match: +yes", text) and re.search(r" mismatch: +no", text)
+    assert "chosen" not in text
 
 
 def test_a_stages_and_a_sources_own_prompt_is_shown(

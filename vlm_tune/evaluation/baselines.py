@@ -31,8 +31,8 @@ TITLES = {
     "blind": "model without image",
 }
 """The names of the baselines in tables."""
-HEARD_TITLES = {"nearest": "nearest clip's answer", "blind": "model without the clip"}
-"""Those that are otherwise for audio."""
+NOUNS = {"audio": "clip", "video": "video"}
+"""What the titles call the rows' medium where it is no image."""
 SIMILARITIES = 50_000_000
 """Similarities of images that are in memory at a time."""
 GROUP_ROWS = 2000
@@ -44,9 +44,10 @@ PASSES = 300
 
 
 def baseline_title(name: str, modality: Any) -> str:
-    """A baseline's name in tables of scores on images or audio."""
-    heard = HEARD_TITLES if modality == "audio" else {}
-    return heard.get(name) or TITLES.get(name, name)
+    """A baseline's name in tables of scores on images, videos or audio."""
+    noun = NOUNS.get(modality)
+    of_noun = {"nearest": f"nearest {noun}'s answer", "blind": f"model without the {noun}"}
+    return of_noun[name] if noun and name in of_noun else TITLES.get(name, name)
 
 
 @dataclass(frozen=True)

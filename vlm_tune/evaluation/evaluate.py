@@ -18,7 +18,7 @@ from vlm_tune.data.regions import region_size
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Media, References, distinct_media
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.answering import answer_rows
-from vlm_tune.evaluation.metrics import Answer, Losses, Scores, scores, sum_losses
+from vlm_tune.evaluation.metrics import Answer, Losses, Scores, Subject, scores, sum_losses
 from vlm_tune.evaluation.registry import RETRIEVAL
 from vlm_tune.evaluation.retrieval import losses_by_source, retrieve, with_ranks
 from vlm_tune.evaluation.texts import normalise
@@ -165,7 +165,7 @@ def row_answers(conversations: Sequence[Conversation], generated: Sequence[str])
                 source=conversation.source_name,
                 images=tuple(dict.fromkeys(names[item] for item in media)),
                 references=_scored(conversation),
-                modality=media[0].modality if media else "image",
+                modality=_subject(media),
             )
         )
     return answers
@@ -177,6 +177,13 @@ def _scored(row: Conversation) -> References:
     if references.form != "classify":
         return references
     return replace(references, choices=(), chosen=None)
+
+
+def _subject(media: Sequence[Media]) -> Subject:
+    """What a question with these media is about."""
+    if not media:
+        return "image"
+    return "video" if media[0].of_video else media[0].modality
 
 
 def _identity(media: Media) -> str:

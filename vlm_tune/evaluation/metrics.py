@@ -9,9 +9,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from vlm_tune.data.types import Modality, References
+from vlm_tune.data.types import References
+
+Subject = Literal["image", "video", "audio"]
+"""What a question is about; a question about a text alone counts as one about an image."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Answer:
         loss: summed cross-entropy of the reference answer, where it was computed.
         tokens: the number of tokens that the loss is of; 0 where it was not computed.
         ranks: those of retrieval, where they were computed.
-        modality: what its first image is, which may be audio.
+        modality: what it is about: an image, a video or audio.
     """
 
     id: str
@@ -65,7 +68,7 @@ class Answer:
     loss: float = 0.0
     tokens: int = 0
     ranks: Ranks | None = None
-    modality: Modality = "image"
+    modality: Subject = "image"
 
     @property
     def expectations(self) -> tuple[str, ...]:
@@ -93,7 +96,7 @@ class Scores:
         baselines: {name: {metric: {value, low, high, difference, difference_low, difference_high,
             p}}}: what answers without training score, and how far the model is above.
         notes: lines on what was left out, and what it would cost.
-        modality: what the rows are about: images or audio.
+        modality: what the rows are about: images, videos or audio.
     """
 
     accuracy: float
@@ -108,12 +111,12 @@ class Scores:
     classes: dict[str, Any] | None = field(default=None, repr=False)
     baselines: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    modality: Modality = "image"
+    modality: Subject = "image"
 
     def summary(self) -> dict[str, Any]:
         """The scores as a dictionary, without individual answers and what was not computed.
 
-        It has the modality of audio alone.
+        It has the modality of videos and audio alone.
         """
         added = ("metrics", "skipped", "classes", "baselines", "notes")
         usual = "modality" if self.modality == "image" else ""
@@ -168,8 +171,16 @@ def scores(answers: list[Answer], losses: Losses) -> Scores:
         },
         by_source=by_source,
         answers=answers,
-        modality="audio" if any(answer.modality == "audio" for answer in answers) else "image",
+        modality=_subject_of(answers),
     )
+
+
+def _subject_of(answers: Sequence[Answer]) -> Subject:
+    """What the questions are about; where that differs, audio or else videos."""
+    subjects = {answer.modality for answer in answers}
+    if "audio" in subjects:
+        return "audio"
+    return "video" if "video" in subjects else "image"
 
 
 def _accuracies(

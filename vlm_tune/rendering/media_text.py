@@ -10,8 +10,8 @@ NOUNS = {"images": "image", "frames": "video frame", "clips": "audio clip"}
 
 
 def medium_noun(summary: Mapping[str, Any]) -> str:
-    """The noun of what a summary's scores are about: image, or clip of audio."""
-    return "clip" if summary.get("modality") == "audio" else "image"
+    """The noun of what a summary's scores are about: image, video, or clip of audio."""
+    return {"audio": "clip", "video": "video"}.get(str(summary.get("modality")), "image")
 
 
 def counts_shown(counts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vlm_tune.config.grpo import Grpo
+from vlm_tune.config.objectives import Contrastive, Matching
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.corruption import corruption_of
 from vlm_tune.data.chat.processor import Processor
@@ -26,10 +27,19 @@ ROWS = 200
 
 SLOTS = {"image": "image", "frame": "video frame", "audio": "audio"}
 """Kinds of slots of media, as they are shown."""
+MATCHING = {"chosen": "match", "rejected": "mismatch"}
+"""The two answers of a matching stage: to a caption with its image, and with another one."""
+COMPARES = {
+    "image_text": "image and caption are compared",
+    "image_image": "two augmentations of the image are compared",
+    "both": "two augmentations of the image are compared, and image and caption",
+}
+"""What a contrastive stage does with a sample, by its views."""
 STYLES = {
     "trained": "black on green",
     "prompt": "",
     "target": "black on green",
+    "caption": "black on cyan",
     **dict.fromkeys(SLOTS, "white on blue"),
 }
 
@@ -40,7 +50,12 @@ def sample_tokens(recipe: Recipe, n: int) -> list[dict[str, Any]]:
     Returns [{stage, id, tokens: [{id, text, kind, branch}]}], where `kind` is prompt, trained
     (decoders), target (the labels of an encoder-decoder), or a slot of a medium: image, frame (of
     a video) or audio. The answers' tokens of a preference stage also have `answer`, which is chosen
-    or rejected, and `prompt`, the number of the prompt that the answer belongs to.
+    or rejected, and `prompt`, the number of the prompt that the answer belongs to. Those of a
+    matching stage are match, the answer where the image is the caption's, and mismatch.
+
+    Samples of a contrastive stage have the slots and words whose vectors are compared, and
+    `compares`: its `views`. The words, of kind caption, are read and not answered, and nothing else
+    of the row is.
 
     Samples of a stage that samples its completions have prompts alone, and `completions`: their
     `number` after each prompt, their `most_tokens`, what they are `rewarded_by`, and the prompts'
@@ -94,7 +109,29 @@ def _joined(unit: list[Shown], stage: Recipe, processor: Processor) -> list[dict
         examples = corruption.of_unit(examples, 0)
     if processor.spec.layout == "causal":
         examples = branch_layout(examples, stage.data.row_length)
-    return [{"id": example.id, "tokens": _tokens(example, processor)} for example in examples]
+    samples = [{"id": example.id, "tokens": _tokens(example, processor)} for example in examples]
+    if isinstance(stage.objective, Contrastive):
+        return [_compared(sample, stage.objective, processor) for sample in samples]
+    if isinstance(stage.objective, Matching):
+        for token in (token for sample in samples for token in sample["tokens"]):
+            if "answer" in token:
+                token["answer"] = MATCHING[token["answer"]]
+    return samples
+
+
+def _compared(
+    sample: dict[str, Any], objective: Contrastive, processor: Processor
+) -> dict[str, Any]:
+    """A sample of what a contrastive stage reads: slots, and the words of captions."""
+    words = objective.views != "image_image"
+    tokens = []
+    for token in sample["tokens"]:
+        of_answer = token["kind"] in ("trained", "target")
+        if of_answer and words and token["id"] not in processor.stop_ids:
+            tokens.append(token | {"kind": "caption"})
+        elif token["kind"] in SLOTS:
+            tokens.append(token)
+    return {"id": sample["id"], "tokens": tokens, "compares": objective.views}
 
 
 def _groups(
@@ -193,13 +230,16 @@ def show_samples(console: Console, samples: list[dict[str, Any]], *, ids: bool) 
     """Prints samples in color: trained tokens on green, image slots on blue."""
     kinds = Counter(token["kind"] for sample in samples for token in sample["tokens"])
     legend = [(f"{SLOTS[kind]} slots", STYLES[kind]) for kind in SLOTS if kinds[kind]]
-    parts = [("trained", STYLES["trained"]), *legend, ("prompt", STYLES["prompt"])]
+    captions = [("caption", STYLES["caption"])] if kinds["caption"] else []
+    parts = [("trained", STYLES["trained"]), *captions, *legend, ("prompt", STYLES["prompt"])]
     console.print(Text(" ").join(Text(*part) for part in parts))
     for sample in samples:
         completions = sample.get("completions")
         title = f"\n{sample['stage']}  {escaped(sample['id'])}: {_counts(sample['tokens'])}"
         if completions:
             title += f"; {completions['number']} completions of each prompt train"
+        if "compares" in sample:
+            title += f"; {COMPARES[sample['compares']]}"
         console.print(Text(title, style="bold"), soft_wrap=True)
         console.print(_line(sample["tokens"], completions, ids=ids), soft_wrap=True)
 
@@ -208,8 +248,9 @@ def _counts(tokens: list[dict[str, Any]]) -> str:
     """The numbers of a sample's tokens, trained tokens and slots."""
     kinds = Counter(token["kind"] for token in tokens)
     slots = [f"{kinds[kind]} {SLOTS[kind]} slots" for kind in SLOTS if kinds[kind]]
-    trained = kinds["trained"] + kinds["target"]
-    return ", ".join([f"{len(tokens)} tokens", f"{trained} trained", *(slots or ["no media"])])
+    trained = f"{kinds['trained'] + kinds['target']} trained"
+    words = f"{kinds['caption']} of captions" if kinds["caption"] else trained
+    return ", ".join([f"{len(tokens)} tokens", words, *(slots or ["no media"])])
 
 
 def _completions(completions: dict[str, Any], place: int) -> Text:
@@ -239,7 +280,9 @@ def _line(tokens: list[dict[str, Any]], completions: dict[str, Any] | None, *, i
     slots = 0
     for place, token in enumerate(tokens):
         begins = token["branch"] != previous["branch"]
-        if token["kind"] == "target" and (begins or previous["kind"] != "target"):
+        if token["kind"] == "caption" and (begins or previous["kind"] != "caption"):
+            line.append("\n  caption: ", style="dim")
+        elif token["kind"] == "target" and (begins or previous["kind"] != "target"):
             line.append(f"\n=> {_judgement(token)}", style="dim")
         elif begins:
             line.append(f"\n  branch {token['branch']}: ", style="dim")
