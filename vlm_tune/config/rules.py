@@ -247,10 +247,10 @@ def _engine_contradictions(raw: Any) -> list[Fault]:
     virtual = adds_virtual_tokens(raw)
     return broken(
         (
-            (zero3 or not deepspeed) and value_at(raw, "model", "llm", "quantize"),
+            (zero3 or not deepspeed) and value_at(raw, "model", "llm", "quantize") == "int8",
             ("model", "llm", "quantize"),
-            f"{name} shards weights, and packed 4- and 8-bit weights can't be sharded; use "
-            "deepspeed with stage 2, or ddp",
+            f"{name} shards weights, and bitsandbytes has an int8 weight in a state of its "
+            "layer, where no engine gathers it; use nf4 or fp4, or deepspeed with stage 2, or ddp",
         ),
         (
             value_at(raw, "train", "precision") == "fp16",

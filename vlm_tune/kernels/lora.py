@@ -68,11 +68,14 @@ def unpacked(
 ) -> Tensor:
     """Dequantises a weight's 4-bit codes and block scales.
 
-    `packing` is the kind of codes and their block size (nf4:64).
+    `packing` is the kind of codes and their block size (nf4:64). The scales are fp32 numbers, or
+    the bytes of such, which an engine that shards them does not round.
     """
     import bitsandbytes  # noqa: F401 - registers the operator
 
     kind, block = packing.split(":")
+    if scales.dtype == torch.uint8:
+        scales = scales.view(torch.float32)
     return torch.ops.bitsandbytes.dequantize_4bit(
         codes, scales, int(block), kind, list(shape), dtype
     )

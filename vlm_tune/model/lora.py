@@ -20,6 +20,7 @@ from torch import nn
 
 from vlm_tune.compat import set_lora_layer
 from vlm_tune.errors import ModelError
+from vlm_tune.model.quantized_stub import PackedLinear
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import check_tensors, whole_state
 from vlm_tune.quoting import reason_of
@@ -114,7 +115,8 @@ def attach_adapter(model: VisionLanguageNetwork, part: str, config: Any) -> None
         # int8 layers quantise their inputs as well, so they stay PEFT's.
         from bitsandbytes.nn.modules import Linear4bit
 
-        set_lora_layer(config, Linear4bit, LoraLinear)
+        for kind in (Linear4bit, PackedLinear):
+            set_lora_layer(config, kind, LoraLinear)
     module = parts(model)[part]
     init = config.init_lora_weights
     pissa = is_pissa(config)

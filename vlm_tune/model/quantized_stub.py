@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from vlm_tune.compat import fp32_layers
 
 BLOCK = 64
-"""Weights per fp32 scale in nf4, as in bitsandbytes."""
+"""Weights per fp32 scale in nf4 and fp4, as in bitsandbytes."""
 
 
 class _Unpacked(torch.autograd.Function):
@@ -32,7 +32,7 @@ class _Unpacked(torch.autograd.Function):
 
 
 class PackedLinear(nn.Linear):
-    """A frozen linear layer with nf4 or int8 weights on the meta device."""
+    """A frozen linear layer with nf4, fp4 or int8 weights on the meta device."""
 
     def __init__(self, layer: nn.Linear, quantize: str) -> None:
         nn.Module.__init__(self)
@@ -41,21 +41,25 @@ class PackedLinear(nn.Linear):
         self.bias = layer.bias
         self.dtype = layer.weight.dtype
         count = layer.weight.numel()
-        # nf4: half a byte per weight and a scale per block; int8: a byte per weight, a scale per
+        # 4 bits: half a byte per weight and a scale per block; int8: a byte per weight, a scale per
         # row.
         size, scales = (
-            (-(-count // 2), -(-count // BLOCK))
-            if quantize == "nf4"
-            else (count, self.out_features)
+            (count, self.out_features)
+            if quantize == "int8"
+            else (-(-count // 2), -(-count // BLOCK))
         )
         weight: Any = nn.Parameter(
             torch.empty(size, 1, dtype=torch.uint8, device="meta"), requires_grad=False
         )
         self.weight = weight
-        weight.quant_state = SimpleNamespace(shape=(self.out_features, self.in_features))
-        self.register_buffer(
-            "scales", torch.empty(scales, dtype=torch.float32, device="meta"), persistent=False
+        absmax = torch.empty(scales, dtype=torch.float32, device="meta")
+        weight.quant_state = SimpleNamespace(
+            shape=(self.out_features, self.in_features),
+            quant_type=quantize,
+            blocksize=BLOCK,
+            absmax=absmax,
         )
+        self.register_buffer("scales", absmax, persistent=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output: Any = _Unpacked.apply(input.to(self.dtype), (self.out_features, self.in_features))

@@ -155,9 +155,12 @@ def gated_operands(layers: Sequence[Any]) -> Operands:
         layer.packed if with_lora else None for layer, with_lora in zip(layers, lora, strict=True)
     ]
     packing = packed[0].packing if packed[0] else ""
-    weights = [tensor for one in packed if one for tensor in (one.codes, one.scales)] or [
-        base.weight for base in bases
-    ]
+    weights = [
+        tensor
+        for one, base in zip(packed, bases, strict=True)
+        if one
+        for tensor in one.tensors(base)
+    ] or [base.weight for base in bases]
     downs = []
     ups = []
     scales = []

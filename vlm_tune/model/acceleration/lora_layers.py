@@ -42,21 +42,32 @@ class Packed:
 
     `packing` is the kind of codes and the block's size, as in `nf4:64`. Where the scales are
     quantized too, it ends with the size of their blocks, and `nested` has their code, their own
-    block scales and their offset.
+    block scales and their offset. Of a sharded layer codes and scales are None: what is gathered
+    for a pass are its parameters.
     """
 
-    codes: torch.Tensor
-    scales: torch.Tensor
+    codes: torch.Tensor | None
+    scales: torch.Tensor | None
     packing: str
     nested: tuple[torch.Tensor, ...] = ()
+
+    def tensors(self, base: Any) -> tuple[torch.Tensor, ...]:
+        """The tensors that dequantise the weight of the layer `base`, as the operators take them.
+
+        They are its codes and its block scales, followed by `nested`.
+        """
+        if self.codes is None or self.scales is None:
+            return base.weight, base.scales
+        return self.codes, self.scales, *self.nested
 
 
 class LoraLinear(Linear):
     """PEFT's LoRA linear layer, fused where that computes the same: plain LoRA on a frozen weight.
 
-    The weight may be packed in 4 bits, after a call of `merge_projections`. DoRA and other
-    variants, dropout in training, several adapters, merged or disabled ones, and weights that are
-    trained, sharded or offloaded run PEFT's forward pass.
+    The weight may be packed in 4 bits, after a call of `merge_projections`, or of
+    `replace_4bit_layers` if an engine shards it. DoRA and other variants, dropout in training,
+    several adapters, merged or disabled ones, and weights that are trained, sharded by ZeRO-3 or
+    offloaded run PEFT's forward pass.
     """
 
     base_layer: Any
@@ -78,6 +89,7 @@ class LoraLinear(Linear):
         packed = self.packed
         return packed is not None and (
             torch.compiler.is_compiling()
+            or packed.codes is None
             or packed.codes.data_ptr() == self.base_layer.weight.data_ptr()
         )
 
@@ -288,7 +300,7 @@ def operands(
             tensor
             for layer in layers
             if layer.packed
-            for tensor in (layer.packed.codes, layer.packed.scales, *layer.packed.nested)
+            for tensor in layer.packed.tensors(layer.base_layer)
         ]
     else:
         weights = [bases[0].weight.to(dtype) if matrix is None else matrix]

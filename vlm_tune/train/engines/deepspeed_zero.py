@@ -21,6 +21,7 @@ from vlm_tune.config.engine import DeepSpeedEngine
 from vlm_tune.config.train import TrainSection
 from vlm_tune.memory_plan.zero import BUCKET
 from vlm_tune.model.acceleration.lora_layers import merge_projections
+from vlm_tune.model.acceleration.sharded_4bit import replace_4bit_layers
 from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.train.engines.base import (
@@ -70,6 +71,7 @@ class DeepSpeed(Engine):
             train, sum(parameter.numel() for group in tuned.groups for parameter in group["params"])
         )
         if self.sharded:
+            replace_4bit_layers(model)
             fill_buffers(model, self.accelerator.device)
             deepspeed.zero.Init(
                 module=Filled(model, self.accelerator.device), config_dict_or_path=config

@@ -14,6 +14,7 @@ from torch import nn
 from vlm_tune.config.engine import FsdpEngine
 from vlm_tune.config.train import TrainSection
 from vlm_tune.errors import ModelError
+from vlm_tune.model.acceleration.sharded_4bit import replace_4bit_layers
 from vlm_tune.model.layer_index import block_names
 from vlm_tune.model.lora import parts
 from vlm_tune.model.optimizer_groups import Tuned
@@ -67,6 +68,7 @@ class Fsdp(Engine):
         self._defers = not self.section.offload and trained <= DEFERRED * sum(
             size for size, _ in sizes
         )
+        replace_4bit_layers(model)
         fill_buffers(model, device)
         model.llm.whole_head = True
         for block, castable in [*_blocks(model), (model, True)]:
