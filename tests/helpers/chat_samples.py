@@ -111,8 +111,14 @@ def processor(
 
 
 def fitting(name: str, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The turns that a format takes: for one that takes one question, those up to its answer."""
-    if not load_template(name).one_question:
+    """The turns that a format takes: for one that takes one question, those up to its answer.
+
+    Those of a system are left out for one that has none.
+    """
+    template = load_template(name)
+    if not template.system:
+        messages = tuple(turn for turn in messages if turn.role != "system")
+    if not template.one_question:
         return messages
     question = next(place for place, turn in enumerate(messages) if turn.role == "user")
     return messages[: question + 2]

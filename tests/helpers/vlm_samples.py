@@ -244,12 +244,49 @@ def save_llava_original(
     return folder
 
 
-def save_blip(folder: Path, rows: Sequence[Conversation], kind: Blip, **changes: Any) -> Any:
-    """A tiny BLIP-2 or InstructBLIP over a T5 whose head is its own, with its processor."""
-    import transformers
-    from transformers import BlipImageProcessor, T5Config
+def _blip_t5(rows: Sequence[Conversation]) -> tuple[Any, dict[str, Any]]:
+    """A tokenizer, and a T5's config whose head is its own."""
+    tokenizer = text_tokenizer(rows, "flan", "$A </s>")
+    settings = {"tie_word_embeddings": False, "dropout_rate": 0.0}
+    start = {"decoder_start_token_id": tokenizer.pad_token_id}
+    return tokenizer, {"model_type": "t5", **T5, **settings, **start}
 
-    tokenizer, bert = text_tokenizer(rows, "flan", "$A </s>"), bert_tokenizer(rows)
+
+def _blip_decoder(
+    rows: Sequence[Conversation], language: Literal["opt", "llama"]
+) -> tuple[Any, dict[str, Any]]:
+    """A tokenizer whose start token is the end token, as OPT's and InstructBLIP's, and a config."""
+    tokenizer = text_tokenizer(rows, "blip2_opt", "</s> $A")
+    tokenizer.bos_token = "</s>"
+    ids = {"bos_token_id": tokenizer.bos_token_id}
+    if language == "llama":
+        return tokenizer, {"model_type": "llama", **LLAMA, **ids}
+    opt = {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    return tokenizer, {"model_type": "opt", **opt, **ids}
+
+
+def save_blip(
+    folder: Path,
+    rows: Sequence[Conversation],
+    kind: Blip,
+    language: Literal["t5", "opt", "llama"] = "t5",
+    **changes: Any,
+) -> Any:
+    """A tiny BLIP-2 or InstructBLIP with its processor, its Q-Former with the `changes`."""
+    import transformers
+    from transformers import AutoConfig, BlipImageProcessor
+
+    tokenizer, text = _blip_t5(rows) if language == "t5" else _blip_decoder(rows, language)
+    bert = bert_tokenizer(rows)
     images = BlipImageProcessor(size={"height": 32, "width": 32})
     name = "Blip2" if kind == "blip-2" else "InstructBlip"
     words: dict[str, Any] = {} if kind == "blip-2" else {"qformer_tokenizer": bert}
@@ -257,34 +294,21 @@ def save_blip(folder: Path, rows: Sequence[Conversation], kind: Blip, **changes:
         images, tokenizer, num_query_tokens=QUERIES, **words
     )
     processor.save_pretrained(folder)
-    ids = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "decoder_start_token_id": tokenizer.pad_token_id,
-    }
-    text = T5Config(
-        **{
-            **T5,
-            **ids,
-            "vocab_size": len(tokenizer) + 3,
-            "tie_word_embeddings": False,
-            "dropout_rate": 0.0,
-        }
-    )
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(4)
     config = getattr(transformers, f"{name}Config")(
         vision_config=getattr(transformers, f"{name}VisionConfig")(**VISION),
         qformer_config=getattr(transformers, f"{name}QFormerConfig")(
             **{**QFORMER, "vocab_size": len(bert) + 2, **changes}
         ),
-        text_config=text,
+        text_config=AutoConfig.for_model(**text | ids | {"vocab_size": len(tokenizer) + 3}),
         num_query_tokens=QUERIES,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     theirs: Any = getattr(transformers, f"{name}ForConditionalGeneration")(config)
-    theirs.language_model.lm_head.weight = nn.Parameter(
-        torch.zeros_like(theirs.language_model.lm_head.weight)
-    )
+    if language != "opt":
+        head = theirs.language_model.lm_head
+        head.weight = nn.Parameter(torch.zeros_like(head.weight))
     stir(theirs)
     theirs.query_tokens.data *= (
         10  # a norm comes next: small queries would have gradients too large to compare

@@ -233,6 +233,8 @@ assistant: [{text: "A: "}, {content: trained}, {control: eos, trained: true}]
         ),
         ("layouts: [causal]", "layouts: []", "layouts"),
         ("layouts: [causal]", "layouts: [decoder]", "layouts"),
+        ("{content: prompt}", '{content: prompt}, {text: "!", end: true}', "no trained text"),
+        ("{control: eos, trained: true}", '{text: "!", end: true}', "no trained text"),
         ("name: mine", "name: mine\nextra: 1", "extra"),
         ("name: mine", "name: [", "not YAML"),
     ],

@@ -44,6 +44,13 @@ marked = st.lists(
 ).map("".join)
 user_text = marked | st.text(min_size=1, max_size=12)
 KINDS: tuple[Kind, ...] = ("bytes", "bpe", "unigram", "t5", "prepend")
+CASES = [
+    (name, layout, kind)
+    for name, layout in LAYOUTS
+    for kind in KINDS
+    # T5's tokenizer has no token for a line's end.
+    if not (load_template(name).end_texts and kind == "t5")
+]
 
 
 def is_text(text: str) -> bool:
@@ -87,8 +94,7 @@ def controls(example: Example, tokens: Any) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "layout", "kind"), CASES)
 @given(conversation=conversations())
 @settings(max_examples=15, deadline=None)
 def test_control_ids_occur_exactly_where_the_template_put_them(
@@ -116,14 +122,12 @@ def test_labels_are_exactly_the_trained_segments(
     conversation = replace(conversation, messages=fitting(name, conversation.messages))
     chat_processor, template = processor(name, "bytes", layout), load_template(name)
     tokens = chat_processor.tokenizer
-    end = [
-        chat_processor.encoder.control(p.control)
-        for p in template.assistant
-        if p.control and p.trained
-    ]
+    encoder = chat_processor.encoder
+    end = [encoder.control(p.control) for p in template.assistant if p.control and p.trained]
+    end += [token for text in template.end_texts for token in encoder.text(text, "text")]
     answers = [message.text for message in conversation.messages if message.role == "assistant"]
     answers = [answer.strip() if template.strip else answer for answer in answers]
-    lead = "".join(piece.text or "" for piece in template.assistant if piece.trained)
+    lead = "".join(p.text or "" for p in template.assistant if p.trained and not p.end)
     examples = chat_processor.examples(conversation)
     if layout == "seq2seq":
         assert len(examples) == len(answers) and len({example.id for example in examples}) == len(
@@ -142,7 +146,9 @@ def test_labels_are_exactly_the_trained_segments(
         ).all() and trained[-1]
         remaining_ids, spans = example.labels[trained].tolist(), []
         while remaining_ids:
-            cut = remaining_ids.index(end[0])
+            # A line's end may also stand inside an answer.
+            inner = remaining_ids[:-1] if template.end_texts else []
+            cut = remaining_ids.index(end[0], len(inner))
             spans.append(tokens.decode(remaining_ids[:cut]))
             remaining_ids = remaining_ids[cut + 1 :]
         assert spans == [lead + answer for answer in answers]

@@ -70,6 +70,14 @@ class Processor:
         self.encoder = TextEncoder(self.tokenizer, self.words)
         for name in self.template.control_tokens:
             self.encoder.control(name)
+        for end in self.template.end_texts:
+            if len(self.encoder.text(end, "text")) != 1:
+                raise DataError(
+                    f"the chat format {quoted(self.template.name)} ends an answer with "
+                    f"{quoted(end)}, which is no single token of the model's tokenizer: choose the "
+                    "chat format the model was made with",
+                    source="data.template",
+                )
         for name in self.images.controls:
             self.encoder.control(name)
         for name in self.images.markers:
@@ -248,7 +256,10 @@ class Processor:
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the template's trained end tokens and the tokenizer's EOS."""
         ends = [self.encoder.control(end) for end in self.template.ends]
-        return list(dict.fromkeys([*ends, self.spec.eos_id]))
+        texts = [
+            token for end in self.template.end_texts for token in self.encoder.text(end, "text")
+        ]
+        return list(dict.fromkeys([*ends, *texts, self.spec.eos_id]))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes generated ids to text, with control tokens and outer white space removed."""

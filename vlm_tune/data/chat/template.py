@@ -27,7 +27,8 @@ class Piece(BaseModel):
     Of the content it may be the `images` alone, or the `words` alone.
     One that stands `before` text is left out of a turn whose content begins with an image, one
     with `unless` of a turn right after one of that role, and one with `when` of answers before the
-    last question, or of those after it.
+    last question, or of those after it. A text with `end` ends an answer, as a control token does:
+    it is one token of the model's tokenizer, and answers have it nowhere else.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -39,6 +40,7 @@ class Piece(BaseModel):
     before: Literal["text"] | None = None
     unless: Literal["system", "assistant"] | None = None
     when: Literal["earlier", "last"] | None = None
+    end: bool = False
 
 
 class ChatTemplate(BaseModel):
@@ -152,6 +154,11 @@ class ChatTemplate(BaseModel):
         """The control tokens that end an answer."""
         written = dropwhile(lambda piece: not piece.content, self.assistant)
         return [piece.control for piece in written if piece.control and piece.trained]
+
+    @property
+    def end_texts(self) -> list[str]:
+        """The texts that end an answer, each of one token."""
+        return [piece.text for piece in self.assistant if piece.end and piece.text]
 
     def _check_thoughts(self, message: Message, conversation: Conversation) -> None:
         """Raises `DataError` for an answer with reasoning that the format would take apart."""
@@ -285,11 +292,15 @@ def read_template(path: Path) -> ChatTemplate:
                     f"{role} has a trained piece; only the assistant's words are trained",
                     source=str(path),
                 )
+            if piece.end and not (piece.text and piece.trained):
+                raise DataError(
+                    f"{role} has a piece with `end` that is no trained text", source=str(path)
+                )
     if not any(piece.content == "trained" for piece in template.assistant):
         raise DataError(
             "the assistant turn has no `content: trained`, so nothing would train", source=str(path)
         )
-    if not any(piece.control and piece.trained for piece in template.assistant):
+    if not any((piece.control or piece.end) and piece.trained for piece in template.assistant):
         raise DataError(
             "the assistant turn has no trained end token, so answers would never end",
             source=str(path),

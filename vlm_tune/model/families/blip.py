@@ -1,4 +1,7 @@
-"""BLIP-2 and InstructBLIP over an encoder-decoder."""
+"""BLIP-2 and InstructBLIP: a ViT, a Q-Former and an LLM, a decoder or an encoder-decoder.
+
+InstructBLIP's Q-Former reads the question.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +37,6 @@ def _blip(vlm: Vlm) -> VlmParts:
     for key, value in expected.items():
         if getattr(former, key, value) != value:
             refuse(vlm, f"a Q-Former whose {key} is {getattr(former, key)}", str(value))
-    if not whole.text_config.is_encoder_decoder:
-        refuse(
-            vlm,
-            f"a decoder ({whole.text_config.model_type}) as its language model",
-            "Flan-T5 or another encoder-decoder",
-        )
     text_options = (
         {
             "tokenizer": vlm.name,
@@ -70,7 +67,7 @@ def _blip(vlm: Vlm) -> VlmParts:
         class_token=True,
         **square_images(vlm, whole.vision_config.image_size),
     )
-    return tower, connector, "seq2seq"
+    return tower, connector, "seq2seq" if whole.text_config.is_encoder_decoder else "causal"
 
 
 def _language(vlm: Vlm) -> Any:
@@ -82,5 +79,7 @@ LAYOUT = Layout(
     r"^(?=qformer\.|query_tokens$|language_projection\.)",
     {r"^language_model\.": ""},
 )
-BLIP2 = Family("BLIP-2", ("blip2",), LAYOUT, _blip, _language)
-INSTRUCTBLIP = Family("InstructBLIP", ("blip2",), LAYOUT, _blip, _language)
+DECODERS = {"opt": "blip2_opt", "llama": "instructblip"}
+"""The chat formats of models over a decoder, by its type."""
+BLIP2 = Family("BLIP-2", ("blip2",), LAYOUT, _blip, _language, by_language=DECODERS)
+INSTRUCTBLIP = Family("InstructBLIP", ("blip2",), LAYOUT, _blip, _language, by_language=DECODERS)
