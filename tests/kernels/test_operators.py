@@ -14,7 +14,7 @@ from vlm_tune.kernels.cpu import native
 from vlm_tune.kernels.version import VERSION
 
 FOLDER = Path(kernels.__file__).parent
-SOURCES = {1: "e665c2074164fd9d"}
+SOURCES = {1: "e4e4b5759b22d259"}
 """The checksum of the operators' sources for each version."""
 
 

@@ -77,6 +77,22 @@ AnsweringOption = Annotated[
 ]
 AnswersOption = Annotated[Path | None, typer.Option(help="write every answer to this JSONL file")]
 SplitOption = Annotated[str, typer.Option(help="test or validation")]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="maximum length of an answer in tokens; the recipe's by default",
+    ),
+]
+BeamsOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=1000, help="1 is greedy decoding; the recipe's by default"),
+]
+BatchOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST_TOKENS, help="rows per batch; the recipe's by default"),
+]
 RecipeOption = Annotated[
     str | None, typer.Option(help="recipe whose data is scored; the run's by default")
 ]
@@ -211,22 +227,9 @@ def predict(
     ],
     output: Annotated[Path, typer.Option(help="the JSONL file to write")],
     limit: Annotated[int | None, typer.Option(min=1, help="answer only the first n rows")] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MOST_TOKENS,
-            help="maximum length of an answer in tokens; the recipe's by default",
-        ),
-    ] = None,
-    num_beams: Annotated[
-        int | None,
-        typer.Option(min=1, max=1000, help="1 is greedy decoding; the recipe's by default"),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, max=MOST_TOKENS, help="rows per batch; the recipe's by default"),
-    ] = None,
+    max_new_tokens: LengthOption = None,
+    num_beams: BeamsOption = None,
+    batch_size: BatchOption = None,
     json_schema: JsonSchemaOption = None,
     dtype: DtypeOption = None,
     base: BaseOption = None,
