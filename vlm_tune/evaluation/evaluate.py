@@ -180,7 +180,7 @@ def _scored(row: Conversation) -> References:
 
 
 def _subject(media: Sequence[Media]) -> Subject:
-    """What a question with these media is about."""
+    """The kind of media that a question with these media is about."""
     if not media:
         return "image"
     return "video" if media[0].of_video else media[0].modality

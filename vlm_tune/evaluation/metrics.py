@@ -176,7 +176,7 @@ def scores(answers: list[Answer], losses: Losses) -> Scores:
 
 
 def _subject_of(answers: Sequence[Answer]) -> Subject:
-    """What the questions are about; where that differs, audio or else videos."""
+    """The kind of media that the questions are about; where that differs, audio or else videos."""
     subjects = {answer.modality for answer in answers}
     if "audio" in subjects:
         return "audio"
