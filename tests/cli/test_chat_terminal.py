@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.helpers.audio_samples import TONES, hearing_recipe, write_tone_rows
 from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import png
 from vlm_tune.cli import app
@@ -102,6 +103,30 @@ def test_commands_change_the_chat(
     assert [item.source for item in rows[0].media] == [image] * 3
     session.run(typed("/reset", "/quit", "not asked"), as_json=False)
     assert not session.chat.turns and session.chat.system == "be brief"
+
+
+def test_clips_are_heard_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = hearing_recipe("causal", write_tone_rows(tmp_path), tmp_path / "run")
+    hears = talkative(recipe, data__max_length=512)
+    low, high = (tmp_path / f"{name}.wav" for name in TONES)
+    session = terminal(hears, audios=[low])
+    saved = tmp_path / "saved.jsonl"
+    session.run(
+        typed("is it <audio>?", f"/audio {high}", str(low), r"\<audio> both?", f"/save {saved}"),
+        as_json=False,
+    )
+    printed = capsys.readouterr()
+    assert "Ask about the clip" in printed.err and f"added {high} to the next" in printed.err
+    chat = hears.start_chat(max_new_tokens=6)
+    answers = [chat.ask("is it <audio>?", (), [low]).text]
+    answers.append(chat.ask(r"\<audio> both?", (), [high, low]).text)
+    assert printed.out == "".join(f"{escaped_lines(text)}\n" for text in answers)
+    rows, _ = read_path(str(saved), seed=0)
+    assert [item.source for item in rows[0].media] == [low, high, low]
+    assert {item.modality for item in rows[0].media} == {"audio"}
+    assert [turn.text for turn in rows[0].messages[::2]] == ["is it ?", "<audio> both?"]
+    session.run(typed("/audio nope.wav"), as_json=False)
+    assert "no audio file 'nope.wav'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

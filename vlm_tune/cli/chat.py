@@ -57,6 +57,7 @@ ChoicesOption = Annotated[
 def chat(
     model: ModelArgument,
     image: Annotated[list[Path] | None, typer.Option(help="an image file (repeatable)")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="an audio file (repeatable)")] = None,
     prompt: Annotated[
         str | None,
         typer.Option(help="the question; without it, a conversation starts in the terminal"),
@@ -76,7 +77,7 @@ def chat(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Query MODEL about images: a single --prompt, or a conversation in the terminal."""
+    """Query MODEL about images or audio: a single --prompt, or a conversation in the terminal."""
     check_dtype(dtype)
     settings: Settings = {
         "max_new_tokens": max_new_tokens,
@@ -106,7 +107,11 @@ def chat(
         model, task=task, dtype=dtype, base=bases_by_part(base), accept_other_base=accept_other_base
     )
     terminal = ChatTerminal(
-        vlm.start_chat(system, **settings), image or [], texts, interactive=sys.stdin.isatty()
+        vlm.start_chat(system, **settings),
+        image or [],
+        texts,
+        audios=audio or [],
+        interactive=sys.stdin.isatty(),
     )
     if prompt is None:
         terminal.run(input, as_json=as_json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import typer
 
 from vlm_tune.cli.options import print_json
-from vlm_tune.data.chat.image_marks import joined_marks
+from vlm_tune.data.audio.decode import AUDIO_SUFFIXES
+from vlm_tune.data.chat.image_marks import escaped_marks, joined_marks
 from vlm_tune.data.sources.video import IMAGE_SUFFIXES
 from vlm_tune.errors import ArgumentError, VlmTuneError
 from vlm_tune.generation.chat_session import Chat
@@ -23,6 +24,7 @@ from vlm_tune.quoting import escaped, escaped_lines, quoted
 
 COMMANDS = {
     "/image": ("PATH", "add an image to the next question, as dragging it here does"),
+    "/audio": ("PATH", "add an audio clip to the next question, as dragging it here does"),
     "/reset": ("", "forget the conversation and its images"),
     "/system": ("TEXT", "set the system text; the conversation goes on"),
     "/temperature": ("NUMBER", "sampling temperature; 0 is greedy"),
@@ -31,6 +33,8 @@ COMMANDS = {
     "/quit": ("", "end, as an empty line and Ctrl-D do"),
 }
 """The argument of each command, and what it does."""
+SUFFIXES = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES}
+"""The endings of files whose path is a whole line, by kind of medium."""
 
 
 class ChatTerminal:
@@ -39,6 +43,7 @@ class ChatTerminal:
     Attributes:
         chat: The conversation.
         images: The images of the next question.
+        audios: The audio clips of the next question.
     """
 
     def __init__(
@@ -47,18 +52,21 @@ class ChatTerminal:
         images: Sequence[Path],
         choices: Sequence[str] | None,
         *,
+        audios: Sequence[Path] = (),
         interactive: bool,
     ) -> None:
-        """Begins with images for the first question.
+        """Begins with images and audio clips for the first question.
 
         Args:
             chat: The conversation.
             images: The images of the first question.
+            audios: Its audio clips.
             choices: Texts of which the likeliest is the answer, to every question.
             interactive: Whether a person reads the output: errors and Ctrl-C then do not end it.
         """
         self.chat = chat
         self.images = list(images)
+        self.audios = list(audios)
         self.choices = choices
         self.interactive = interactive
 
@@ -71,7 +79,8 @@ class ChatTerminal:
         """
         if self.interactive:
             complete_with_tab()
-            typer.echo("Ask about the image; /help lists commands, Ctrl-D ends.", err=True)
+            about = "clip" if self.chat.model.processor.images.modality == "audio" else "image"
+            typer.echo(f"Ask about the {about}; /help lists commands, Ctrl-D ends.", err=True)
         while True:
             try:
                 line = self._line(read)
@@ -105,8 +114,8 @@ class ChatTerminal:
 
     def answer(self, prompt: str) -> dict[str, Any]:
         """Answers a question: `answer`, and where there are choices their `probabilities`."""
-        with self._images_of_question() as images:
-            answer = self.chat.ask(prompt, images, choices=self.choices)
+        with self._media_of_question() as (images, audios):
+            answer = self.chat.ask(prompt, images, audios, choices=self.choices)
         described: dict[str, Any] = {"answer": answer.text}
         if answer.probabilities is not None:
             described["probabilities"] = answer.probabilities
@@ -122,8 +131,8 @@ class ChatTerminal:
                 typer.echo(f"  {probability:7.2%}  {escaped(text)}")
             return
         with (
-            self._images_of_question() as images,
-            closing(self.chat.stream(prompt, images)) as stream,
+            self._media_of_question() as (images, audios),
+            closing(self.chat.stream(prompt, images, audios)) as stream,
         ):
             try:
                 for piece in stream:
@@ -132,21 +141,26 @@ class ChatTerminal:
                 typer.echo()
 
     @contextmanager
-    def _images_of_question(self) -> Iterator[list[Path]]:
-        """The images of the next question, which stay for another one if the chat takes none."""
+    def _media_of_question(self) -> Iterator[tuple[list[Path], list[Path]]]:
+        """The images and clips of the next question, which stay for another if it is refused."""
         turns = len(self.chat.turns)
         try:
-            yield self.images
+            yield self.images, self.audios
         finally:
             if len(self.chat.turns) > turns:
-                self.images = []
+                self._forget_media()
+
+    def _forget_media(self) -> None:
+        self.images = []
+        self.audios = []
 
     def _obeys(self, line: str) -> bool:
-        """Whether a line was a command, or the path of an image."""
-        dropped = _dropped_path(line)
-        if dropped is not None:
-            self._add(dropped)
-            return True
+        """Whether a line was a command, or the path of an image or clip."""
+        for kind, suffixes in SUFFIXES.items():
+            dropped = _dropped_path(line, suffixes)
+            if dropped is not None:
+                self._add(kind, dropped)
+                return True
         if not line.startswith("/"):
             return False
         name, _, rest = line.partition(" ")
@@ -157,11 +171,12 @@ class ChatTerminal:
         if bool(rest) != bool(argument):
             raise ArgumentError(f"the command is: {name} {argument}".rstrip())
         match name:
-            case "/image":
-                self._add(_dropped_path(rest) or Path(home(rest)))
+            case "/image" | "/audio":
+                kind = name[1:]
+                self._add(kind, _dropped_path(rest, SUFFIXES[kind]) or Path(home(rest)))
             case "/reset":
                 self.chat.reset()
-                self.images = []
+                self._forget_media()
             case "/system":
                 self.chat.system = rest
             case "/temperature":
@@ -173,10 +188,10 @@ class ChatTerminal:
                     typer.echo(f"{f'{command} {argument}':21} {what}", err=True)
         return True
 
-    def _add(self, path: Path) -> None:
+    def _add(self, kind: str, path: Path) -> None:
         if not is_file(path):
-            raise ArgumentError(f"no image file {quoted(str(path))}")
-        self.images.append(path)
+            raise ArgumentError(f"no {kind} file {quoted(str(path))}")
+        (self.audios if kind == "audio" else self.images).append(path)
         typer.echo(f"added {shown_path(path)} to the next question", err=True)
 
     def _set_temperature(self, text: str) -> None:
@@ -196,38 +211,48 @@ class ChatTerminal:
     def _save(self, path: Path) -> None:
         if exists(path):
             raise ArgumentError(f"{shown_path(path)} is there already: give another name")
-        images: list[str] = []
+        turns = self.chat.messages
+        media = {
+            f"{kind}s": [
+                str(part[kind]) for turn in turns for part in turn["content"] if kind in part
+            ]
+            for kind in SUFFIXES
+        }
         messages = []
-        for message in self.chat.messages:
-            parts = message["content"]
-            images += [str(part["image"]) for part in parts if part["type"] == "image"]
-            content = joined_marks([part.get("text") for part in parts])
-            messages.append({"role": message["role"], "content": content})
-        row = {"messages": messages, "images": images}
+        for turn in turns:
+            parts = [(part["type"], part.get("text", "")) for part in turn["content"]]
+            if media["audios"] and turn["role"] != "assistant":
+                # Where a row has audio, <audio> is a mark.
+                parts = [(kind, escaped_marks(text, "audio")) for kind, text in parts]
+            messages.append({"role": turn["role"], "content": joined_marks(parts)})
+        row = {"messages": messages, **{name: paths for name, paths in media.items() if paths}}
         with writing(path, "the conversation"):
             path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
         typer.echo(f"wrote {shown_path(path)}", err=True)
 
 
-def _dropped_path(line: str) -> Path | None:
-    """The image file whose path is a whole line, quoted or escaped as terminals paste it."""
+def _dropped_path(line: str, suffixes: Collection[str]) -> Path | None:
+    """The file whose path is a whole line, quoted or escaped as terminals paste it.
+
+    Its name ends with one of `suffixes`.
+    """
     try:
         words = shlex.split(line)
     except ValueError:  # a quote that is not closed
         words = []
     for text in (line, *(words if len(words) == 1 else ())):
         path = Path(home(text.removeprefix("file://")))
-        if path.suffix.lower() in IMAGE_SUFFIXES and is_file(path):
+        if path.suffix.lower() in suffixes and is_file(path):
             return path
     return None
 
 
 def completions(line: str) -> list[str]:
-    """The lines that a line may be completed to: commands, and paths after `/image` and `/save`."""
+    """The lines that a line may be completed to: commands, and paths after those that take one."""
     name, space, rest = line.partition(" ")
     if not space:
         return [f"{command} " for command in COMMANDS if command.startswith(name)]
-    if name not in ("/image", "/save"):
+    if COMMANDS.get(name, ("",))[0] not in ("PATH", "FILE"):
         return []
     head, slash, start = home(rest).rpartition("/")
     folder = Path(f"{head}{slash}" or ".")

@@ -85,7 +85,8 @@ BatchOption = Annotated[
     int, typer.Option(min=1, max=4096, help="maximum number of answers generated at a time")
 ]
 ImagesOption = Annotated[
-    int, typer.Option(min=1, max=10_000, help="maximum number of images in a request")
+    int,
+    typer.Option(min=1, max=10_000, help="maximum number of images or audio clips in a request"),
 ]
 TokensOption = Annotated[
     int,

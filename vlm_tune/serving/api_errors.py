@@ -10,6 +10,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from vlm_tune.data.types import Modality
 from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.quoting import QUOTED_NAME, cut, quoted
 from vlm_tune.serving.failures import log_failure
@@ -107,9 +108,9 @@ def engine_failed() -> ApiError:
     )
 
 
-def bad_image(message: str) -> ApiError:
-    """The error of a request with an image that is refused or can't be read."""
-    return ApiError(400, message, param="messages", code="invalid_image")
+def bad_media(message: str, modality: Modality = "image") -> ApiError:
+    """The error of a request with an image or clip that is refused or can't be read."""
+    return ApiError(400, message, param="messages", code=f"invalid_{modality}")
 
 
 def timed_out(seconds: float) -> ApiError:

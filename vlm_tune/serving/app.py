@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from vlm_tune.data.types import Media
+from vlm_tune.data.types import Media, Modality
 from vlm_tune.errors import DataError, VlmTuneError
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.quoting import quoted
@@ -39,7 +39,7 @@ from vlm_tune.serving.exchange import Exchange
 from vlm_tune.serving.guard import FOOTPRINT, HEALTH, Guard, Load
 from vlm_tune.serving.jobs import Embedded, Engine, Finished, Piece
 from vlm_tune.serving.limits import Limits
-from vlm_tune.serving.media import ImageReader, ReadImage
+from vlm_tune.serving.media import MediaReader, ReadMedia
 from vlm_tune.serving.metrics import Metrics
 from vlm_tune.serving.remote import RemoteImages
 from vlm_tune.serving.replies import Reply
@@ -113,7 +113,8 @@ class Server:
         remote = remote or RemoteImages(
             limits.allow_hosts, most_bytes=limits.image_bytes, seconds=limits.fetch_seconds
         )
-        self._images = ImageReader(limits, self._pool, remote, self._metrics.image_seconds.observe)
+        observe = self._metrics.image_seconds.observe
+        self._read_media = MediaReader(limits, self._pool, remote, observe)
 
     def app(self) -> ASGIApp:
         """The ASGI application, with all that protects it."""
@@ -219,12 +220,12 @@ class Server:
         logprobs = bool(body.logprobs)
         reply = Reply(body.model, model.processor, logprobs=logprobs)
         exchange: Exchange | None = None
-        read_image = self._image_reader(request)
+        read_media = self._media_reader(request)
 
         async def begin() -> tuple[Exchange, AsyncIterator[Piece | Finished], Piece | Finished]:
             nonlocal exchange
             async with asyncio.timeout_at(deadline):
-                job = await job_of(body, reply.id, self._limits, read_image)
+                job = await job_of(body, reply.id, self._limits, read_media)
                 exchange = Exchange(self._engine, job)
                 await exchange.submit(self._pool)
                 events = exchange.events()
@@ -261,8 +262,8 @@ class Server:
         async def embedded() -> Embedded:
             nonlocal exchange
             async with asyncio.timeout_at(deadline):
-                read_image = self._image_reader(request)
-                job = await embedding_job_of(body, width, self._limits, read_image)
+                read_media = self._media_reader(request)
+                job = await embedding_job_of(body, width, self._limits, read_media)
                 exchange = Exchange(self._engine, job)
                 await exchange.submit(self._pool)
                 return await exchange.vectors()
@@ -302,13 +303,13 @@ class Server:
             yield _error_event(logged_api_error(error))
         yield ServerSentEvent("[DONE]")
 
-    def _image_reader(self, request: Request) -> ReadImage:
-        """Reads the images of a request, in whose footprint they are counted."""
+    def _media_reader(self, request: Request) -> ReadMedia:
+        """Reads the images and clips of a request, in whose footprint they are counted."""
 
-        def read_image(url: str) -> Awaitable[Media]:
-            return self._images(url, request.scope[FOOTPRINT])
+        def read_media(url: str, modality: Modality) -> Awaitable[Media]:
+            return self._read_media(url, modality, request.scope[FOOTPRINT])
 
-        return read_image
+        return read_media
 
     async def _apart(self, work: Callable[[], T]) -> T:
         """What a function returns in a thread.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from vlm_tune.data.types import Conversation, Media, Message
+from vlm_tune.data.types import Conversation, Media, Message, Modality
 from vlm_tune.generation.choices import check_not_generated, choices_of_each
 from vlm_tune.generation.requests import check_text
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.serving.api_errors import ApiError
 from vlm_tune.serving.jobs import Job
 from vlm_tune.serving.limits import MOST_SCHEMA, Limits
-from vlm_tune.serving.media import ReadImage, labelled_image
+from vlm_tune.serving.media import ReadMedia, labelled_media
 from vlm_tune.serving.wire import (
+    AudioPart,
     ChatMessage,
     ChatRequest,
     ImagePart,
@@ -27,32 +29,35 @@ MESSAGES = "messages"
 """The field of a request that has its texts and images."""
 
 
-async def job_of(request: ChatRequest, name: str, limits: Limits, read_image: ReadImage) -> Job:
+async def job_of(request: ChatRequest, name: str, limits: Limits, read_media: ReadMedia) -> Job:
     """The job that answers a request.
 
     Args:
         request: The request.
         name: The name of the request, for messages.
         limits: What the server accepts.
-        read_image: Reads its images.
+        read_media: Reads its images and audio clips.
 
     Raises:
         ApiError: The request is beyond the limits, or there is no room for its images.
         VlmTuneError: An image can't be read, or a setting is out of range.
     """
-    # Cheap checks first: no image is read for a request that is refused anyway.
+    # Cheap checks first: nothing is read for a request that is refused anyway.
     decoding = decoding_of(request, limits)
-    check_image_count(sum(_image_count(each) for each in request.messages), limits, MESSAGES)
+    count = sum(len(_media_parts(each)) for each in request.messages)
+    check_media_count(count, limits, MESSAGES)
     texts = [text for message in request.messages for text in _texts(message)]
     check_texts([*texts, *(request.choices or ())], limits, MESSAGES)
     if request.messages[-1].role != "user":
         raise ApiError(400, "the last message is the user's", param=MESSAGES)
-    count = 0
+    counts: Counter[Modality] = Counter()
 
-    async def media(part: ImagePart) -> Media:
-        nonlocal count
-        count += 1
-        return await labelled_image(read_image, part.image_url.url, f"image {count}", MESSAGES)
+    async def media(part: ImagePart | AudioPart) -> Media:
+        modality: Modality = "image" if isinstance(part, ImagePart) else "audio"
+        counts[modality] += 1
+        label = f"{modality} {counts[modality]}"
+        url = part.image_url.url if isinstance(part, ImagePart) else _audio_url(part)
+        return await labelled_media(read_media, url, modality, label, MESSAGES)
 
     messages = [await _message(message, media) for message in request.messages]
     conversation = Conversation(name, tuple(messages))
@@ -130,12 +135,16 @@ def _temperature(request: ChatRequest) -> float:
     return 1.0 if draws else 0.0
 
 
-def check_image_count(count: int, limits: Limits, param: str) -> None:
-    """Raises `ApiError` for more images than a request may have; `param` is their field's name."""
+def check_media_count(count: int, limits: Limits, param: str) -> None:
+    """Raises `ApiError` for more images and clips than a request may have.
+
+    `param` is the name of their field.
+    """
     if count > limits.max_images:
         raise ApiError(
             400,
-            f"a request has at most {limits.max_images:,} images on this server, got {count:,}",
+            f"a request has at most {limits.max_images:,} images (or audio clips) on this server, "
+            f"got {count:,}",
             param=param,
             code="too_many_images",
         )
@@ -160,9 +169,13 @@ def check_texts(texts: Sequence[str], limits: Limits, param: str) -> None:
         check_text("a text", text)
 
 
-def _image_count(message: ChatMessage) -> int:
-    content = message.content
-    return sum(isinstance(part, ImagePart) for part in content) if isinstance(content, list) else 0
+def _audio_url(part: AudioPart) -> str:
+    return f"data:audio;base64,{part.input_audio.data}"
+
+
+def _media_parts(message: ChatMessage) -> list[ImagePart | AudioPart]:
+    content = message.content if isinstance(message.content, list) else []
+    return [part for part in content if isinstance(part, ImagePart | AudioPart)]
 
 
 def _texts(message: ChatMessage) -> list[str]:
@@ -172,12 +185,14 @@ def _texts(message: ChatMessage) -> list[str]:
     return [part.text for part in content or () if isinstance(part, TextPart)]
 
 
-async def _message(message: ChatMessage, read: Callable[[ImagePart], Awaitable[Media]]) -> Message:
+async def _message(
+    message: ChatMessage, read: Callable[[ImagePart | AudioPart], Awaitable[Media]]
+) -> Message:
     """A turn. Texts have no marks of images: `<image>` in one is plain text."""
     content = message.content
     parts: list[str | Media] = []
     for part in [content] if isinstance(content, str) else content or ():
-        if isinstance(part, ImagePart):
+        if isinstance(part, ImagePart | AudioPart):
             parts.append(await read(part))
         else:
             text = part if isinstance(part, str) else part.text

@@ -6,7 +6,7 @@ import base64
 
 from vlm_tune.data.types import Media
 from vlm_tune.serving.api_errors import ApiError
-from vlm_tune.serving.chat_requests import check_image_count, check_texts
+from vlm_tune.serving.chat_requests import check_media_count, check_texts
 from vlm_tune.serving.embedding_wire import (
     Embedding,
     Embeddings,
@@ -15,7 +15,7 @@ from vlm_tune.serving.embedding_wire import (
 )
 from vlm_tune.serving.jobs import Embedded, EmbeddingJob
 from vlm_tune.serving.limits import Limits
-from vlm_tune.serving.media import ReadImage, labelled_image
+from vlm_tune.serving.media import ReadMedia, labelled_media
 from vlm_tune.serving.wire import ImagePart
 
 INPUT = "input"
@@ -23,7 +23,7 @@ INPUT = "input"
 
 
 async def embedding_job_of(
-    request: EmbeddingsRequest, width: int, limits: Limits, read_image: ReadImage
+    request: EmbeddingsRequest, width: int, limits: Limits, read_media: ReadMedia
 ) -> EmbeddingJob:
     """The job that answers a request for vectors.
 
@@ -31,7 +31,7 @@ async def embedding_job_of(
         request: The request.
         width: The length of the model's vectors.
         limits: What the server accepts.
-        read_image: Reads its images.
+        read_media: Reads its images.
 
     Raises:
         ApiError: The request is beyond the limits, or there is no room for its images.
@@ -41,7 +41,7 @@ async def embedding_job_of(
         message = f"dimensions is {width:,}, the length of this model's vectors, or left out"
         raise ApiError(400, message, param="dimensions")
     entries = [request.input] if isinstance(request.input, str) else request.input
-    check_image_count(sum(isinstance(each, ImagePart) for each in entries), limits, INPUT)
+    check_media_count(sum(isinstance(each, ImagePart) for each in entries), limits, INPUT)
     texts = {
         place: each if isinstance(each, str) else each.text
         for place, each in enumerate(entries)
@@ -52,7 +52,8 @@ async def embedding_job_of(
     for place, each in enumerate(entries):
         if isinstance(each, ImagePart):
             label = f"input {place + 1}"
-            inputs.append(await labelled_image(read_image, each.image_url.url, label, INPUT))
+            url = each.image_url.url
+            inputs.append(await labelled_media(read_media, url, "image", label, INPUT))
         else:
             inputs.append(texts[place])
     return EmbeddingJob(tuple(inputs), request.model)

@@ -1,6 +1,6 @@
-"""Images of requests: from data URLs, and where the server was told so from hosts and a folder.
+"""Images and audio of requests: from data URLs; images also from allowed hosts and a folder.
 
-Nothing is decoded here but headers, which say how many pixels an image would have.
+Nothing is decoded here but headers, which say what a file is and how many pixels it would have.
 """
 
 from __future__ import annotations
@@ -11,45 +11,48 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import replace
 
+from vlm_tune.data.audio.decode import FORMATS, is_audio
 from vlm_tune.data.images.decode import image_size
 from vlm_tune.data.sources.media import ImageFolder, data_url
-from vlm_tune.data.types import Media
+from vlm_tune.data.types import Media, Modality
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
-from vlm_tune.serving.api_errors import ApiError, bad_image
+from vlm_tune.serving.api_errors import ApiError, bad_media
 from vlm_tune.serving.guard import Footprint
 from vlm_tune.serving.limits import Limits
 from vlm_tune.serving.remote import RemoteImages
 
-ReadImage = Callable[[str], Awaitable[Media]]
-"""Returns the image at a URL."""
+ReadMedia = Callable[[str, Modality], Awaitable[Media]]
+"""Returns the image or audio clip at a URL."""
 BASE64_SHARE = 4 / 3
 """Characters of base64 for each byte."""
 
 
-async def labelled_image(read: ReadImage, url: str, label: str, param: str) -> Media:
-    """The image at a URL, with a label by which errors name it; `param` is its field's name.
+async def labelled_media(
+    read: ReadMedia, url: str, modality: Modality, label: str, param: str
+) -> Media:
+    """The image or clip at a URL, with a label by which errors name it.
 
-    Raises `ApiError`, as `read` does.
+    `param` is the name of its field. Raises `ApiError`, as `read` does.
     """
     try:
-        image = await read(url)
+        media = await read(url, modality)
     except ApiError as error:
         if error.status_code != 400:
             raise
         message = f"{label}: {error.message}"
         raise ApiError(error.status_code, message, param=param, code=error.code) from None
-    return replace(image, label=label)
+    return replace(media, label=label)
 
 
-class ImageReader:
-    """Reads the images of requests.
+class MediaReader:
+    """Reads the images and audio clips of requests.
 
     Args:
         limits: What the server accepts.
-        pool: Where images are read, apart from the event loop.
+        pool: Where they are read, apart from the event loop.
         remote: Fetches images from other hosts.
-        observe: Called with the seconds that each image took.
+        observe: Called with the seconds that each took.
     """
 
     def __init__(
@@ -65,22 +68,22 @@ class ImageReader:
         self._observe = observe
         self._folder = None if limits.image_root is None else ImageFolder(limits.image_root)
 
-    async def __call__(self, url: str, footprint: Footprint) -> Media:
-        """Returns the image at a URL, with its bytes.
+    async def __call__(self, url: str, modality: Modality, footprint: Footprint) -> Media:
+        """Returns the image or audio clip at a URL, with its bytes. Audio is in data URLs alone.
 
-        Those that the request does not bring are counted in `footprint`: a small one may name large
+        Bytes that the request does not bring are counted in `footprint`: a small one may name large
         images.
 
         Raises:
-            ApiError: The place is refused, what is there is no image or too large, or there is no
-                room for it.
+            ApiError: The place is refused, what is there is of another kind or too large, or there
+                is no room for it.
         """
         begun = time.perf_counter()
         loop = asyncio.get_running_loop()
         scheme = url[:8].lower()
         try:
             if scheme.startswith("data:"):
-                return await loop.run_in_executor(self._pool, self._from_data, url)
+                return await loop.run_in_executor(self._pool, self._from_data, url, modality)
             if scheme.startswith(("http://", "https://")):
                 encoded = await self._remote.fetch(url)
                 footprint.add(len(encoded))
@@ -89,22 +92,29 @@ class ImageReader:
             footprint.add(len(image.read()))
             return image
         except DataError as error:
-            raise bad_image(error.message) from None
+            raise bad_media(error.message, modality) from None
         finally:
             self._observe(time.perf_counter() - begun)
 
-    def _from_data(self, url: str) -> Media:
+    def _from_data(self, url: str, modality: Modality) -> Media:
         # Before it is decoded: a text that is too long stands for too many bytes.
         if len(url) > self._limits.image_bytes * BASE64_SHARE + 1000:
-            raise self._too_large()
-        return self._checked(data_url(url))
+            raise self._too_large(modality)
+        encoded = data_url(url, modality)
+        if modality == "image":
+            return self._checked(encoded)
+        if len(encoded) > self._limits.image_bytes:
+            raise self._too_large(modality)
+        if not is_audio(encoded):
+            raise bad_media(f"it is not audio of {FORMATS} ({len(encoded):,} bytes)", modality)
+        return Media(encoded, modality, label="it")
 
     def _from_folder(self, name: str) -> Media:
         """The image of a path in the folder; any other path gets one answer, whatever is there."""
-        refused = bad_image(
+        refused = bad_media(
             "an image is a data URL (data:image/png;base64,...)"
             if self._folder is None
-            else f"there is no image {quoted(name)} in the server's image folder"
+            else f"there is no image {quoted(name)} in the server's image folder",
         )
         if self._folder is None or ":" in name.split("/")[0]:
             raise refused
@@ -119,15 +129,15 @@ class ImageReader:
     def _checked(self, encoded: bytes) -> Media:
         """The image of encoded bytes whose size is within the limits."""
         if len(encoded) > self._limits.image_bytes:
-            raise self._too_large()
+            raise self._too_large("image")
         media = Media(encoded, label="it")
         width, height = image_size(media)
         if width * height > self._limits.image_pixels:
-            raise bad_image(
+            raise bad_media(
                 f"{width}x{height} is more than {self._limits.image_pixels:,} pixels, the most "
-                f"that this server reads"
+                f"that this server reads",
             )
         return media
 
-    def _too_large(self) -> ApiError:
-        return bad_image(f"it has more than {self._limits.image_bytes:,} bytes")
+    def _too_large(self, modality: Modality) -> ApiError:
+        return bad_media(f"it has more than {self._limits.image_bytes:,} bytes", modality)

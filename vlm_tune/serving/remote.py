@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import httpx2
 
 from vlm_tune.quoting import quoted
-from vlm_tune.serving.api_errors import bad_image
+from vlm_tune.serving.api_errors import bad_media
 
 REDIRECTS = 3
 """The most redirects that are followed for an image."""
@@ -80,7 +80,7 @@ class RemoteImages:
             ApiError: The place is refused, or there are no bytes, or too many of them.
         """
         if not self._hosts:
-            raise bad_image(
+            raise bad_media(
                 "this server fetches no images: send it as a data URL (data:image/png;base64,...)"
             )
         try:
@@ -92,11 +92,11 @@ class RemoteImages:
                         return fetched
                     place = fetched
         except TimeoutError:
-            raise bad_image(f"it took more than {self._seconds:g} seconds") from None
+            raise bad_media(f"it took more than {self._seconds:g} seconds") from None
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
             # The error's text may name addresses within the server's network.
-            raise bad_image(f"it can't be fetched ({type(error).__name__})") from None
-        raise bad_image(f"it is behind more than {REDIRECTS} redirects")
+            raise bad_media(f"it can't be fetched ({type(error).__name__})") from None
+        raise bad_media(f"it is behind more than {REDIRECTS} redirects")
 
     def _client(self) -> httpx2.AsyncClient:
         # Proxies of the environment would resolve the name again.
@@ -120,7 +120,7 @@ class RemoteImages:
             if response.is_redirect:
                 return place.join(response.headers.get("Location", ""))
             if response.status_code != 200:
-                raise bad_image(f"the host answered with status {response.status_code}")
+                raise bad_media(f"the host answered with status {response.status_code}")
             return await self._body(response)
         finally:
             await response.aclose()
@@ -131,7 +131,7 @@ class RemoteImages:
         async for piece in response.aiter_raw():
             body += piece
             if len(body) > self._most_bytes:
-                raise bad_image(f"it has more than {self._most_bytes:,} bytes")
+                raise bad_media(f"it has more than {self._most_bytes:,} bytes")
         return bytes(body)
 
     async def _address(self, place: httpx2.URL) -> str:
@@ -139,10 +139,10 @@ class RemoteImages:
         host = place.raw_host.decode("ascii").lower()
         port = PORTS.get(place.scheme)
         if port is None or place.port not in (None, port) or place.userinfo:
-            raise bad_image("its URL is not of the form https://host/path")
+            raise bad_media("its URL is not of the form https://host/path")
         if host not in self._hosts:
-            raise bad_image(f"the server fetches no images from {quoted(host)}")
+            raise bad_media(f"the server fetches no images from {quoted(host)}")
         addresses = await self._resolve(host, port)
         if not addresses or not all(map(is_public, addresses)):
-            raise bad_image(f"{quoted(host)} is no host of the public internet")
+            raise bad_media(f"{quoted(host)} is no host of the public internet")
         return addresses[0]

@@ -72,12 +72,29 @@ class ImagePart(Strict):
     image_url: ImageUrl
 
 
+class InputAudio(Strict):
+    """An audio clip."""
+
+    data: Annotated[str, Field(description="The encoded file, in base64.", min_length=1)]
+    format: Annotated[
+        Literal["wav", "mp3", "flac", "ogg"] | None,
+        Field(description="Has no effect: the file's first bytes tell it."),
+    ] = None
+
+
+class AudioPart(Strict):
+    """An audio clip within a message."""
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
 Text = Annotated[
     Annotated[str, Tag("text")]
     | Annotated[list[TextPart], Tag("parts"), Field(max_length=1000, fail_fast=True)],
     Discriminator(_form),
 ]
-Part = Annotated[TextPart | ImagePart, Discriminator("type")]
+Part = Annotated[TextPart | ImagePart | AudioPart, Discriminator("type")]
 Content = Annotated[
     Annotated[str, Tag("text")]
     | Annotated[list[Part], Tag("parts"), Field(max_length=1000, fail_fast=True)],
@@ -102,7 +119,7 @@ class SystemMessage(Strict):
 
 
 class UserMessage(Strict):
-    """A question with its images, in reading order."""
+    """A question with its images or audio clips, in reading order."""
 
     role: Literal["user"]
     content: Content

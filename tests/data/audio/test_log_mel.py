@@ -70,3 +70,20 @@ def test_boxes_are_refused_by_a_model_that_hears(method: Any) -> None:
     with pytest.raises(DataError, match="boxes and points are in images") as caught:
         method(AudioProcessor(seconds=1), 64, 48)
     assert caught.value.kind == "modality"
+
+
+def test_another_threads_clip_is_never_taken_for_this_one() -> None:
+    """A server lays out prompts in several threads, with one processor."""
+    processor = AudioProcessor(1, windows=3)
+    low, high = (Media(wav(tone(hertz)), modality="audio") for hertz in (220.0, 880.0))
+    expected = AudioProcessor(1, windows=3)(low)
+
+    class Crossed(list[Any]):
+        """What is remembered; another thread's clip comes as soon as one is."""
+
+        def __setitem__(self, place: Any, remembered: Any) -> None:
+            super().__setitem__(place, [(high, np.zeros(RATE, np.float32))])
+
+    object.__setattr__(processor, "_last", Crossed())
+    assert torch.equal(processor(low), expected)
+    assert torch.equal(processor(low), expected)

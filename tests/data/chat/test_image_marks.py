@@ -24,8 +24,11 @@ from vlm_tune.data.chat.image_marks import escaped_marks, joined_marks, split_ma
 def test_a_mark_is_a_place_and_a_backslash_makes_it_text(text: str, pieces: list[str]) -> None:
     assert split_marks(text) == pieces
     # Back again: marks are at odd places, and an empty text is no part.
-    texts = [None if place % 2 else escaped_marks(piece) for place, piece in enumerate(pieces)]
-    assert split_marks(joined_marks([each for each in texts if each != ""])) == pieces
+    texts = [
+        (piece, "") if place % 2 else ("text", escaped_marks(piece))
+        for place, piece in enumerate(pieces)
+    ]
+    assert split_marks(joined_marks([each for each in texts if each != ("text", "")])) == pieces
 
 
 def test_videos_have_marks_where_there_are_videos() -> None:

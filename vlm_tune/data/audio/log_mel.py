@@ -151,9 +151,13 @@ class AudioProcessor:
 
     def _waveform(self, media: Media) -> np.ndarray:
         # Its length and its windows are requested one after the other: the last one is cached.
-        if not self._last or self._last[0][0] != media:
-            self._last[:] = [(media, waveform(media, RATE))]
-        return self._last[0][1]
+        # Other threads may put another one there meanwhile.
+        for last, samples in tuple(self._last):
+            if last == media:
+                return samples
+        samples = waveform(media, RATE)
+        self._last[:] = [(media, samples)]
+        return samples
 
 
 def _no_places() -> DataError:

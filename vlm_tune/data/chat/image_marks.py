@@ -30,21 +30,24 @@ def split_marks(text: str, kinds: Collection[str] = ("image",)) -> list[str]:
     return pieces
 
 
-def joined_marks(parts: Sequence[str | None]) -> str:
-    """The text that `split_marks` splits into escaped texts and, for None, images."""
-    text = ""
+def joined_marks(parts: Sequence[tuple[str, str]]) -> str:
+    """The text that `split_marks` splits into its parts.
+
+    Each is `("text", TEXT)` with an escaped text, or the kind of a medium and an empty text.
+    """
+    joined = ""
     after_mark = False
-    for part in parts:
-        if part is None:
-            slashes = len(text) - len(text.rstrip("\\"))
-            text += "\\" * slashes + "<image>"
-        else:
+    for kind, text in parts:
+        if kind == "text":
             # A newline directly after a mark would be removed with it.
-            text += "\n" * (after_mark and part.startswith("\n")) + part
-        after_mark = part is None
-    return text
+            joined += "\n" * (after_mark and text.startswith("\n")) + text
+        else:
+            slashes = len(joined) - len(joined.rstrip("\\"))
+            joined += "\\" * slashes + f"<{kind}>"
+        after_mark = kind != "text"
+    return joined
 
 
-def escaped_marks(text: str) -> str:
-    """The text in which every mark of an image is plain text, for `split_marks`."""
-    return re.sub(r"(\\*)<image>", lambda mark: mark[1] * 2 + r"\<image>", text)
+def escaped_marks(text: str, kind: str = "image") -> str:
+    """The text in which every mark of a kind is plain text, for `split_marks`."""
+    return re.sub(rf"(\\*)<{kind}>", lambda mark: rf"{mark[1] * 2}\<{kind}>", text)
