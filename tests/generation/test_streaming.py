@@ -21,6 +21,9 @@ from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.generation import answering, streaming
 from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.generation.logprobs import TokenLogprobs
+from vlm_tune.generation.requests import request_conversation
+from vlm_tune.generation.streaming import streamed_answers
+from vlm_tune.model.language.decoding import Decoding
 
 Recipes = Callable[..., str]
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
@@ -52,6 +55,43 @@ def test_pieces_add_up_to_the_answer(
         numbers.append(len(pieces))
     # A text of single bytes that make no character comes late.
     assert numbers == [1, 1] if how == "beams" else max(numbers) > 1 or how == "stopped"
+
+
+@both_llms
+@pytest.mark.parametrize("how", ["joined", "rows", "transformers"])
+def test_several_draws_are_written_together(
+    llm: str, how: str, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = talkative(tiny_recipe(llm))
+    if how == "transformers":
+        for module in (answering, streaming):
+            monkeypatch.setattr(module, "continues", lambda model, decoding: False)
+    elif how == "rows":
+        monkeypatch.setattr(answering, "_branches", lambda model, decoding: False)
+    drawn: dict[str, Any] = {"temperature": 1.2, "seed": 4, "logprobs": True}
+    settings = {"max_new_tokens": 14, "num_return_sequences": 3, "stop_strings": ["zq"], **drawn}
+    first = model.answer("what color is it?", RED, **settings)
+    request = {"prompt": "what color is it?", "images": RED}
+    (prompt,) = model.processor.prompts([request_conversation(1, request)])
+    texts = {0: "", 1: "", 2: ""}
+    steps = streamed_answers(model, prompt, Decoding(**settings), model.processor.images.inputs)
+    count = 0
+    with model.evaluating():
+        while True:
+            try:
+                added = next(steps)
+            except StopIteration as end:
+                answers = end.value
+                break
+            count += 1
+            for number, text in added:
+                assert text
+                texts[number] += text
+    assert 2 <= count <= 15
+    for number, expected in enumerate([first, *first.alternatives]):
+        assert texts[number] == answers[number].text == expected.text
+        assert answers[number].ids == expected.ids
+        assert answers[number].logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("by", ["here", "transformers"])

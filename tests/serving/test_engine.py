@@ -133,6 +133,30 @@ def test_a_full_queue_refuses_and_cancelled_jobs_make_room(
     assert long.events == seen and not long.ended
 
 
+def test_draws_of_a_model_without_a_batch_are_streamed_and_cancelled(
+    tiny_recipe: Recipes,
+    engines: Callable[..., BatchingEngine],
+    endless: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They do not hold the engine until their end."""
+    model = talkative(tiny_recipe("causal"))
+    monkeypatch.setattr(type(model.llm), "unbatched", property(lambda self: "for this test"))
+    engine = engines(model)
+    drawn: dict[str, Any] = {"num_return_sequences": 2, "temperature": 1.0, "seed": 3}
+    listening = submitted(engine, "hello", max_new_tokens=8, **drawn).wait()
+    first = model.answer("hello", max_new_tokens=8, **drawn)
+    expected = [each.text for each in (first, *first.alternatives)]
+    assert [listening.answers[number].text for number in range(2)] == expected
+    endless()
+    long = Listening(job_of("hello", max_new_tokens=100_000, **drawn))
+    ticket = engine.submit(long.job, long)
+    long.wait_for_an_event()
+    assert not long.answers
+    ticket.cancel()
+    assert submitted(engine, "hello", max_new_tokens=4).wait().error is None
+
+
 def test_a_fault_ends_its_job_alone(
     tiny_recipe: Recipes,
     engines: Callable[..., BatchingEngine],

@@ -5,16 +5,16 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import closing, contextmanager
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import Fetch, collate
-from vlm_tune.data.packing import Tree
 from vlm_tune.data.types import Example
-from vlm_tune.generation.answering import continuation_of, continues
+from vlm_tune.generation.answering import continuation_of, continues, prompt_rows
 from vlm_tune.generation.answers import Answer, AnswerReader
 from vlm_tune.generation.constraints import json_constraint
 from vlm_tune.generation.continuing import Continuation
@@ -39,31 +39,113 @@ def streamed(
         decoding: how the answer is generated; there is one. A beam search gives it in one piece.
         fetch: returns the pixels of a media item.
     """
-    row = Tree(prompt, (0,), (len(prompt.input_ids) - 1,))
-    reader = AnswerReader(model.processor, decoding.stop_strings)
-    picker = picker_of(model, prompt, decoding)
-    continued = continues(model, decoding)
-    left = model.llm.layout == "causal" and not continued
-    batch = collate([prompt], model.processor.spec, fetch=fetch, pad_left=left).to(model.device)
-    if continued:
-        continuation = continuation_of(model, batch, [row], decoding, picker, reader)
-        return (yield from pieces(continuation, reader))
     if decoding.num_beams > 1:
-        ids, _ = generated(model, batch, decoding, picker, reader)
+        reader = AnswerReader(model.processor, decoding.stop_strings)
+        left = model.llm.layout == "causal"
+        batch = collate([prompt], model.processor.spec, fetch=fetch, pad_left=left)
+        picker = picker_of(model, prompt, decoding)
+        ids, _ = generated(model, batch.to(model.device), decoding, picker, reader)
         answer = reader.answer(ids[0], None)
         yield answer.text
         return answer
-    return (yield from _in_turns(model, batch, decoding, picker, reader))
+    answering = streamed_answers(model, prompt, decoding, fetch)
+    with closing(answering):
+        while True:
+            try:
+                texts = next(answering)
+            except StopIteration as end:
+                return end.value[0]
+            yield from (text for _, text in texts)
+
+
+def streamed_answers(
+    model: VisionLanguageNetwork, prompt: Example, decoding: Decoding, fetch: Fetch
+) -> Generator[list[tuple[int, str]], None, list[Answer]]:
+    """Gives one prompt all its answers together; yields after each token, returns the answers.
+
+    What it yields are the texts to add: (number of the answer, text), of those that have one. The
+    arguments are those of `streamed`; there is no beam search.
+    """
+    shown = [
+        ShownText(AnswerReader(model.processor, decoding.stop_strings))
+        for _ in range(decoding.num_return_sequences)
+    ]
+    with closing(_steps(model, prompt, decoding, fetch)) as steps:
+        while True:
+            try:
+                written = next(steps)
+            except StopIteration as end:
+                answers: list[Answer] = end.value
+                break
+            texts = [text.more(ids) for text, ids in zip(shown, written, strict=True)]
+            yield [(number, text) for number, text in enumerate(texts) if text]
+    rests = [text.rest(answer) for text, answer in zip(shown, answers, strict=True)]
+    yield [(number, text) for number, text in enumerate(rests) if text]
+    return answers
+
+
+def _steps(
+    model: VisionLanguageNetwork, prompt: Example, decoding: Decoding, fetch: Fetch
+) -> Generator[list[list[int]], None, list[Answer]]:
+    """The ids of all answers to a prompt after each token, which may go on after an answer's end.
+
+    It returns the answers.
+    """
+    reader = AnswerReader(model.processor, decoding.stop_strings)
+    # Equal prompts are branches of one row, or rows of one branch each.
+    rows = prompt_rows(model, [prompt] * decoding.num_return_sequences, decoding)
+    order = [place for tree in rows for place in tree.members]
+    picker = _picker(model, prompt, decoding, [tree.members for tree in rows])
+    continued = continues(model, decoding)
+    left = model.llm.layout == "causal" and not continued
+    batch = collate([tree.row for tree in rows], model.processor.spec, fetch=fetch, pad_left=left)
+    batch = batch.to(model.device)
+    if continued:
+        continuation = continuation_of(model, batch, rows, decoding, picker, reader)
+        for count in continuation.run(look_every=1):
+            yield _ordered(continuation.ids[..., :count].flatten(0, 1).tolist(), order)
+        ids = continuation.ids.flatten(0, 1).tolist()
+        scored = continuation.logprobs
+        branches = len(rows[0].members)
+        logprobs = [
+            None if scored is None else scored[divmod(place, branches)] for place in range(len(ids))
+        ]
+    else:
+        with _in_thread(model, batch, decoding, picker, reader) as turns:
+            for written in _written(turns.steps()):
+                yield _ordered(written, order)
+            ids, scores = turns.outcome()
+        logprobs = [None if scores is None else scores[row] for row in range(len(ids))]
+    return _ordered([reader.answer(*each) for each in zip(ids, logprobs, strict=True)], order)
+
+
+Item = TypeVar("Item")
+
+
+def _ordered(items: Sequence[Item], order: Sequence[int]) -> list[Item]:
+    """The items by the place that `order` has for each."""
+    return [item for _, item in sorted(zip(order, items, strict=True), key=lambda pair: pair[0])]
 
 
 def picker_of(model: VisionLanguageNetwork, prompt: Example, decoding: Decoding) -> Picker:
-    """The picker of one prompt's answer."""
-    numbers = draws(decoding, 0)
+    """The picker of one answer to a prompt."""
+    return _picker(model, prompt, decoding, [[0]])
+
+
+def _picker(
+    model: VisionLanguageNetwork,
+    prompt: Example,
+    decoding: Decoding,
+    members: Sequence[Sequence[int]],
+) -> Picker:
+    """The picker of answers to a prompt, by rows and branches; `members` are their numbers."""
     ids = penalised_ids(model.llm, prompt, decoding)
-    if numbers is not None:
-        numbers = numbers[None, None]
+    numbers = None
+    if decoding.samples:
+        numbers = np.array([[draws(decoding, number) for number in row] for row in members])
     constraint = json_constraint(model.processor, decoding, model.llm.vocabulary)
-    return Picker(model.llm, decoding, [[ids]], numbers, model.device, constraint)
+    prompts = [[ids] * len(row) for row in members]
+    return Picker(model.llm, decoding, prompts, numbers, model.device, constraint)
 
 
 def pieces(continuation: Continuation, reader: AnswerReader) -> Pieces:
@@ -128,27 +210,13 @@ def beam_search_steps(
     return [reader.answer(ids, None) for ids in beams]
 
 
-def _in_turns(
-    model: VisionLanguageNetwork,
-    batch: Batch,
-    decoding: Decoding,
-    picker: Picker,
-    reader: AnswerReader,
-) -> Pieces:
-    """The pieces of an answer that transformers generates."""
-    with _in_thread(model, batch, decoding, picker, reader) as turns:
-        yield from _pieces(_written(turns.steps()), reader)
-        (ids,), logprobs = turns.outcome()
-    return reader.answer(ids, None if logprobs is None else logprobs[0])
-
-
-def _written(steps: Iterator[torch.Tensor]) -> Iterator[list[int]]:
-    """The new ids of one row so far, by all of its ids, int64[1, n]."""
+def _written(steps: Iterator[torch.Tensor]) -> Iterator[list[list[int]]]:
+    """The new ids of rows so far, by all of their ids, int64[R, n]."""
     begin: int | None = None
     for ids in steps:
         # They may begin with what is before the answer, such as a decoder's start token.
         begin = ids.shape[1] - 1 if begin is None else begin
-        yield ids[0, begin:].tolist()
+        yield ids[:, begin:].tolist()
 
 
 Generated = tuple[list[list[int]], TokenLogprobs | None]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import Generic, TypeVar
 
 from vlm_tune.data.batching.collate import Fetch
-from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.choices import choice_steps
-from vlm_tune.generation.streaming import beam_search_steps, streamed
+from vlm_tune.generation.streaming import beam_search_steps, streamed_answers
 from vlm_tune.serving.features import Features, features_of
 from vlm_tune.serving.jobs import Failed, Finished, JobEvent, Piece
 from vlm_tune.serving.request import Request, Submitted
@@ -40,13 +40,11 @@ def events_of(request: Request, remembered: Features | None) -> Events:
         if job.decoding.num_beams > 1:
             answers = yield from beam_search_steps(model, request.prompt, job.decoding, fetch)
             yield from _whole(request, answers)
-        elif job.answers > 1:
-            (first,) = prompt_answers(model, [request.prompt], job.decoding, fetch=fetch)
-            yield from _whole(request, [first, *first.alternatives])
         else:
-            answering = streamed(model, request.prompt, job.decoding, fetch)
-            answer = yield from _in_pieces(answering)
-            yield Finished(0, answer, len(request.prompt.input_ids))
+            answering = streamed_answers(model, request.prompt, job.decoding, fetch)
+            answers = yield from _in_pieces(answering)
+            for number, answer in enumerate(answers):
+                yield Finished(number, answer, len(request.prompt.input_ids))
 
 
 def _chosen(request: Request, remembered: Features | None) -> Generator[None, None, Answer]:
@@ -79,14 +77,18 @@ def _whole(request: Request, answers: list[Answer]) -> Iterator[JobEvent]:
         yield Finished(number, answer, len(request.prompt.input_ids))
 
 
-def _in_pieces(answering: Generator[str, None, Answer]) -> Generator[Piece, None, Answer]:
-    """The pieces of a job's one answer, which the generator returns."""
-    while True:
-        try:
-            text = next(answering)
-        except StopIteration as end:
-            return end.value
-        yield Piece(0, text)
+def _in_pieces(
+    answering: Generator[list[tuple[int, str]], None, list[Answer]],
+) -> Generator[Piece | None, None, list[Answer]]:
+    """The pieces of a job's answers, which the generator returns; None after each token."""
+    with closing(answering):
+        while True:
+            try:
+                texts = next(answering)
+            except StopIteration as end:
+                return end.value
+            yield from (Piece(number, text) for number, text in texts)
+            yield None
 
 
 class Alone(Generic[Taken]):
