@@ -44,8 +44,20 @@ def write_llava(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def write_llava_next(folder: Path) -> None:
-    """Writes the configs of LLaVA-1.6 over Mistral-7B."""
+YI_34B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 7168,
+    "intermediate_size": 20480,
+    "num_hidden_layers": 60,
+    "num_attention_heads": 56,
+    "max_position_embeddings": 4096,
+    "vocab_size": 64064,
+}
+"""What differs in the config of the language model of LLaVA-1.6-34B from Mistral-7B's."""
+
+
+def write_llava_next(folder: Path, **changes: Any) -> None:
+    """Writes the configs of LLaVA-1.6 over Mistral-7B, or over a language model with changes."""
     from transformers import LlavaNextConfig, LlavaNextImageProcessorPil
 
     text = {
@@ -59,7 +71,7 @@ def write_llava_next(folder: Path) -> None:
         "sliding_window": None,
         "vocab_size": 32064,
     }
-    config = LlavaNextConfig(text_config=text, tie_word_embeddings=False)
+    config = LlavaNextConfig(text_config=text | changes, tie_word_embeddings=False)
     config.save_pretrained(folder)
     LlavaNextImageProcessorPil(
         size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}

@@ -879,7 +879,7 @@ def test_the_schema_refuses_what_the_recipe_refuses(override: str) -> None:
     [
         (
             "{kind: deepspeed, stage: 3}",
-            {"model.llm.quantize": "nf4"},
+            {"model.llm.quantize": "int8"},
             "ZeRO-3 shards weights",
         ),
         ("{kind: fsdp}", {"model.llm.quantize": "int8"}, "fsdp shards weights"),

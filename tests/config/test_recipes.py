@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.plan_time import (
+    YI_34B,
     write_instructblip,
     write_internvl,
     write_llava,
@@ -24,6 +25,7 @@ from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.template import load_template
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.memory_plan.plan import plan
 from vlm_tune.model.build import assemble, bare_model, bare_tower
 from vlm_tune.model.optimizer_groups import Tuned
 from vlm_tune.model.pretrained.tokenizer import train_tokenizer
@@ -165,6 +167,25 @@ def test_llava_1_6_mistral_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path)
         "connector.*": (1024 + 1) * 4096 + (4096 + 1) * 4096 + 4096,
         "llm.*": 32 * 16 * layer,
     }
+
+
+def test_llava_1_6_34b_fits_on_two_gpus_of_24_gb_by_its_plan(tmp_path: Path) -> None:
+    """Yi-34B in nf4: half of its weights, and two of its layers gathered."""
+    write_llava_next(tmp_path, **YI_34B)
+    recipe = load_recipe(
+        RECIPES / "llava-1.6-34b-qlora-fsdp.yaml", {"model.pretrained": str(tmp_path)}
+    )
+    alone, halved = (
+        plan(recipe, gpu_memory="24GB", processes=2, zero=zero, tokens=4096) for zero in (0, 3)
+    )
+    assert halved.fits
+    (whole,), (half,) = alone.stages, halved.stages
+    layer = 2 * (7168 + 7168) + 2 * (7168 + 1024) + 3 * (7168 + 20480)
+    llm = whole.parts[-1]
+    assert llm.adapters == 60 * 16 * layer
+    packed = 60 * (2 * 7168 * 7168 + 2 * 7168 * 1024 + 3 * 7168 * 20480) * 9 // 16
+    assert whole.memory.frozen > packed > 18e9
+    assert half.memory.frozen == pytest.approx(whole.memory.frozen / 2, abs=1)
 
 
 def test_llava_onevision_0_5b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:

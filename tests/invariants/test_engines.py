@@ -37,6 +37,7 @@ from tests.invariants import engine_worker
 from vlm_tune.api import sft
 from vlm_tune.config.load import dump_recipe
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.exporting.merge import merge
 from vlm_tune.launching import _reserved_port
 from vlm_tune.train.step_trace import read_trace
 
@@ -250,6 +251,11 @@ def train_all(folder: Path) -> None:
         for engine in engines:
             name = f"{model}-{engine}"
             add(name, half(folder, name, model, train__batch_size=4, engine=ENGINES[engine]))
+    # Two processes to step 3 over sharded 4-bit weights, one alone from there.
+    packed = {"train__batch_size": 1, "engine": ENGINES["fsdp"], **GOES_ON}
+    add("packed", half(folder, "packed", "t5-qlora", **packed), stop=3)
+    compiled = {"train__batch_size": 4, "engine": ENGINES["fsdp"], "train__compile": True}
+    add("packed-compiled", half(folder, "packed-compiled", "decoder-qlora", **compiled))
     for engine, dropout in (("ddp", 0.1), ("zero3", 0.0), ("fsdp", 0.0)):
         add(
             f"stages-{engine}",
@@ -348,6 +354,31 @@ def test_in_half_precision_two_ranks_take_nearly_the_gradient_of_one(
         gathered = "torch.float32" if exact else "torch.bfloat16"
         assert noted(trained, f"{model}-fsdp")["gathered"] == [gathered]
         assert {value.dtype for value in by_engine["fsdp"].values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_sharded_4bit_weights_train_in_compiled_blocks(trained: Path) -> None:
+    compiled, plain = (
+        load_file(trained / f"{name}.safetensors")
+        for name in ("packed-compiled", "decoder-qlora-fsdp")
+    )
+    assert_close(plain, compiled, relative=3e-2)
+    run = noted(trained, "packed-compiled")
+    assert run["graphs"] > 0 and not run["breaks"]
+
+
+@pytest.mark.slow
+def test_a_run_over_sharded_4bit_weights_goes_on_alone_and_merges(
+    trained: Path, tmp_path: Path
+) -> None:
+    sft(half(trained, "packed-whole", "t5-qlora", train__batch_size=2, **GOES_ON))
+    sft(half(trained, "packed", "t5-qlora", train__batch_size=1, **GOES_ON), resume=True)
+    expected, resumed = (losses(trained / name) for name in ("packed-whole", "packed"))
+    assert len(expected) == 8
+    assert resumed == pytest.approx(expected, abs=1e-4)
+    report = merge(trained / "packed", tmp_path / "merged", dtype="fp32")
+    assert "(the run was fp4)" in report.base
+    assert 0 <= report.difference_to_adapter <= 1e-3 < report.difference_to_base
 
 
 @pytest.mark.slow

@@ -392,9 +392,9 @@ def test_settings_that_exclude_each_other_are_refused(
         assert problem.where == "--offload"
         assert problem.message == f"{offload} needs --zero {least}, not {zero}"
     quantized = parsed(
-        with_tune(with_llm(tiny_recipe("causal"), tmp_path, "causal", ", quantize: nf4"))
+        with_tune(with_llm(tiny_recipe("causal"), tmp_path, "causal", ", quantize: int8"))
     )
-    with pytest.raises(RecipeError, match="--zero: ZeRO-3 can't divide an LLM in nf4"):
+    with pytest.raises(RecipeError, match="--zero: ZeRO-3 can't shard an LLM in int8"):
         plan(quantized, processes=3, zero=3)
 
 

@@ -47,8 +47,8 @@ def changes(
 
         yield "all of these", all_of_these, "nf4" if packs else None, zero
     ranks = max(processes, 2)
-    # ZeRO-3 can't shard packed 4- and 8-bit weights.
-    for stage in (2,) if recipe.model.llm.quantize else (2, 3):
+    # ZeRO-3 can't shard 8-bit weights.
+    for stage in (2,) if recipe.model.llm.quantize == "int8" else (2, 3):
         if zero < stage:
             yield f"DeepSpeed ZeRO-{stage} on {ranks} processes", none, None, stage
 

@@ -82,7 +82,7 @@ def parse_size(text: str) -> int:
 
 def check_setting(recipe: Recipe, setting: Setting) -> None:
     """Raises `RecipeError` for settings that exclude each other."""
-    quantize = recipe.model.llm.quantize
+    int8 = recipe.model.llm.quantize == "int8"
     least = {"none": 0, "optimizer": 1, "all": 3}[setting.offload]
     rules = (
         (
@@ -92,9 +92,10 @@ def check_setting(recipe: Recipe, setting: Setting) -> None:
             f"not {setting.zero}",
         ),
         (
-            quantize and setting.zero == 3,
+            int8 and setting.zero == 3,
             "--zero",
-            f"ZeRO-3 can't divide an LLM in {quantize} (model.llm.quantize); --zero 2 can be",
+            "ZeRO-3 can't shard an LLM in int8 (model.llm.quantize), but one in nf4 or fp4; int8 "
+            "takes --zero 2",
         ),
     )
     problems = [Problem(option, message) for broken, option, message in rules if broken]

@@ -197,9 +197,11 @@ def _set_intervals(conversion: Conversion) -> None:
 
 def _set_engine(conversion: Conversion) -> None:
     arguments = conversion.arguments
+    int8 = conversion.draft.values.get("model.llm", {}).get("quantize") == "int8"
+    whole = UNSHARDED if conversion.native else "int8 weights can't be sharded" if int8 else None
     sharded = arguments.take("fsdp")
-    if sharded and conversion.native:
-        arguments.refuse("fsdp", sharded, f"{UNSHARDED}, so the processes are those of DDP")
+    if sharded and whole:
+        arguments.refuse("fsdp", sharded, f"{whole}, so the processes are those of DDP")
     elif sharded:
         settings = {"kind": "fsdp", **({"offload": True} if "offload" in str(sharded) else {})}
         conversion.set("engine", settings, "fsdp")
@@ -211,10 +213,8 @@ def _set_engine(conversion: Conversion) -> None:
         reason = "neither its file, if it is here, nor its name says the ZeRO stage: set engine"
         arguments.refuse("deepspeed", config, reason)
         return
-    quantized = conversion.draft.values.get("model.llm", {}).get("quantize")
-    if settings["stage"] == 3 and (quantized or conversion.native):
-        cause = UNSHARDED if conversion.native else "packed weights can't be sharded"
-        arguments.refuse("deepspeed", config, f"{cause}, so engine.stage is 2 and not 3")
+    if settings["stage"] == 3 and whole:
+        arguments.refuse("deepspeed", config, f"{whole}, so engine.stage is 2 and not 3")
         settings = {"stage": 2, "offload": []}
     if not settings["offload"]:
         del settings["offload"]
