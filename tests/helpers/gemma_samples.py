@@ -90,7 +90,21 @@ def gemma3_tokenizer() -> Any:
     return tokenizer
 
 
-def save_gemma3(folder: Path, *, tied: bool = True, **changes: Any) -> Any:
+LLAMA_CPP: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    "sliding_window": 8,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+}
+"""A text model with what llama.cpp expects of every Gemma 3, scaled as those with images are."""
+
+
+def save_gemma3(
+    folder: Path, *, tied: bool = True, text: dict[str, Any] | None = None, **changes: Any
+) -> Any:
     """A tiny `Gemma3ForConditionalGeneration` with its processor."""
     import transformers
 
@@ -123,6 +137,7 @@ def save_gemma3(folder: Path, *, tied: bool = True, **changes: Any) -> Any:
             "bos_token_id": tokenizer.bos_token_id,
             # The whole model's config says whether the head is the embedding.
             "tie_word_embeddings": True,
+            **(text or {}),
         },
         mm_tokens_per_image=4,
         boi_token_index=ids(TOKENS["boi_token"]),

@@ -324,6 +324,33 @@ def test_texts_that_begin_as_the_marker_stand_for_images(
         assert rendered == f"<|im_start|>{written}<end_of_utterance>\n"
 
 
+@pytest.mark.parametrize("marker", ["<__media__>", "<__media_aB3__>"])
+@pytest.mark.parametrize(
+    "texts", [("MARK", " What? "), (" What? ", "MARK"), (" Is ", "MARK", " as ", "MARK", " here? ")]
+)
+def test_gemma_3_has_empty_lines_around_images_that_llama_cpp_marks(
+    texts: tuple[str, ...], marker: str
+) -> None:
+    """In parts of a turn, and in the one text that its server makes of them."""
+    parts = [text.replace("MARK", marker) for text in texts]
+    content = [{"type": "text", "text": text} for text in parts]
+    written = "".join(f"\n\n{part}\n\n" if part == marker else part.strip() for part in parts)
+    jinja = processor_jinja(load_template("gemma3"), None, "<__media__>", "<__media", "\n\n")
+    for turn in (content, "".join(parts)):
+        rendered = tokenizer("chatml", "bpe").apply_chat_template(
+            [{"role": "user", "content": turn}], chat_template=jinja, tokenize=False
+        )
+        assert rendered.endswith(f"<start_of_turn>user\n{written}<end_of_turn>\n")
+
+
+def test_a_text_that_only_begins_as_a_marker_stays_as_it_is() -> None:
+    jinja = processor_jinja(load_template("gemma3"), None, "<__media__>", "<__media", "\n\n")
+    rendered = tokenizer("chatml", "bpe").apply_chat_template(
+        [{"role": "user", "content": "what is <__media here?"}], chat_template=jinja, tokenize=False
+    )
+    assert rendered.endswith("user\nwhat is <__media here?<end_of_turn>\n")
+
+
 def test_the_processors_chat_template_writes_images_and_the_runs_system_text() -> None:
     template = load_template("llama3")
     turns = [

@@ -202,7 +202,13 @@ def test_a_gemma_3_that_llama_cpp_takes_for_another_is_refused() -> None:
         "every sixth layer with full attention": {"layer_types": ["full_attention"] * 12},
         "no attention to what follows": {"use_bidirectional_attention": True},
         "no soft caps": {"final_logit_softcapping": 30.0},
-        "no scaled rotary embedding": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        "a rotary embedding that is scaled linearly or not at all": {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
         "the rotary base 10000 in its windows": {"rope_local_base_freq": 20_000.0},
     }
     for reason, changed in others.items():

@@ -12,12 +12,15 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from tests.helpers.export_samples import photos, saved_model
+from tests.helpers.gemma_samples import LLAMA_CPP, save_gemma3
+from tests.helpers.tiny_models import parsed
 from tests.helpers.vlm_samples import IDEFICS3_SIDE, save_idefics3, with_pretrained
 from vlm_tune.config.towers import TransformersTower
 from vlm_tune.data.types import Media
 from vlm_tune.errors import ModelError
-from vlm_tune.exporting import export
-from vlm_tune.exporting.gguf.mmproj import Mmproj, mmproj_reasons
+from vlm_tune.exporting import export, possible_exports
+from vlm_tune.exporting.gguf.mmproj_reading import Mmproj
+from vlm_tune.exporting.gguf.projectors import mmproj_reasons
 from vlm_tune.exporting.gguf.writer import read_fields
 from vlm_tune.model.checkpoint import load_model
 
@@ -67,13 +70,32 @@ def test_frames_have_llama_cpps_markers_whatever_an_images_shape(
     for size in ((64, 64), (65, 64), (64, 33), (640, 11), (11, 640), (31, 32), (900, 451)):
         path = tmp_path / "image.png"
         Image.new("RGB", size).save(path)
-        theirs = mmproj.projector.image_ids(tokenizer, mmproj.vision, size, 4)
+        theirs = mmproj.projector.image_ids(tokenizer, mmproj.vision, Media(path), processor)
         assert processor.images.split is not None
         segments = processor.images.split.segments(Media(path), size, IDEFICS3_SIDE)
         ours: list[int] = []
         for segment in segments:
             ours += [-1] * 4 if segment.kind == "media" else tokenizer.encode(segment.payload)
         assert theirs == ours, size
+
+
+def test_a_gemma_3_gives_the_same_ids_logits_and_text(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    """Its images' tokens see each other both ways, and the rest through windows."""
+    save_gemma3(tmp_path / "vlm", text=LLAMA_CPP)
+    photos(tmp_path)
+    text = with_pretrained(tiny_recipe("causal"), tmp_path / "vlm", "gemma3")
+    assert possible_exports(parsed(text))["gguf"] is None
+    run, _ = saved_model(text, tmp_path / "saved", lora=True, sharpen=1.0)
+    report = export(run, tmp_path / "gguf", format="gguf", dtype="fp32")
+    assert report.merged == ["llm"] and report.same_text
+    assert report.difference is not None and report.difference <= 1e-5
+    fields = read_fields(tmp_path / "gguf" / "mmproj-f32.gguf")
+    assert fields["clip.projector_type"] == "gemma3"
+    assert fields["clip.vision.projector.scale_factor"] == 2
+    language = read_fields(tmp_path / "gguf" / "model-f32.gguf")
+    assert language["gemma3.rope.scaling.type"] == "linear"
+    assert language["gemma3.rope.scaling.factor"] == 8
+    assert "\\n\\n" in language["tokenizer.chat_template"]
 
 
 @pytest.mark.parametrize(
@@ -108,8 +130,8 @@ def test_a_tokenizer_without_llama_cpps_tokens_is_refused(
     ("split", "reason"),
     [
         ({"kind": "internvl", "max_tiles": 2}, "puts an InternVL's class token behind the patches"),
-        ({"kind": "gemma3"}, "the images of a Gemma 3 are not written"),
-        ({"kind": "llava_next", "grids": [[1, 2]]}, "without its tokens for rows' ends"),
+        ({"kind": "llava_next", "grids": [[1, 2]]}, "without the learned tokens for rows' ends"),
+        ({"kind": "llava_onevision", "grids": [[1, 2]]}, "the learned tokens for rows' ends"),
     ],
 )
 def test_ways_of_cutting_that_llama_cpp_has_otherwise_are_refused(
@@ -119,5 +141,5 @@ def test_ways_of_cutting_that_llama_cpp_has_otherwise_are_refused(
     config: Any = SimpleNamespace(
         model=SimpleNamespace(tower=TransformersTower.model_validate(described))
     )
-    (refused,) = mmproj_reasons(config)
+    (refused,) = mmproj_reasons(config, None)
     assert reason in refused

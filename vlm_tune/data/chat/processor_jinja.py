@@ -8,6 +8,8 @@ from vlm_tune.data.chat.template import PARTS_OF_TURN, ChatTemplate, Piece
 
 TURN = "content(message)"
 """The Jinja expression of a turn's content."""
+MARK_ENDS = "__>"
+"""The end of the texts that stand for images in llama.cpp."""
 LAST_QUESTION = (
     "{%- set questions = namespace(last=-1) -%}{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}{%- set questions.last = loop.index0 -%}{%- endif -%}"
@@ -17,30 +19,27 @@ LAST_QUESTION = (
 
 
 def processor_jinja(
-    template: ChatTemplate, system: str | None, image: str, marker: str | None = None
+    template: ChatTemplate,
+    system: str | None,
+    image: str,
+    marker: str | None = None,
+    around: str = "",
 ) -> str:
     """Renders the format as a Jinja chat template for transformers' processors.
 
     Contents of messages are text, or lists of texts and images. An image is written as the token
     `image`. `system` is the system text of a conversation without one, as in `segments`. With a
     `marker`, texts that begin so stand for images, and are written as they are; a content that is
-    one text may begin so too.
+    one text may begin so too. `around` is text before and after an image.
     """
     is_image = _is_image("part", marker)
     shown = _shown_image(image, marker)
+    edge = _quoted(around)
+    shown = f"({edge} + {shown} + {edge})" if around else shown
     system = template.default_system if system is None else system
-    text = "part['text']"
-    whole = f"message['content']{' | trim' if template.strip else ''}"
-    if template.strip == "texts":
-        text = _unless_system("part['text'] | trim", text)
-        whole = _unless_system(whole, "message['content']")
-    elif template.strip:
-        text = "(part['text'].lstrip() if loop.first else part['text'])"
-        text = f"({text}.rstrip() if loop.last else {text})"
-    if template.strip == "answers":
-        text = f"({text} if message['role'] == 'assistant' else part['text'])"
-        whole = f"({whole} if message['role'] == 'assistant' else message['content'])"
+    text, whole = _shown_texts(template, around and marker)
     lines = [
+        *(_macro_of_spaced(marker, around, bool(template.strip)) if around and marker else []),
         "{%- macro content(message) -%}",
         f"{{%- if message['content'] is string -%}}{{{{- {whole} -}}}}",
         "{%- else -%}{%- for part in message['content'] -%}",
@@ -76,6 +75,30 @@ def processor_jinja(
     lines += ["{%- endif -%}", "{%- endfor -%}"]
     lines += ["{%- if add_generation_prompt -%}", _written(template.opened, ""), "{%- endif -%}"]
     return "\n".join(line for line in lines if line)
+
+
+def _shown_texts(template: ChatTemplate, mark: str | None) -> tuple[str, str]:
+    """The Jinja expressions of a text in a list, and of a content that is one text.
+
+    In the latter, images that begin with `mark` are marked, if not empty or None.
+    """
+    text = "part['text']"
+    whole = f"message['content']{' | trim' if template.strip else ''}"
+    if mark:
+        whole = (
+            f"(spaced(message['content']) if {_quoted(MARK_ENDS)} in message['content'] "
+            f"else {whole})"
+        )
+    if template.strip == "texts":
+        text = _unless_system("part['text'] | trim", text)
+        whole = _unless_system(whole, "message['content']")
+    elif template.strip:
+        text = "(part['text'].lstrip() if loop.first else part['text'])"
+        text = f"({text}.rstrip() if loop.last else {text})"
+    if template.strip == "answers":
+        text = f"({text} if message['role'] == 'assistant' else part['text'])"
+        whole = f"({whole} if message['role'] == 'assistant' else message['content'])"
+    return text, whole
 
 
 def _written_after_image(text: str) -> str:
@@ -129,6 +152,28 @@ def _macros_of_parts(is_image: str, shown: str, whole: str, text: str, between: 
         f"{{%- for part in message['content'] if not {is_image} -%}}"
         f"{parted if between else ''}{{{{- {text} -}}}}{{%- endfor -%}}",
         "{%- endif -%}{%- endmacro -%}",
+    ]
+
+
+def _macro_of_spaced(marker: str, around: str, strip: bool) -> list[str]:
+    """The Jinja macro of a text in which images are marked, with `around` before and after each.
+
+    llama.cpp's server joins the parts of a turn with images to one such text. A mark begins with
+    `marker` and ends with `MARK_ENDS`.
+    """
+    edge = _quoted(around)
+    ending = _quoted(MARK_ENDS)
+    trim = " | trim" if strip else ""
+    return [
+        "{%- macro spaced(text) -%}",
+        f"{{%- for section in text.split({_quoted(marker)}) -%}}",
+        f"{{%- if loop.first -%}}{{{{- section{trim} -}}}}",
+        f"{{%- elif {ending} in section -%}}{{%- set halves = section.split({ending}) -%}}",
+        f"{{{{- {edge} + {_quoted(marker)} + halves[0] + {ending} + {edge} -}}}}",
+        f"{{{{- halves[1:] | join({ending}){trim} -}}}}",
+        f"{{%- else -%}}{{{{- {_quoted(marker)} + section -}}}}{{%- endif -%}}",
+        "{%- endfor -%}",
+        "{%- endmacro -%}",
     ]
 
 

@@ -21,6 +21,7 @@ class Gemma3Frames:
 
     begin = "<start_of_image>"
     end = "<end_of_image>"
+    around = "\n\n"
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -33,11 +34,11 @@ class Gemma3Frames:
         self, media: Media, size: tuple[int, int], side: int, among: int = 1
     ) -> list[Segment]:
         return [
-            Segment("text", "\n\n"),
+            Segment("text", self.around),
             Segment("control", self.begin),
             Segment("media", media),
             Segment("control", self.end),
-            Segment("text", "\n\n"),
+            Segment("text", self.around),
         ]
 
     def frames(self, image: Image, side: int) -> Mapping[Tile | None, Image]:

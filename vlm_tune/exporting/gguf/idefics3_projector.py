@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm_tune.config.towers import Idefics3Split, Tower
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.images.decode import image_size
 from vlm_tune.data.images.split import Idefics3Frames
-from vlm_tune.exporting.gguf.projector import IMAGE_SLOT, Projector
+from vlm_tune.data.types import Media
+from vlm_tune.exporting.gguf.projector import (
+    IMAGE_SLOT,
+    Projector,
+    clip_names,
+    connector_tensors,
+    missing_tokens,
+)
 from vlm_tune.exporting.hf_layout import vision_of
 from vlm_tune.exporting.idefics3_layout import part_reasons
+from vlm_tune.exporting.llava_layout import bidirectional_reasons
 from vlm_tune.model.connectors.projectors import PixelShuffle
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.quoting import applying, name_list
@@ -19,7 +29,7 @@ from vlm_tune.quoting import applying, name_list
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-    from vlm_tune.exporting.gguf.mmproj import Mmproj
+    from vlm_tune.exporting.gguf.mmproj_reading import Mmproj
 
 VISION_TYPES = ("idefics3_vision", "smolvlm_vision")
 AROUND = Idefics3Frames.around
@@ -27,7 +37,7 @@ MARKERS = ("\n", "\n\n", AROUND, Idefics3Frames.whole)
 """What llama.cpp puts around frames, which it looks up in the vocabulary as one token each."""
 
 
-def _reasons(config: VisionLanguageConfig) -> list[str]:
+def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     vision = config.tower_rebuild.get("vision_config", {})
     model_type = vision.get("model_type")
     tower = config.model.tower
@@ -36,6 +46,7 @@ def _reasons(config: VisionLanguageConfig) -> list[str]:
     longest = split.longest_edge if isinstance(split, Idefics3Split) else 2 * side
     return [
         *part_reasons(config, "Idefics3"),
+        *bidirectional_reasons(config),
         *applying(
             (
                 model_type not in VISION_TYPES,
@@ -57,11 +68,7 @@ def _reasons(config: VisionLanguageConfig) -> list[str]:
 
 
 def _token_reasons(tokenizer: Any) -> list[str]:
-    missing = [
-        repr(marker)
-        for marker in MARKERS
-        if len(tokenizer.encode(marker, add_special_tokens=False)) != 1
-    ]
+    missing = missing_tokens(tokenizer, MARKERS)
     return applying(
         (
             missing,
@@ -83,7 +90,7 @@ def _vision(tower: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     config = copy.deepcopy(vision.config)
     config.num_hidden_layers = len(vision.encoder.layers)
     norm = {f"post_layernorm.{key}": value for key, value in tower.norm.state_dict().items()}
-    return config, {**vision.state_dict(), **norm}
+    return config, clip_names({**vision.state_dict(), **norm})
 
 
 def _describe(writer: GGUFWriter, vision: Any, model: VisionLanguageNetwork) -> None:
@@ -95,28 +102,36 @@ def _describe(writer: GGUFWriter, vision: Any, model: VisionLanguageNetwork) -> 
     writer.add_uint32("clip.vision.preproc_image_size", images.split.longest_edge)
 
 
-def _connected(mmproj: Mmproj, hidden: torch.Tensor) -> torch.Tensor:
-    """The connector's output [M, N / f^2, E], by llama.cpp's steps (`build_patch_merge_permute`).
+def _connector(model: VisionLanguageNetwork) -> dict[str, torch.Tensor]:
+    return connector_tensors(model.connector, {"layers.0": "mm.model.fc"})
+
+
+def _features(mmproj: Mmproj, pixels: torch.Tensor) -> torch.Tensor:
+    return mmproj.linear("mm.model.fc", shuffled(mmproj, mmproj.encode(pixels)))
+
+
+def shuffled(mmproj: Mmproj, hidden: torch.Tensor) -> torch.Tensor:
+    """States [N, D] joined to [N / f², f² D], by llama.cpp's steps (`build_patch_merge_permute`).
 
     It joins f tokens of a row, then f rows.
     """
     factor = mmproj.vision["projector.scale_factor"]
     side = mmproj.vision["image_size"] // mmproj.vision["patch_size"]
     width = hidden.shape[-1]
-    joined = hidden.unflatten(1, (side, side)).reshape(-1, side, side // factor, factor * width)
-    by_column = joined.transpose(1, 2)
-    squares = by_column.reshape(-1, side // factor, side // factor, factor * factor * width)
-    return mmproj.linear("mm.model.fc", squares.transpose(1, 2).flatten(1, 2))
+    joined = hidden.reshape(side, side // factor, factor * width)
+    by_column = joined.transpose(0, 1)
+    squares = by_column.reshape(side // factor, side // factor, factor * factor * width)
+    return squares.transpose(0, 1).flatten(0, 1)
 
 
 def _image_ids(
-    tokenizer: Any, vision: dict[str, Any], size: tuple[int, int], tokens: int
+    tokenizer: Any, vision: dict[str, Any], media: Media, processor: Processor
 ) -> list[int]:
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    columns, rows = _grid(size, vision["preproc_image_size"], vision["image_size"])
-    frame = [IMAGE_SLOT] * tokens
+    columns, rows = _grid(image_size(media), vision["preproc_image_size"], vision["image_size"])
+    frame = [IMAGE_SLOT] * processor.spec.tokens_per_image
     image: list[int] = []
     for row in range(rows):
         for column in range(columns):
@@ -145,7 +160,7 @@ IDEFICS3 = Projector(
     notes=_notes,
     vision=_vision,
     describe=_describe,
-    names={"layers.0": "mm.model.fc"},
-    connected=_connected,
+    connector=_connector,
+    features=_features,
     image_ids=_image_ids,
 )

@@ -24,6 +24,8 @@ FAMILIES = {
 }
 """llama.cpp's architecture for each transformers model type that is exported."""
 ROPES = ("default", "llama3")
+GEMMA_ROPES = ("default", "linear")
+"""Scalings of a Gemma 3's layers with full attention."""
 ROTATED_IN_PAIRS = ("llama",)
 """Architectures whose rotary embedding rotates neighbouring pairs, not a head's two halves as in
 transformers."""
@@ -71,7 +73,8 @@ def _gemma_reasons(text: Any) -> list[str]:
         "the activation gelu_pytorch_tanh": text.hidden_activation == "gelu_pytorch_tanh",
         "the rotary base 10000 in its windows": local["rope_theta"] == 10_000
         and local["rope_type"] == "default",
-        "no scaled rotary embedding": full["rope_type"] == "default",
+        "a rotary embedding that is scaled linearly or not at all": full["rope_type"]
+        in GEMMA_ROPES,
         f"query_pre_attn_scalar {width}": text.query_pre_attn_scalar == width,
         "no soft caps": not (text.attn_logit_softcapping or text.final_logit_softcapping),
         "no biases": not text.attention_bias,
@@ -87,8 +90,16 @@ def _head_dim(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def describe_decoder(writer: GGUFWriter, text: Any, processor: Processor, rows: int) -> None:
-    """Adds all metadata of a language model file, whose embedding has `rows` rows."""
+def describe_decoder(
+    writer: GGUFWriter, text: Any, processor: Processor, rows: int, around: str
+) -> None:
+    """Adds all metadata of a language model file.
+
+    Its embedding has `rows` rows, and the chat format has the text `around` before and after an
+    image.
+    """
+    from gguf import RopeScalingType
+
     window = getattr(text, "sliding_window", None)
     gemma = text.model_type == "gemma3_text"
     writer.add_name(f"{text.model_type} in a vision-language model")
@@ -111,11 +122,13 @@ def describe_decoder(writer: GGUFWriter, text: Any, processor: Processor, rows: 
     writer.add_value_length(_head_dim(text))
     writer.add_layer_norm_rms_eps(text.rms_norm_eps)
     writer.add_rope_dimension_count(_head_dim(text))
-    writer.add_rope_freq_base(
-        (text.rope_parameters["full_attention"] if gemma else text.rope_parameters)["rope_theta"]
-    )
+    rope = text.rope_parameters["full_attention"] if gemma else text.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
     writer.add_vocab_size(rows)
-    describe_tokenizer(writer, processor, rows)
+    describe_tokenizer(writer, processor, rows, around)
 
 
 def decoder_tensors(language: Any) -> Iterator[tuple[str, torch.Tensor]]:

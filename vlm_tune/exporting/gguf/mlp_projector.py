@@ -5,19 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import gelu
 
 from vlm_tune.config.connectors import MlpConnector
-from vlm_tune.exporting.gguf.projector import IMAGE_SLOT, Projector
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.types import Media
+from vlm_tune.exporting.gguf.projector import (
+    IMAGE_SLOT,
+    Projector,
+    clip_names,
+    connector_tensors,
+)
 from vlm_tune.exporting.hf_layout import vision_of
-from vlm_tune.exporting.llava_layout import tower_reasons, vision_weights
+from vlm_tune.exporting.llava_layout import (
+    bidirectional_reasons,
+    tower_reasons,
+    vision_weights,
+)
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.quoting import applying
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-    from vlm_tune.exporting.gguf.mmproj import Mmproj
+    from vlm_tune.exporting.gguf.mmproj_reading import Mmproj
 
 PAD = (122, 116, 104)
 """The colour with which llama.cpp pads an image to a square: CLIP's mean."""
@@ -26,12 +36,12 @@ CONNECTOR = {"layers.0": "mm.0", "layers.2": "mm.2", "norm": "v.post_ln"}
 mmproj has after the tower's last block."""
 
 
-def _reasons(config: VisionLanguageConfig) -> list[str]:
+def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     tower = config.model.tower
     connector = config.model.connector
     mlp = isinstance(connector, MlpConnector)
     depth = connector.depth if isinstance(connector, MlpConnector) else 2
-    return tower_reasons(config) + applying(
+    layers = applying(
         (
             getattr(tower, "class_token", False),
             "its connector gets the class token (model.tower.class_token)",
@@ -39,6 +49,7 @@ def _reasons(config: VisionLanguageConfig) -> list[str]:
         (not mlp, f"its connector is of kind {connector.kind}"),
         (depth != 2, f"its connector has {depth} layers"),
     )
+    return [*tower_reasons(config), *layers, *bidirectional_reasons(config)]
 
 
 def _notes(model: VisionLanguageNetwork) -> list[str]:
@@ -67,7 +78,9 @@ def _notes(model: VisionLanguageNetwork) -> list[str]:
 def _vision(tower: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     config, state = vision_weights(tower)
     # Features are taken before the tower's last norm.
-    return config, {key: state[key] for key in state if not key.startswith("post_layernorm")}
+    return config, clip_names(
+        {key: state[key] for key in state if not key.startswith("post_layernorm")}
+    )
 
 
 def _describe(writer: GGUFWriter, vision: Any, model: VisionLanguageNetwork) -> None:
@@ -75,15 +88,18 @@ def _describe(writer: GGUFWriter, vision: Any, model: VisionLanguageNetwork) -> 
     writer.add_array("clip.vision.feature_layer", [vision.num_hidden_layers])
 
 
-def _connected(mmproj: Mmproj, hidden: torch.Tensor) -> torch.Tensor:
-    inner = gelu(mmproj.linear("mm.0", hidden), approximate="none" if mmproj.exact else "tanh")
-    return mmproj.linear("mm.2", inner)
+def _connector(model: VisionLanguageNetwork) -> dict[str, torch.Tensor]:
+    return connector_tensors(model.connector, CONNECTOR)
+
+
+def _features(mmproj: Mmproj, pixels: torch.Tensor) -> torch.Tensor:
+    return mmproj.mlp("mm.0", "mm.2", mmproj.encode(pixels))
 
 
 def _image_ids(
-    tokenizer: Any, vision: dict[str, Any], size: tuple[int, int], tokens: int
+    tokenizer: Any, vision: dict[str, Any], media: Media, processor: Processor
 ) -> list[int]:
-    return [IMAGE_SLOT] * tokens
+    return [IMAGE_SLOT] * processor.spec.tokens_per_image
 
 
 MLP = Projector(
@@ -93,7 +109,7 @@ MLP = Projector(
     notes=_notes,
     vision=_vision,
     describe=_describe,
-    names=CONNECTOR,
-    connected=_connected,
+    connector=_connector,
+    features=_features,
     image_ids=_image_ids,
 )

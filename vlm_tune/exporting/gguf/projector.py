@@ -1,4 +1,8 @@
-"""The projectors of llama.cpp's mmproj files, in what they differ."""
+"""The projectors of llama.cpp's mmproj files, in what they differ.
+
+Shapes: S side of an image, N tokens of the tower, D its width, T tokens of an image, E width of the
+LLM.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlm_tune.config.towers import Tower
+from vlm_tune.data.chat.processor import Processor
+from vlm_tune.data.types import Media
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-    from vlm_tune.exporting.gguf.mmproj import Mmproj
+    from vlm_tune.exporting.gguf.mmproj_reading import Mmproj
 
 IMAGE_SLOT = -1
 """Stands for a token of an image in a row's ids."""
+VISION = "vision_tower.vision_model."
+"""What the package gguf has in front of the tensors of a CLIP tower."""
 
 
 @dataclass(frozen=True)
@@ -26,29 +33,52 @@ class Projector:
 
     Attributes:
         name: its type in the files.
-        reasons: gives the reasons why it can't hold a model's tower or connector, from configs.
+        reasons: gives the reasons why it can't hold a model's tower or connector, from the model's
+            config and transformers' config of its LLM (None for an encoder-decoder).
         token_reasons: gives the reasons why a tokenizer lacks what llama.cpp puts around images.
         notes: gives where llama.cpp's handling of images deviates from how a model was trained.
-        vision: gives a tower's transformers config, and its tensors by the names of a CLIP tower.
+        vision: gives a tower's transformers config, and its tensors by names that the package gguf
+            knows.
         describe: adds the metadata that other projectors do not have.
-        names: the mmproj names of the connector's layers, by ours.
-        connected: computes a connector of the tower's hidden states [M, N, D].
+        connector: gives the tensors of a model's connector, by their names in an mmproj file.
+        features: computes an image's tokens [T, E] of its pixels uint8[3, H, W].
         image_ids: gives the ids of an image, with `IMAGE_SLOT` for its own tokens, from the file's
-            tokenizer and metadata of images, the image's width and height, and a frame's tokens.
+            tokenizer and metadata of images, the image, and the model's processor.
+        around: text of the chat format before and after an image.
+        both_ways: whether llama.cpp lets the tokens of an image see each other both ways.
     """
 
     name: str
-    reasons: Callable[[VisionLanguageConfig], list[str]]
+    reasons: Callable[[VisionLanguageConfig, Any], list[str]]
     token_reasons: Callable[[Any], list[str]]
     notes: Callable[[VisionLanguageNetwork], list[str]]
     vision: Callable[[Any], tuple[Any, dict[str, torch.Tensor]]]
     describe: Callable[[GGUFWriter, Any, VisionLanguageNetwork], None]
-    names: dict[str, str]
-    connected: Callable[[Mmproj, torch.Tensor], torch.Tensor]
-    image_ids: Callable[[Any, dict[str, Any], tuple[int, int], int], list[int]]
+    connector: Callable[[VisionLanguageNetwork], dict[str, torch.Tensor]]
+    features: Callable[[Mmproj, torch.Tensor], torch.Tensor]
+    image_ids: Callable[[Any, dict[str, Any], Media, Processor], list[int]]
+    around: str = ""
+    both_ways: bool = False
 
 
-def cuts_as(config: VisionLanguageConfig, kind: str) -> bool:
-    """Whether a model cuts images in this way (`model.tower.split`)."""
-    tower = config.model.tower
-    return isinstance(tower, Tower) and getattr(tower.split, "kind", None) == kind
+def clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A CLIP tower's tensors by the names that the package gguf knows."""
+    return {f"{VISION}{key}": tensor for key, tensor in state.items()}
+
+
+def connector_tensors(connector: torch.nn.Module, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """A connector's tensors by their names in an mmproj file; `names` has those of its layers."""
+    tensors = {}
+    for key, tensor in connector.state_dict().items():
+        owner, _, kind = key.rpartition(".")
+        tensors[f"{names[owner]}.{kind}"] = tensor
+    return tensors
+
+
+def missing_tokens(tokenizer: Any, markers: tuple[str, ...]) -> list[str]:
+    """Those of llama.cpp's texts around images that are not one token each, quoted."""
+    return [
+        repr(marker)
+        for marker in markers
+        if len(tokenizer.encode(marker, add_special_tokens=False)) != 1
+    ]

@@ -91,10 +91,10 @@ def tokenizer_reasons(tokenizer: Any, rows: int, template: ChatTemplate) -> list
     )
 
 
-def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> None:
+def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int, around: str) -> None:
     """Adds a processor's tokenizer, special ids and chat template to a file's metadata.
 
-    Embedding rows without a token are marked unused.
+    Embedding rows without a token are marked unused. `around` is text before and after an image.
     """
     from gguf import TokenType
 
@@ -144,7 +144,7 @@ def describe_tokenizer(writer: GGUFWriter, processor: Processor, rows: int) -> N
     writer.add_add_bos_token(any(piece.control == "bos" for piece in processor.template.start))
     writer.add_add_eos_token(False)
     writer.add_chat_template(
-        processor_jinja(processor.template, processor.system, MARKER, MARKER_BEGINS)
+        processor_jinja(processor.template, processor.system, MARKER, MARKER_BEGINS, around)
     )
 
 

@@ -37,7 +37,8 @@ def tensor_type(name: str, tensor: torch.Tensor, dtype: str) -> GGMLQuantization
 
     if tensor.dim() == 1 or "position_embd" in name:
         return GGMLQuantizationType.F32
-    if tensor.dim() > 2:
+    # llama.cpp transposes Gemma 3's matrix before it multiplies, which it does for these two alone.
+    if tensor.dim() > 2 or name == "mm.input_projection.weight":
         return GGMLQuantizationType.F16 if dtype == "fp16" else GGMLQuantizationType.F32
     if dtype == "q8_0" and tensor.shape[-1] % BLOCK:
         return GGMLQuantizationType.F16
