@@ -11,7 +11,7 @@ import pytest
 from benchmarks import material, our_steps
 from benchmarks.turns import Comparison, Sides
 from tests.helpers.tiny_models import built, parsed, rows_of, save_llm
-from tests.parity.test_parity_idefics3 import ids_of, their_inputs
+from tests.helpers.transformers_parity import ids_of, their_inputs
 
 TOWER = {
     "hidden_size": 32,

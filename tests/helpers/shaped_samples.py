@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 
 from tests.helpers.chat_samples import TEXTS, turns
-from tests.helpers.tiled_samples import Sample
 from tests.helpers.tiny_models import LLAMA
 from tests.helpers.vlm_samples import stir
 from vlm_tune.data.chat.template import load_template
@@ -126,7 +125,7 @@ def save_mistral3(
     return _save(folder, theirs, tokenizer, config.spatial_merge_size)
 
 
-def save_pixtral(folder: Path, **changes: Any) -> Any:
+def save_pixtral(folder: Path, *, tied: bool = False, **changes: Any) -> Any:
     """A tiny LLaVA with Pixtral's tower and processor; each patch takes a slot."""
     import transformers
 
@@ -138,37 +137,7 @@ def save_pixtral(folder: Path, **changes: Any) -> Any:
         "image_token_index": tokenizer.convert_tokens_to_ids("[IMG]"),
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
     }
     config = transformers.LlavaConfig(**(settings | changes))
     return _save(folder, transformers.LlavaForConditionalGeneration(config), tokenizer, 1)
-
-
-NAMES = {
-    "model.vision_tower.": "tower.model.",
-    "model.multi_modal_projector.norm.": "connector.norm.",
-    "model.multi_modal_projector.patch_merger.merging_layer.": "connector.merging.",
-    "model.multi_modal_projector.linear_1.": "connector.layers.0.",
-    "model.multi_modal_projector.linear_2.": "connector.layers.2.",
-    "model.language_model.": "llm.model.model.",
-    "lm_head.": "llm.model.lm_head.",
-}
-PROJECTOR = [f"model.multi_modal_projector.{name}" for name in ("linear_1", "linear_2")]
-MERGER = [
-    *PROJECTOR,
-    "model.multi_modal_projector.norm",
-    "model.multi_modal_projector.patch_merger.merging_layer",
-]
-FRAMES = [1, 2, 1, 0]
-
-SAMPLES = {
-    "mistral3": Sample(save_mistral3, "mistral3", NAMES, FRAMES, MERGER),
-    "ministral3": Sample(
-        lambda folder: save_mistral3(folder, "ministral3", tied=True),
-        "mistral3",
-        NAMES,
-        FRAMES,
-        MERGER,
-    ),
-    "pixtral": Sample(save_pixtral, "pixtral", NAMES, FRAMES, PROJECTOR),
-}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -229,68 +227,3 @@ def save_internvl(
     )
     processor.save_pretrained(folder)
     return theirs
-
-
-INTERNVL = {
-    "model.vision_tower.": "tower.model.",
-    "model.multi_modal_projector.layer_norm.": "connector.norm.",
-    "model.multi_modal_projector.linear_1.": "connector.layers.0.",
-    "model.multi_modal_projector.linear_2.": "connector.layers.2.",
-    "model.language_model.": "llm.model.model.",
-    "lm_head.": "llm.model.lm_head.",
-}
-
-PROJECTOR = [
-    f"model.multi_modal_projector.{name}" for name in ("layer_norm", "linear_1", "linear_2")
-]
-
-
-LLAVA_NEXT = {
-    "model.vision_tower.": "tower.model.",
-    "model.multi_modal_projector.linear_1.": "connector.layers.0.",
-    "model.multi_modal_projector.linear_2.": "connector.layers.2.",
-    "model.image_newline": "connector.newline",
-    "model.language_model.": "llm.model.model.",
-    "lm_head.": "llm.model.lm_head.",
-}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A tiny checkpoint: how it is saved, its chat format, and our names of its tensors.
-
-    `frames` are the numbers of frames of the rows of `write_rows` in
-    `tests/parity/test_parity_idefics3.py`, `saved` the modules of the connector in its class.
-    """
-
-    save: Callable[[Path], Any]
-    template: str
-    names: dict[str, str]
-    frames: list[int]
-    saved: list[str]
-
-    def our_name(self, name: str) -> str:
-        return next(
-            ours + name.removeprefix(theirs)
-            for theirs, ours in self.names.items()
-            if name.startswith(theirs)
-        )
-
-
-SAMPLES = {
-    "llava_next": Sample(save_llava_next, "llava_mistral", LLAVA_NEXT, [3, 6, 3, 0], PROJECTOR[1:]),
-    # 3 x 2 tiles, shrunk, and the whole; two images seen whole; one of one tile, and the whole.
-    "llava_onevision": Sample(
-        save_llava_onevision, "llava_onevision", LLAVA_NEXT, [7, 2, 2, 0], PROJECTOR[1:]
-    ),
-    # An image of 3 x 1 tiles and itself; one of 1 x 4 and one too small to be cut.
-    "internvl": Sample(save_internvl, "internvl", INTERNVL, [4, 6, 1, 0], PROJECTOR),
-    # InternVL3, and InternViT-6B's norms.
-    "internvl-qwen2": Sample(
-        lambda folder: save_internvl(folder, "qwen2", use_qk_norm=True, norm_type="rms_norm"),
-        "internvl",
-        INTERNVL,
-        [4, 6, 1, 0],
-        PROJECTOR,
-    ),
-}

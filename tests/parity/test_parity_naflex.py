@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from tests.helpers.tiny_models import batch_of, built, largest, parsed, rows_of
+from tests.helpers.transformers_parity import write_rows
 from tests.helpers.vlm_samples import stir
-from tests.parity.test_parity_idefics3 import write_rows
 from vlm_tune.config.towers import TransformersTower
 from vlm_tune.data.images.patches import patch_places, stacked
 from vlm_tune.data.images.shaped import ShapedImages

@@ -2,51 +2,46 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from PIL import Image
 
 from tests.helpers.native_models import KINDS, save_native, with_native
 from tests.helpers.tiny_models import batch_of, built, largest, parsed, rows_of
 from tests.helpers.tiny_recipes import tiny_text
-from tests.parity.test_parity_idefics3 import write_rows
-from tests.parity.test_parity_pretrained import our_step
+from tests.helpers.transformers_parity import (
+    assert_same_logits,
+    by_chat_template,
+    peft_over,
+    same_gradients,
+    their_logits,
+    their_step,
+    trained_step,
+    with_adapters,
+    write_rows,
+)
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.images.decode import PixelCache
-from vlm_tune.data.types import IGNORE_INDEX, Conversation, Media
+from vlm_tune.data.types import IGNORE_INDEX, Conversation
 from vlm_tune.errors import ModelError
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.language.decoding import Decoding
 
 
-def their_inputs(folder: Path, row: Conversation, *, prompt: bool = False) -> Any:
-    """What the checkpoint's own processor makes of a row."""
+@lru_cache(maxsize=2)
+def processor_of(folder: Path) -> Any:
     from transformers import AutoProcessor
 
-    processor: Any = AutoProcessor.from_pretrained(folder)
-    turns = [
-        {"role": message.role, "content": [_part(part) for part in message.parts]}
-        for message in (row.messages[:-1] if prompt else row.messages)
-    ]
-    # Without reasoning, where the template can open an answer by it.
-    options = {"enable_thinking": False} if "enable_thinking" in processor.chat_template else {}
-    return processor.apply_chat_template(
-        turns,
-        add_generation_prompt=prompt,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        **options,
-    )
+    return AutoProcessor.from_pretrained(folder)
 
 
-def _part(part: str | Media) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    return {"type": "image", "image": Image.open(str(part.source)).convert("RGB")}
+def their_inputs(folder: Path, row: Conversation, *, prompt: bool = False) -> Any:
+    """What the checkpoint's own processor makes of a row."""
+    return by_chat_template(processor_of(folder), row, prompt=prompt)
 
 
 class Taken(NamedTuple):
@@ -56,6 +51,13 @@ class Taken(NamedTuple):
     theirs: Any
     rows: list[Conversation]
     folder: Path
+    recipe: str
+
+    @property
+    def batch(self) -> Batch:
+        """All rows: of one image, of several, and of words alone."""
+        examples = [self.model.processor.examples(row)[0] for row in self.rows]
+        return batch_of(self.model, examples)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -64,14 +66,31 @@ def taken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     write_rows(folder / "rows.jsonl")
     theirs = save_native(folder / "vlm", request.param)
     text = tiny_text("causal", folder / "rows.jsonl", folder / "run")
-    recipe = parsed(with_native(text, folder / "vlm"), data__max_length=512)
-    return Taken(built(recipe).eval(), theirs, rows_of(recipe), folder / "vlm")
+    text = with_native(text.replace("max_length: 128", "max_length: 512"), folder / "vlm")
+    recipe = parsed(text)
+    return Taken(built(recipe).eval(), theirs, rows_of(recipe), folder / "vlm", text)
+
+
+def our_name(name: str) -> str:
+    return f"llm.model.{name.replace('.base_layer.', '.')}"
+
+
+def assert_step_is_theirs(taken: Taken, model: VisionLanguageModel, theirs: Any) -> None:
+    """Asserts that logits and gradients of all rows in one batch are transformers'."""
+    batch = taken.batch
+    logits = model.llm.supervised_logits(model.embed(batch), batch)
+    theirs.zero_grad(set_to_none=True)
+    expected = their_logits(theirs, batch, [their_inputs(taken.folder, row) for row in taken.rows])
+    assert_same_logits(logits.detach(), expected.detach())
+    loss = torch.nn.functional.cross_entropy(expected, batch.labels[batch.labels != IGNORE_INDEX])
+    wanted = their_step(theirs, loss, our_name)
+    same_gradients(trained_step(model, batch), wanted)
 
 
 def test_ids_pixels_logits_and_gradients_are_transformers(taken: Taken) -> None:
-    model, theirs, rows, folder = taken
-    examples = [model.processor.examples(row)[0] for row in rows]
-    inputs = [their_inputs(folder, row) for row in rows]
+    model = taken.model
+    examples = [model.processor.examples(row)[0] for row in taken.rows]
+    inputs = [their_inputs(taken.folder, row) for row in taken.rows]
     assert [len(example.media) for example in examples] == [1, 2, 1, 0]
     for example, given in zip(examples, inputs, strict=True):
         ids = example.input_ids.tolist()
@@ -80,30 +99,24 @@ def test_ids_pixels_logits_and_gradients_are_transformers(taken: Taken) -> None:
         assert native.keys() == {key for key in given if key in native}
         assert all(torch.equal(native[key], given[key]) for key in native)
         assert bool(native) == bool(example.media)
-    batch = batch_of(model, examples)
-    logits = model.llm.supervised_logits(model.embed(batch), batch)
-    expected = []
-    loss = torch.zeros(())
-    for given, example in zip(inputs, examples, strict=True):
-        output = theirs(**given).logits[0]
-        labels = torch.from_numpy(example.labels).long()
-        places = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        expected.append(output[places])
-        loss = loss + torch.nn.functional.cross_entropy(
-            output[places], labels[places], reduction="sum"
+    model.requires_grad_(True)
+    assert_step_is_theirs(taken, model, taken.theirs)
+
+
+def test_a_lora_step_is_that_of_peft_over_transformers(taken: Taken) -> None:
+    """On tower and LLM, with the connector in full."""
+    tuned = with_adapters(taken.model, taken.recipe)
+    batch = taken.batch
+    with torch.no_grad():
+        before, after = (
+            model.llm.supervised_logits(model.embed(batch), batch) for model in (taken.model, tuned)
         )
-    assert largest(logits, torch.cat(expected)) <= 1e-5 * max(1.0, float(logits.abs().max()))
-    (loss / len(logits)).backward()
-    wanted = {
-        f"llm.model.{name}": p.grad for name, p in theirs.named_parameters() if p.grad is not None
-    }
-    ours = our_step(model, batch)
-    for name, gradient in wanted.items():
-        assert largest(ours[name], gradient) <= 1e-5 * max(1.0, float(gradient.abs().max())), name
+    assert largest(before, after) > 1e-3
+    assert_step_is_theirs(taken, tuned, peft_over(taken.theirs, tuned, our_name))
 
 
 def test_another_image_changes_the_logits(taken: Taken) -> None:
-    model, _, rows, _ = taken
+    model, rows = taken.model, taken.rows
     batch = batch_of(model, [model.processor.examples(rows[0])[0]])
     with torch.no_grad():
         before = model.llm.supervised_logits(model.embed(batch), batch)
@@ -113,7 +126,7 @@ def test_another_image_changes_the_logits(taken: Taken) -> None:
 
 
 def test_greedy_text_is_transformers(taken: Taken) -> None:
-    model, theirs, rows, folder = taken
+    model, theirs, rows, folder = taken[:4]
     texts = answer_prompts(
         model,
         model.processor.prompts(rows),
@@ -133,7 +146,7 @@ def test_greedy_text_is_transformers(taken: Taken) -> None:
 def test_beams_of_several_images_are_refused_where_transformers_mixes_them_up(
     taken: Taken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, _, rows, _ = taken
+    model, rows = taken.model, taken.rows
     one_image, two_images = model.processor.prompts(rows[:2])
     cache = PixelCache(model.processor.images)
     beams = Decoding(2, num_beams=2)

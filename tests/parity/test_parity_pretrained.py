@@ -14,7 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.tiny_models import assert_close, built, largest, parsed, rows_of
+from tests.helpers.tiny_models import built, largest, parsed, rows_of
+from tests.helpers.transformers_parity import (
+    assert_same_logits,
+    our_step,
+    peft_over,
+    same_gradients,
+    their_step,
+    trained_step,
+    until_stop,
+    with_adapters,
+)
 from tests.helpers.vlm_samples import (
     Blip,
     one_batch,
@@ -52,41 +62,6 @@ def wide(path: Path, text: str) -> None:
 def model_and_rows(recipe: str) -> tuple[VisionLanguageModel, list[Conversation]]:
     loaded: Recipe = parsed(recipe)
     return built(loaded).eval(), rows_of(loaded)
-
-
-def our_step(model: VisionLanguageModel, batch: Any) -> dict[str, torch.Tensor]:
-    """Gradients of the mean loss, by name."""
-    model.requires_grad_(True)
-    model.zero_grad(set_to_none=True)
-    loss: Any = model(batch)
-    (loss.sum / loss.count).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def their_step(
-    model: Any, loss: torch.Tensor, names: Callable[[str], str | None]
-) -> dict[str, torch.Tensor]:
-    """Gradients under our names; those of parameters that ours has not are all none."""
-    loss.backward()
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and (ours := names(name)) is not None:
-            gradients[ours] = parameter.grad.clone()
-    return gradients
-
-
-def same_gradients(actual: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """Asserts that gradients agree within 1e-5 (of the largest, where that is over 1).
-
-    None that matters may be left out.
-    """
-    assert not [
-        name for name, gradient in wanted.items() if name not in actual and gradient.abs().max() > 0
-    ]
-    known = {name: wanted[name] for name in actual}
-    for name, gradient in known.items():
-        assert largest(actual[name], gradient) <= 1e-5 * max(1.0, float(gradient.abs().max())), name
-    assert_close(actual, known, relative=1e-3)
 
 
 def llava_name(name: str) -> str | None:
@@ -138,9 +113,7 @@ def same_as_llava(
             0, prompt["input_ids"].shape[1] :
         ].tolist()
         stops = model.processor.stop_ids
-        expected = generated[
-            : next((n for n, token in enumerate(generated) if token in stops), len(generated))
-        ]
+        expected = until_stop(generated, stops)
         answer = answer_prompts(
             model, [model.processor.prompt(row)], Decoding(6), fetch=model.processor.images
         )
@@ -206,7 +179,7 @@ def test_a_llava_of_the_original_layout(
     same_as_llava(model, theirs, tmp_path / "llava", rows)
 
 
-def blip_name(name: str) -> str | None:
+def blip_name(name: str) -> str:
     if name.startswith("vision_model.post_layernorm."):
         return name.replace("vision_model.post_layernorm", "tower.norm")
     stems = {
@@ -254,15 +227,37 @@ def test_blip_with_flan_t5(kind: Blip, tiny_recipe: Tiny, color_rows: Path, tmp_
         gradients = our_step(model, batch)
         same_gradients(gradients, wanted)
         generated = theirs.generate(**given, max_new_tokens=6, do_sample=False)[0, 1:].tolist()
-        expected = generated[
-            : next(
-                (n for n, token in enumerate(generated) if token in model.processor.stop_ids),
-                len(generated),
-            )
-        ]
+        expected = until_stop(generated, model.processor.stop_ids)
         answer = answer_prompts(
             model, [model.processor.prompt(row)], Decoding(6), fetch=model.processor.images
         )
         assert answer == [model.processor.decode(expected)]
         outputs.append(logits)
     assert largest(outputs[0][:1], outputs[1][:1]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["blip-2", "instructblip"])
+def test_a_lora_step_over_blip_is_that_of_peft_over_transformers(
+    kind: Blip, tiny_recipe: Tiny, color_rows: Path, tmp_path: Path
+) -> None:
+    """On tower and T5, with the Q-Former in full."""
+    text = tiny_recipe("seq2seq")
+    folder = tmp_path / "blip"
+    theirs = save_blip(folder, rows_of(parsed(text)), kind)
+    recipe = with_pretrained(text, folder, "blip2")
+    model, rows = model_and_rows(recipe)
+    tuned = with_adapters(model, recipe)
+    whole = peft_over(theirs, tuned, blip_name)
+    _, batch = one_batch(model, rows[0])
+    given = their_inputs(folder, rows[0], rows[0].messages[0].text)
+    output = whole(**given, labels=batch.labels)
+    with torch.no_grad():
+        before, logits = (
+            each.llm.supervised_logits(each.embed(batch), batch) for each in (model, tuned)
+        )
+    assert largest(before, logits) > 1e-3
+    assert_same_logits(logits, output.logits[0].detach())
+    wanted = their_step(
+        whole, output.loss, lambda name: blip_name(name.replace(".base_layer.", "."))
+    )
+    same_gradients(trained_step(tuned, batch), wanted)

@@ -25,7 +25,7 @@ from tests.helpers.tiny_models import (
     with_tune,
 )
 from tests.helpers.tiny_recipes import tiny_text
-from tests.parity.test_parity_idefics3 import write_rows
+from tests.helpers.transformers_parity import write_rows
 from tests.parity.test_parity_native import their_inputs
 from vlm_tune import VisionLanguageModel, export, merge
 from vlm_tune.api import sft

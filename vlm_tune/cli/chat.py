@@ -29,6 +29,11 @@ from vlm_tune.cli.options import (
 if TYPE_CHECKING:
     from vlm_tune.model.language.decoding import Settings
 
+ImageOption = Annotated[list[Path] | None, typer.Option(help="an image file (repeatable)")]
+AudioOption = Annotated[list[Path] | None, typer.Option(help="an audio file (repeatable)")]
+PromptOption = Annotated[
+    str | None, typer.Option(help="the question; without it, a conversation starts in the terminal")
+]
 SystemOption = Annotated[str | None, typer.Option(help="the system text; the model's by default")]
 MaxNewTokensOption = Annotated[
     int, typer.Option(min=1, max=MOST_TOKENS, help="maximum length of an answer in tokens")
@@ -56,12 +61,9 @@ ChoicesOption = Annotated[
 
 def chat(
     model: ModelArgument,
-    image: Annotated[list[Path] | None, typer.Option(help="an image file (repeatable)")] = None,
-    audio: Annotated[list[Path] | None, typer.Option(help="an audio file (repeatable)")] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(help="the question; without it, a conversation starts in the terminal"),
-    ] = None,
+    image: ImageOption = None,
+    audio: AudioOption = None,
+    prompt: PromptOption = None,
     system: SystemOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
     temperature: TemperatureOption = 0.0,

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.family_samples import SHAPED, Sample
 from tests.helpers.policy_samples import prompt_batches, sampler_of
 from tests.helpers.preference_samples import awake
-from tests.helpers.shaped_samples import LONGEST, SAMPLES, SLOT, save_mistral3, save_pixtral
-from tests.helpers.tiled_samples import Sample
+from tests.helpers.shaped_samples import LONGEST, SLOT, save_mistral3, save_pixtral
 from tests.helpers.tiny_models import (
     LORA_TUNE,
     batch_of,
@@ -23,6 +23,7 @@ from tests.helpers.tiny_models import (
     rows_of,
     with_tune,
 )
+from tests.helpers.transformers_parity import write_rows
 from tests.helpers.vlm_samples import with_pretrained
 from tests.model.pretrained.test_tiled import (  # noqa: F401
     assert_plain_equals,
@@ -36,7 +37,6 @@ from tests.model.pretrained.test_tiled import (  # noqa: F401
     test_what_was_trained_opens_in_a_process_without_vlm_tune,
     trained,
 )
-from tests.parity.test_parity_idefics3 import write_rows
 from vlm_tune.config.objectives import Matching
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.errors import DataError, ModelError
@@ -52,7 +52,7 @@ Tiny = Callable[..., str]
 
 @pytest.fixture(params=["mistral3", "pixtral"])
 def sample(request: pytest.FixtureRequest) -> Sample:
-    return SAMPLES[request.param]
+    return SHAPED[request.param]
 
 
 @pytest.fixture

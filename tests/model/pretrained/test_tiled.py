@@ -20,8 +20,9 @@ from tests.helpers.family_runs import (
     assert_resumed_and_merged,
     logits_of,
 )
+from tests.helpers.family_samples import TILED, Sample
 from tests.helpers.talkative import talkative
-from tests.helpers.tiled_samples import SAMPLES, Sample, save_internvl
+from tests.helpers.tiled_samples import save_internvl
 from tests.helpers.tiny_models import (
     LORA_TUNE,
     assert_close,
@@ -37,9 +38,9 @@ from tests.helpers.tiny_models import (
     wake_adapters,
     with_tune,
 )
+from tests.helpers.transformers_parity import write_rows
 from tests.helpers.vlm_samples import with_pretrained
 from tests.model.pretrained.test_idefics3 import OTHER_PATHS, PLAIN
-from tests.parity.test_parity_idefics3 import write_rows
 from tests.serving.test_scheduler import Driver, assert_same, offline
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.media_processor import distinct_frames
@@ -67,7 +68,7 @@ CLASSES = {
 
 @pytest.fixture(params=FAMILIES)
 def sample(request: pytest.FixtureRequest) -> Sample:
-    return SAMPLES[request.param]
+    return TILED[request.param]
 
 
 @pytest.fixture
