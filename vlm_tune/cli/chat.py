@@ -94,17 +94,8 @@ def chat(
     quiet_libraries()
     from vlm_tune.cli.chat_terminal import ChatTerminal
     from vlm_tune.generation.chat import VisionLanguageModel
-    from vlm_tune.generation.choices import check_not_generated, choices_of_each
-    from vlm_tune.generation.requests import check_text
-    from vlm_tune.model.language.decoding import Decoding
 
-    # Wrong options are an error before the model is loaded.
-    decoding = Decoding(**settings)
-    if texts is not None:
-        choices_of_each(texts, 1)
-        check_not_generated(decoding.given)
-    if system is not None:
-        check_text("the system text", system)
+    _check_options(settings, texts, system)
     vlm = VisionLanguageModel.from_pretrained(
         model, task=task, dtype=dtype, base=bases_by_part(base), accept_other_base=accept_other_base
     )
@@ -121,3 +112,17 @@ def chat(
         print_json(terminal.answer(prompt))
     else:
         terminal.show(prompt)
+
+
+def _check_options(settings: Settings, texts: list[str] | None, system: str | None) -> None:
+    """Raises `ArgumentError` for wrong options, before the model is loaded."""
+    from vlm_tune.generation.choices import check_not_generated, choices_of_each
+    from vlm_tune.generation.requests import check_text
+    from vlm_tune.model.language.decoding import Decoding
+
+    decoding = Decoding(**settings)
+    if texts is not None:
+        choices_of_each(texts, 1)
+        check_not_generated(decoding.given)
+    if system is not None:
+        check_text("the system text", system)
