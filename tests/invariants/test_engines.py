@@ -90,7 +90,7 @@ HALF = {
     "decoder-qlora": ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"),
     "full-bf16": ("ddp", "fsdp"),
     "norms-bf16": ("ddp", "fsdp"),
-    "t5-qlora": ("ddp", "zero3", "fsdp"),
+    "t5-qlora": ("ddp", "zero3", "offload", "fsdp", "fsdp-offload"),
 }
 """In bf16, in bf16 over a base of 4 bit, in bf16 with all weights in fp32 and a connector that
 reads text, in bf16 with a tower of batch norms, which is validated as well, and in fp32 over a T5
