@@ -112,6 +112,12 @@ def _language_original(vlm: Vlm) -> Any:
     )
 
 
+MODULES = {
+    "model.": "model.language_model.",
+    "lm_head.": "lm_head.",
+    "connector.layers.0.": "model.multi_modal_projector.linear_1.",
+    "connector.layers.2.": "model.multi_modal_projector.linear_2.",
+}
 LLAVA = Family(
     "LLaVA-1.5",
     ("vicuna",),
@@ -125,6 +131,7 @@ LLAVA = Family(
     ),
     _llava,
     decoder_config,
+    MODULES,
 )
 LLAVA_ORIGINAL = Family(
     "LLaVA-1.5",

@@ -19,7 +19,7 @@ from vlm_tune.model.families.base import (
     refuse,
     whole_config,
 )
-from vlm_tune.model.families.llava import LLAVA
+from vlm_tune.model.families.llava import LLAVA, MODULES
 
 BICUBIC = 3
 
@@ -81,12 +81,6 @@ LAYOUT = Layout(
     LLAVA.layout.language,
     {"linear_1.": "layers.0.", "linear_2.": "layers.2.", "image_newline": "newline"},
 )
-MODULES = {
-    "model.": "model.language_model.",
-    "lm_head.": "lm_head.",
-    "connector.layers.0.": "model.multi_modal_projector.linear_1.",
-    "connector.layers.2.": "model.multi_modal_projector.linear_2.",
-}
 LLAVA_NEXT = Family(
     "LLaVA-NeXT",
     ("chatml", "llama3", "vicuna"),

@@ -20,7 +20,8 @@ from vlm_tune.model.families.base import (
     refuse,
     whole_config,
 )
-from vlm_tune.model.families.llava_next import LAYOUT, MODULES, grids_of
+from vlm_tune.model.families.llava import MODULES
+from vlm_tune.model.families.llava_next import LAYOUT, grids_of
 
 BICUBIC = 3
 

@@ -22,6 +22,7 @@ from vlm_tune.model.families.base import (
     refuse,
     whole_config,
 )
+from vlm_tune.model.families.llava import MODULES
 
 BICUBIC = 3
 
@@ -98,12 +99,6 @@ LAYOUT = Layout(
         "linear_2.": "layers.2.",
     },
 )
-MODULES = {
-    "model.": "model.language_model.",
-    "lm_head.": "lm_head.",
-    "connector.layers.0.": "model.multi_modal_projector.linear_1.",
-    "connector.layers.2.": "model.multi_modal_projector.linear_2.",
-}
 MISTRAL3 = Family(
     "Mistral 3",
     ("mistral3",),
