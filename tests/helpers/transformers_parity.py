@@ -195,11 +195,16 @@ def with_adapters(
     """A copy of a recipe's model with LoRA whose values are all random, in eval mode."""
     tuned = deepcopy(model)
     tuned_by(tuned, parsed(with_tune(recipe, LORA.format(layers=layers))))
+    stir_adapters(tuned)
+    return tuned.eval()
+
+
+def stir_adapters(model: VisionLanguageModel) -> None:
+    """Gives every matrix of LoRA random values, those of embeddings too."""
     generator = torch.Generator().manual_seed(7)
-    for name, parameter in tuned.named_parameters():
+    for name, parameter in model.named_parameters():
         if is_adapter(name):
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    return tuned.eval()
 
 
 def peft_over(theirs: Any, tuned: VisionLanguageModel, names: Callable[[str], str | None]) -> Any:

@@ -30,6 +30,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.model.lora import merge_adapter
 
 
 @lru_cache(maxsize=2)
@@ -60,15 +61,19 @@ class Taken(NamedTuple):
         return batch_of(self.model, examples)
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def taken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Taken:
-    folder = tmp_path_factory.mktemp(request.param)
+def take(kind: str, folder: Path, *, tied: bool = False) -> Taken:
+    """A tiny native model, called by a recipe."""
     write_rows(folder / "rows.jsonl")
-    theirs = save_native(folder / "vlm", request.param)
+    theirs = save_native(folder / "vlm", kind, tied=tied)
     text = tiny_text("causal", folder / "rows.jsonl", folder / "run")
     text = with_native(text.replace("max_length: 128", "max_length: 512"), folder / "vlm")
     recipe = parsed(text)
     return Taken(built(recipe).eval(), theirs, rows_of(recipe), folder / "vlm", text)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def taken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Taken:
+    return take(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def our_name(name: str) -> str:
@@ -113,6 +118,26 @@ def test_a_lora_step_is_that_of_peft_over_transformers(taken: Taken) -> None:
         )
     assert largest(before, after) > 1e-3
     assert_step_is_theirs(taken, tuned, peft_over(taken.theirs, tuned, our_name))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "lfm2_vl"])
+def test_lora_on_embedding_and_head_is_pefts_and_is_merged(
+    kind: str, tied: bool, tmp_path: Path
+) -> None:
+    """A head that is the embedding is one no more when each of them has its own adapter."""
+    taken = take(kind, tmp_path, tied=tied)
+    language: Any = taken.model.llm.model
+    embedding = language.get_input_embeddings()
+    assert (embedding.weight is language.get_output_embeddings().weight) == tied
+    tuned = with_adapters(taken.model, taken.recipe, "[embed_tokens, lm_head, q_proj]")
+    assert_step_is_theirs(taken, tuned, peft_over(taken.theirs, tuned, our_name))
+    batch = taken.batch
+    with torch.no_grad():
+        expected = tuned.llm.supervised_logits(tuned.embed(batch), batch)
+        merge_adapter(tuned, "llm")
+        merged = tuned.llm.supervised_logits(tuned.embed(batch), batch)
+    assert largest(merged, expected) <= 1e-4
 
 
 def test_another_image_changes_the_logits(taken: Taken) -> None:
