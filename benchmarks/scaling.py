@@ -232,7 +232,7 @@ def main() -> None:
     options = parser.parse_args()
     unknown = [axis for axis in options.axes if axis not in AXES]
     if unknown:
-        parser.error(f"no axis {', '.join(unknown)}; there are {', '.join(AXES)}")
+        parser.error(f"no axis {', '.join(unknown)}; expected one of {', '.join(AXES)}")
     import torch
     from transformers.utils import logging
 

@@ -478,7 +478,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     unknown = [name for name in options.against if name not in PEERS]
     if unknown:
-        parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
+        parser.error(f"no peer {', '.join(unknown)}; expected one of {', '.join(PEERS)}")
     if not (options.decoder / "config.json").is_file():
         parser.error(
             f"no decoder in {options.decoder}: `make models` writes one, or name a folder with "

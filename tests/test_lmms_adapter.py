@@ -194,8 +194,8 @@ def test_each_round_is_made_by_the_task_from_the_last(model: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pretraind": "x"}, "pretraind: no such model_args; there are pretrained"),
-        ({"batch_size": "auto"}, "batch_size is a whole number, got 'auto'"),
+        ({"pretraind": "x"}, "pretraind: unknown model_args; expected pretrained"),
+        ({"batch_size": "auto"}, "batch_size must be an integer, got 'auto'"),
     ],
 )
 def test_other_arguments_are_refused_before_loading(

@@ -61,8 +61,8 @@ def test_processes_that_try_and_use_one_place_at_once_do_not_disturb_each_other(
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("file/run", "is a file, and no folder"),
-        ("file/deep/run", "is a file, and no folder"),
+        ("file/run", "is a file, not a folder"),
+        ("file/deep/run", "is a file, not a folder"),
         ("n" * 300, "file name too long"),
         ("n" * 300 + "/run", "file name too long"),
         ("a\0b", "NUL"),
@@ -91,7 +91,7 @@ def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is a directory"):
         check_writable(tmp_path, "the page")
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match="is a file, and no folder"):
+    with pytest.raises(RecipeError, match="is a file, not a folder"):
         check_writable(tmp_path / "file", "the output", folder=True)
 
 

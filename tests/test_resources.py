@@ -55,5 +55,5 @@ def test_a_size_of_the_cache_that_is_none_is_an_error_before_it_is_used(
     size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLM_TUNE_CACHE_GB", size)
-    with pytest.raises(RecipeError, match=r"VLM_TUNE_CACHE_GB: .* is no size in GB"):
+    with pytest.raises(RecipeError, match=r"VLM_TUNE_CACHE_GB: .* is not a size in GB"):
         check_cache(tmp_path / "features")

@@ -79,7 +79,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_while_its_workers_live(tmp_p
         with run_lock(tmp_path) as note:
             assert note is not None
             assert note.startswith(f"the lock of process {holder.pid} on ")
-            assert note.endswith(" is taken over: that process is gone")
+            assert note.endswith(" is taken over: its process no longer runs")
 
 
 def test_nothing_of_a_lock_remains_after_it(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_nothing_of_a_lock_remains_after_it(tmp_path: Path) -> None:
             assert json.loads((run / HOLDER).read_text())["pid"] == os.getpid()
             check_lock(run)  # of this process
             with (
-                pytest.raises(TrainingError, match="in use by this very process"),
+                pytest.raises(TrainingError, match="in use by this process"),
                 run_lock(run),
             ):
                 pass

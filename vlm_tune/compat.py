@@ -117,7 +117,7 @@ def deterministic_compiling() -> Iterator[None]:
 def share_compiled_code(tensor: torch.Tensor) -> None:
     """Lets torch.compile use code for a tensor of fixed address at other addresses too.
 
-    A CUDA graph is recorded anew for them.
+    A CUDA graph is recorded again for them.
     """
     import torch
 
@@ -307,7 +307,7 @@ def eager_attention(module: Any) -> Callable[..., tuple[Any, Any]]:
 
 
 def checkpointed_forward(block: Any) -> Callable[..., Any] | None:
-    """The function [module, ...] that transformers runs anew where it checkpoints a block.
+    """The function [module, ...] that transformers runs again where it checkpoints a block.
 
     Newer releases wrap `forward` for that. None for a block whose `forward` is not wrapped: older
     ones checkpoint the whole call.

@@ -48,9 +48,7 @@ def check_count(option: str, count: int | None) -> None:
     if count is None:
         return
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise RecipeError(
-            [Problem(option, f"expected a whole number from 1 on, not {quoted(count)}")]
-        )
+        raise RecipeError([Problem(option, f"expected a positive integer, got {quoted(count)}")])
 
 
 def check_counts(**counts: int | None) -> None:
@@ -66,7 +64,7 @@ def number_problems(option: str, number: float | None) -> list[Problem]:
         isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
     ):
         return []
-    return [Problem(option, f"expected a number above 0, not {quoted(number)}")]
+    return [Problem(option, f"expected a number above 0, got {quoted(number)}")]
 
 
 class ArgumentError(VlmTuneError, ValueError):

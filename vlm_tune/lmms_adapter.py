@@ -76,18 +76,18 @@ class LmmsModel(_base):
             **unknown: `max_batch_size`, which lmms-eval passes to every model, has no effect.
 
         Raises:
-            ArgumentError: an unknown argument, or a `batch_size` that is no whole number.
+            ArgumentError: an unknown argument, or a `batch_size` that is not an integer.
             VlmTuneError: the model can't be loaded.
         """
         super().__init__()
         unknown.pop("max_batch_size", None)
         if unknown:
             raise ArgumentError(
-                f"{name_list(list(unknown))}: no such model_args; there are pretrained, "
+                f"{name_list(list(unknown))}: unknown model_args; expected pretrained, "
                 "batch_size, dtype, device, max_new_tokens"
             )
         if not str(batch_size).isdecimal():
-            raise ArgumentError(f"batch_size is a whole number, got {batch_size!r}")
+            raise ArgumentError(f"batch_size must be an integer, got {batch_size!r}")
         self.batch_size = int(batch_size)
         self.max_new_tokens = int(max_new_tokens)
         self.accelerator = Accelerator()

@@ -110,14 +110,18 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
         if "\0" not in str(path):  # of a file's name Python refuses nothing else
             raise
         raise RecipeError(
-            [Problem(shown_path(path), f"{what} can't be written: its name holds a NUL character")]
+            [
+                Problem(
+                    shown_path(path), f"{what} can't be written: its name contains a NUL character"
+                )
+            ]
         ) from error
 
 
 def reason(error: OSError | UnicodeEncodeError) -> str:
     """Returns a file system error in words, with the file where that helps."""
     if isinstance(error, UnicodeEncodeError):
-        return "its name holds half of a surrogate pair, which no file's name can"
+        return "its name contains half of a surrogate pair"
     text = (error.strerror or str(error) or type(error).__name__).lower()
     if error.errno in (errno.ENOTDIR, errno.EEXIST) and error.filename:
         above = next(
@@ -128,7 +132,7 @@ def reason(error: OSError | UnicodeEncodeError) -> str:
             ),
             None,
         )
-        return f"{shown_path(above)} is a file, and no folder" if above else text
+        return f"{shown_path(above)} is a file, not a folder" if above else text
     if error.errno == errno.ENOSPC:
         return f"{text}: make room"
     return text

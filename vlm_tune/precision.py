@@ -14,10 +14,10 @@ def dtype_name(dtype: str | torch.dtype | None) -> str | None:
     """Returns the recipe's name of a precision: bf16, fp16 or fp32; None for None.
 
     Args:
-        dtype: that name ("bf16"), torch's name ("bfloat16") or a torch dtype.
+        dtype: that name "bf16", torch's name "bfloat16" or a torch dtype.
 
     Raises:
-        ModelError: the precision is none of bf16, fp16 and fp32.
+        ModelError: the precision is not one of bf16, fp16 and fp32.
     """
     if dtype is None:
         return None
@@ -26,7 +26,7 @@ def dtype_name(dtype: str | torch.dtype | None) -> str | None:
             isinstance(dtype, str) and dtype in (name, str(known).removeprefix("torch."))
         ) or dtype is known:
             return name
-    raise ModelError(f"dtype: there is no {quoted(dtype)}; there are {', '.join(DTYPES)}")
+    raise ModelError(f"dtype: there is no {quoted(dtype)}; expected one of {', '.join(DTYPES)}")
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -56,7 +56,7 @@ def device_of(device: str | torch.device | None) -> torch.device | None:
     except RuntimeError:  # torch knows no such name
         pass
     raise ModelError(
-        f"device: there is no {quoted(str(device))}; there are "
+        f"device: there is no {quoted(str(device))}; expected one of "
         f"{', '.join(['cpu', *(f'cuda:{number}' for number in range(torch.cuda.device_count()))])}"
     )
 
@@ -74,8 +74,8 @@ def precision_note(precision: str, device: torch.device) -> str | None:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return None
     return (
-        f"{torch.cuda.get_device_name(device)} has no units for bf16 and emulates it, slowly: "
-        "train.precision: fp16 (not for T5) or fp32 is faster there"
+        f"{torch.cuda.get_device_name(device)} has no bf16 units and emulates bf16 slowly: "
+        "train.precision: fp16 (not for T5) or fp32 is faster"
     )
 
 

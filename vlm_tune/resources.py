@@ -101,7 +101,7 @@ def rank_cores() -> int:
 def peak_resident_memory(process: int | str = "self") -> int:
     """The largest resident set of a process so far, in bytes.
 
-    Linux's VmHWM starts anew at exec. `ru_maxrss` is inherited from the program that called it: a
+    Linux's VmHWM restarts at exec. `ru_maxrss` is inherited from the program that called it: a
     process that a notebook of 8 GB starts would never report less.
 
     Raises:
@@ -163,7 +163,7 @@ def kernel_choice() -> str:
         return _recipe_kernels.get()
     if choice not in KERNEL_CHOICES:
         raise RecipeError(
-            [Problem(KERNELS_VARIABLE, f"{choice!r} is none of {', '.join(KERNEL_CHOICES)}")]
+            [Problem(KERNELS_VARIABLE, f"{choice!r} is not one of {', '.join(KERNEL_CHOICES)}")]
         )
     return choice
 
@@ -174,7 +174,7 @@ def chosen_kernels() -> str:
     return (
         f"{KERNELS_VARIABLE}={kernel_choice()}"
         if by_variable
-        else (f"train.kernels: {kernel_choice()}")
+        else f"train.kernels: {kernel_choice()}"
     )
 
 
@@ -189,7 +189,7 @@ def cache_limit() -> int:
     except ValueError:
         gigabytes = math.nan
     if not 0 <= gigabytes < math.inf:
-        message = f"{quoted(text)} is no size in GB: expected a finite number from 0 on"
+        message = f"{quoted(text)} is not a size in GB: expected a number that is 0 or more"
         raise RecipeError([Problem(CACHE_SIZE_VARIABLE, message)])
     return int(gigabytes * 1e9)
 

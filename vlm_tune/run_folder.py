@@ -89,7 +89,7 @@ def check_run(
             )
         _check_changes(run, load_recipe(saved), recipe, accept_changes=accept_changes)
     elif run.exists() and _holds_files(run) and not (overwrite and marked):
-        stranger = "no run wrote it, so nothing in it is deleted; choose another output"
+        stranger = "it was not written by a run, so nothing in it is deleted; choose another output"
         hint = "--resume continues it, --overwrite starts over" if marked else stranger
         raise RecipeError([Problem(shown_path(run), f"the output folder is not empty; {hint}")])
 
@@ -106,8 +106,8 @@ def _check_changes(run: Path, old: Recipe, recipe: Recipe, *, accept_changes: bo
                 for change in fixed
             ]
             hint = (
-                "its checkpoints hold it; resume with the run's own value, or start another run "
-                "(another output, or --overwrite)"
+                "its checkpoints depend on it; resume with the run's value, or start another "
+                "run (another output, or --overwrite)"
             )
             raise RecipeError([*lines, Problem(saved, hint)])
         return
@@ -119,7 +119,7 @@ def _check_changes(run: Path, old: Recipe, recipe: Recipe, *, accept_changes: bo
         hint = "--resume needs the run's own recipe; --accept-changes continues with this one"
         if fixed:
             hint = (
-                f"of these a run that has begun can't change "
+                "a run that has begun can't change "
                 f"{', '.join(change.name for change in fixed)}: start another run"
             )
         raise RecipeError([*lines, Problem(saved, hint)])
@@ -181,8 +181,8 @@ def retire_result(run: Path) -> str | None:
     for name in RESULTS:
         (run / name).unlink(missing_ok=True)
     return (
-        f"the finished run continues: its earlier result is {EARLIER}, and {MODEL}/ stays the "
-        f"earlier one until the end"
+        f"the finished run continues: its earlier result is in {EARLIER}, and {MODEL}/ stays "
+        "the earlier one until the end"
     )
 
 
@@ -190,8 +190,8 @@ def check_present(run: Path) -> None:
     """Raises `TrainingError` if the folder of the running run no longer exists."""
     if not (run / MARK).exists():
         raise TrainingError(
-            f"{run}: the run's folder was deleted or moved while it ran; it stops, as nothing it "
-            f"does can be kept"
+            f"{run}: the run's folder was deleted or moved while it ran; the run stops, because "
+            "nothing can be saved"
         )
 
 

@@ -52,7 +52,7 @@ def run_lock(run: Path) -> Iterator[str | None]:
         run.mkdir(parents=True, exist_ok=True)
     folder = run.resolve()
     if folder in _held:
-        raise TrainingError(f"{run} is in use by this very process")
+        raise TrainingError(f"{run} is in use by this process")
     with ExitStack() as stack:
         with writing(folder / NAME, WHAT):
             stack.enter_context(_locked(run))
@@ -75,7 +75,7 @@ def run_lock(run: Path) -> Iterator[str | None]:
         yield (
             None
             if before is None
-            else f"the lock of {_who(before)} is taken over: that process is gone"
+            else f"the lock of {_who(before)} is taken over: its process no longer runs"
         )
 
 

@@ -25,7 +25,7 @@ def find_recipe(model: Path) -> Path:
         raise ModelError(f"no such folder: {shown_path(model)}")
     recipe = recipe_above(model)
     if recipe is None:
-        message = "no recipe.yaml in this folder or above it; say which data with --recipe"
+        message = "no recipe.yaml in this folder or above it; name one with --recipe"
         raise RecipeError([Problem(shown_path(model), message)])
     return recipe
 
@@ -63,7 +63,7 @@ def which_model(path: str | Path) -> dict[str, Any]:
         run = above.parent.parent.parent.parent
         text = f"the checkpoint of step {step} of stage {stage}"
         if above != Path(path).resolve():
-            text += ", the last whole one: the run has no finished model yet"
+            text += ", the last complete one: the run has no finished model yet"
         return {
             "folder": str(folder),
             "about": text,

@@ -136,9 +136,9 @@ def test_clips_are_heard_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture
         ("/image", "the command is: /image PATH"),
         ("/reset now", "the command is: /reset"),
         ("/image nope.png", "no image file 'nope.png'"),
-        ("/temperature hot", "a temperature is a number, got 'hot'"),
-        ("/temperature -3", "temperature is a number from 0 to 100"),
-        ("/system \udcff", "the system text is a text of whole characters"),
+        ("/temperature hot", "a temperature must be a number, got 'hot'"),
+        ("/temperature -3", "temperature must be a number from 0 to 100"),
+        ("/system \udcff", "the system text must be valid Unicode"),
         ("<image>?", "0 images and 1 <image> marks"),
     ],
 )
@@ -200,7 +200,7 @@ def test_texts_beside_images_are_saved_as_they_are(
 def test_what_is_there_is_not_written_over(model: VisionLanguageModel, image: Path) -> None:
     before = image.read_bytes()
     session = terminal(model, interactive=False)
-    with pytest.raises(ArgumentError, match="is there already: give another name"):
+    with pytest.raises(ArgumentError, match="already exists: give another name"):
         session.run(typed(f"/save {image}"), as_json=False)
     assert image.read_bytes() == before
 

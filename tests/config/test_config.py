@@ -271,10 +271,10 @@ def test_overrides_reach_keys_list_places_and_parts_that_are_not_there(tmp_path:
     [
         ("train.epochs", "written key.key=value"),
         ("=5", "written key.key=value"),
-        ("tune.7.r=4", "tune is a list of 3; '7' is none of its places"),
-        ("tune.-1.r=4", "'-1' is none of its places"),
-        ("tune.x.r=4", "'x' is none of its places"),
-        ("tune.².r=4", "'²' is none of its places"),
+        ("tune.7.r=4", "tune is a list of 3; '7' is not one of its places"),
+        ("tune.-1.r=4", "'-1' is not one of its places"),
+        ("tune.x.r=4", "'x' is not one of its places"),
+        ("tune.².r=4", "'²' is not one of its places"),
         ("name.first=x", "name is a plain value, it has no key 'first'"),
         ("tune.0.match.x=1", "tune.0.match is a plain value, it has no key 'x'"),
         ("train.epoch=2", "unknown key 'epoch'; did you mean epochs"),
@@ -315,7 +315,7 @@ def test_a_fault_in_a_replaced_part_is_the_overrides() -> None:
         ("tune.7.r=4", "tune.0 (tower.* frozen), tune.1 (connector.* full), tune.2 (llm.* lora)"),
         ("output='a\udcff'", "UTF-8 text"),
         ("a\udcff=1", "UTF-8 text"),
-        ('output="a\\0b"', "holds a NUL"),
+        ('output="a\\0b"', "contains a NUL"),
         ('output="\\ud83d"', "half of a surrogate pair"),
         (f"name={'x/' * 300}", "(600 characters)"),
         ("train=", "expected keys and values, got nothing (null)"),
@@ -697,7 +697,7 @@ def test_names_of_metrics_and_baselines_are_checked() -> None:
     assert "'exact_match' comes twice" in error[1]
     assert len(problems(good.replace("my.module:score", "my module:score"))) == 1
     messages = [message for _, message in problems(good.replace("[blind]", "[deaf]"))]
-    assert any("'deaf' is none of majority, same_question" in message for message in messages)
+    assert any("'deaf' is not one of majority, same_question" in message for message in messages)
     for value in ("[]", "[[1], 5]", "exact_match"):
         assert problems(good.replace("[exact_match, my.module:score]", value))
 
@@ -708,8 +708,8 @@ def test_names_of_metrics_and_baselines_are_checked() -> None:
         ("{metrics: [anls, bleu], best: bleu}", None),
         ("{metrics: [anls], best: loss}", None),
         ("{best: exact_match}", None),
-        ("{metrics: [anls], best: exact_match}", "'exact_match' is none of anls, loss"),
-        ("{best: anls}", "'anls' is none of exact_match, loss: name it in evaluate.metrics"),
+        ("{metrics: [anls], best: exact_match}", "'exact_match' is not one of anls, loss"),
+        ("{best: anls}", "'anls' is not one of exact_match, loss: name it in evaluate.metrics"),
     ],
 )
 def test_the_best_checkpoint_goes_by_a_metric_that_is_computed(
@@ -901,7 +901,7 @@ def test_the_schema_refuses_what_the_recipe_refuses(override: str) -> None:
         ),
         ("{kind: deepspeed, stage: 3}", {"tune": 3}, "tune: expected a list, got 3"),
         ("{kind: deepspeed, stage: 4}", {}, "less than or equal to 3"),
-        ("{kind: horovod}", {}, "'horovod' is none of auto, ddp, deepspeed, fsdp"),
+        ("{kind: horovod}", {}, "'horovod' is not one of auto, ddp, deepspeed, fsdp"),
     ],
 )
 def test_engines_refuse_what_they_cant_train(

@@ -96,7 +96,7 @@ def test_a_model_is_loaded_where_it_is_to_be(named: str, moves: list[Any], tmp_p
 
 def test_a_device_that_is_not_there_is_refused() -> None:
     for device in ("cuda:99", "tpu", 3):
-        with pytest.raises(ModelError, match=r"device: there is no .*; there are cpu"):
+        with pytest.raises(ModelError, match=r"device: there is no .*; expected one of cpu"):
             VisionLanguageModel.from_pretrained("x", device=device)  # type: ignore[arg-type]
 
 

@@ -115,5 +115,5 @@ def test_a_run_and_eval_answer_by_likelihood(
     assert evaluate(run.folder, data=rows, baselines=[]).answers == answers
     free = evaluate(run.folder, data=rows, baselines=[], answering="generate")
     assert [each.generated for each in free.answers] != [each.generated for each in answers]
-    with pytest.raises(RecipeError, match="'guess' is none of generate, likelihood"):
+    with pytest.raises(RecipeError, match="'guess' is not one of generate, likelihood"):
         evaluate(run.folder, data=rows, answering="guess")  # type: ignore[arg-type]

@@ -106,7 +106,7 @@ def test_files_of_one_name_are_told_apart(files: list[Path], tmp_path: Path) -> 
         ([None], None, "--metrics: expected a list of names"),
         (-7, None, "--metrics: expected a list of names"),
         (None, True, "--baselines: expected a list of names"),
-        (None, ["deaf"], "'deaf' is none of majority, same_question, mean_box"),
+        (None, ["deaf"], "'deaf' is not one of majority, same_question, mean_box"),
         (["exact"], None, "'exact' is no metric"),
         ([], None, "--metrics: no metric is named"),
     ],

@@ -217,7 +217,7 @@ def test_answers_follow_a_schema(folder: Path, tmp_path: Path) -> None:
     assert len(answers) == 2 and all(set(answer) <= {1, 23} for answer in answers)
     with pytest.raises(ArgumentError, match=r"json_schema: no answer can follow it: Invalid type"):
         vlm_tune.predict(folder / "model", rows, output, json_schema={"type": "arry"})
-    for text, message in (("[1]", "holds no JSON object"), ("{", "can't be read")):
+    for text, message in (("[1]", "is not a JSON object"), ("{", "can't be read")):
         schema.write_text(text)
         with pytest.raises(RecipeError, match=message):
             read_schema(schema)

@@ -275,7 +275,7 @@ def test_fault_48_a_corrupt_newest_checkpoint_falls_back_and_says_so(
     sft(recipe, resume=True, accept_changes=True, show=events.append)
     notes = [event.text for event in events if isinstance(event, Note)]
     for step in (4, 3):
-        assert f"step-000000{step} of 1-main is damaged; going on from step-0000002" in notes
+        assert f"step-000000{step} of 1-main is damaged; continuing from step-0000002" in notes
     assert [event.step for event in events if isinstance(event, TrainSteps)] == [3, 4]
     assert_same_bits(tmp_path / "whole" / "model", tmp_path / "run" / "model")
     assert read_trace(stage_of(tmp_path / "whole")) == read_trace(stage_of(tmp_path / "run"))
@@ -308,8 +308,8 @@ def test_fault_48_a_corrupt_best_checkpoint_does_not_stop_the_stage_at_its_end(
 
     run = sft(recipe, show=show).folder
     notes = [event.text for event in events if isinstance(event, Note)]
-    assert "step-0000002 of 1-main, which scored better, is damaged: passed over" in notes
-    assert "going on with the best checkpoint, step 1 (exact_match 0.5000)" in notes
+    assert "step-0000002 of 1-main, which scored better, is damaged and was skipped" in notes
+    assert "continuing with the best checkpoint, step 1 (exact_match 0.5000)" in notes
     first = tensors_of(step_folder(stage_of(run), 1))
     assert all(torch.equal(value, first[name]) for name, value in tensors_of(run / "model").items())
     assert json.loads((stage_of(run) / "done.json").read_text())["best_step"] == 1

@@ -176,7 +176,7 @@ def turn(role: Any, content: Any) -> dict[str, Any]:
 BAD_TURNS = {
     "unknown role": (
         [turn("user", "q"), turn("bot", "a")],
-        "role 'bot' is none of system, user, assistant",
+        "role 'bot' is not one of system, user, assistant",
     ),
     "no role": ([{"content": "q"}, turn("assistant", "a")], "turn 1: no `role`"),
     "role None": ([turn(None, "q"), turn("assistant", "a")], "turn 1: no `role`"),
@@ -184,7 +184,7 @@ BAD_TURNS = {
     "blank answer": ([turn("user", "q"), turn("assistant", " \n")], "an empty answer"),
     "answer None": (
         [turn("user", "q"), turn("assistant", None)],
-        "turn 2: `content` is text or a list of parts, got nothing (null)",
+        "turn 2: `content` must be text or a list of parts, got nothing (null)",
     ),
     "answer of no parts": ([turn("user", "q"), turn("assistant", [])], "an empty answer"),
     "empty question": ([turn("user", ""), turn("assistant", "a")], "an empty question"),
@@ -309,7 +309,7 @@ def test_fault_13_a_max_length_of_8_leaves_no_row_and_says_so(tmp_path: Path, na
 def test_fault_13_answers_that_are_all_context_train_nothing_and_are_named(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
     rows = [GOOD, {"messages": turns}]
-    with pytest.raises(DataError, match=r"rows\.jsonl, row 2: no token of it is supervised"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2: it has no supervised token"):
         prepare_rows(tmp_path / "rows.jsonl", rows, processor("chatml"))
     prepared = prepare_rows(tmp_path / "rows.jsonl", rows, processor("chatml"), on_bad_row="skip")
     assert len(prepared) == 1 and prepared.left_out == {"unsupervised": 1}

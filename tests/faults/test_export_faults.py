@@ -44,7 +44,7 @@ def test_fault_54_an_adapter_that_is_not_applied_is_not_exported(
     monkeypatch.setattr(
         merge, "merge_adapter", lambda model, part: model.adapters.pop(part).unload()
     )
-    with pytest.raises(ModelError, match="the merge did nothing"):
+    with pytest.raises(ModelError, match="the merge had no effect"):
         export(run, tmp_path / "llava", verify=False)
     assert [path.name for path in tmp_path.iterdir() if "llava" in path.name] == []
 

@@ -49,7 +49,7 @@ def test_fault_54_a_zeroed_adapter_is_not_merged(
 ) -> None:
     saved = trained(tiny_recipe("causal"), tmp_path / "saved", scale=0.0)
     with pytest.raises(
-        ModelError, match="the merge did nothing: merged logits equal the base model's"
+        ModelError, match="the merge had no effect: merged logits equal the base model's"
     ):
         merge(saved, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

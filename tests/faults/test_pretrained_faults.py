@@ -1,4 +1,4 @@
-"""Existing vision-language models that can't be taken over.
+"""Existing vision-language models that is not supported.
 
 Refused with what was found and what was expected.
 """
@@ -145,7 +145,7 @@ def test_llavas_of_another_shape_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"do_image_splitting": False}, r"not cut in tiles .* expected true"),
+        ({"do_image_splitting": False}, r"not tiled .* expected true"),
         ({"resample": 3}, "or not by Lanczos.* expected resample: 1"),
         ({"do_normalize": False}, "does not resize, rescale and normalise"),
         ({"rescale_factor": 1.0}, r"pixels scaled by 1\.0"),
@@ -305,7 +305,7 @@ def test_blip_of_another_shape_is_refused(tiny_recipe: Tiny, tmp_path: Path) -> 
     change_config(folder, qformer_config=former | {"intermediate_size": 48})
     with pytest.raises(
         ModelError,
-        match="a Q-Former whose intermediate_size is 48, which can't be taken over; expected 64",
+        match="a Q-Former whose intermediate_size is 48, which is not supported; expected 64",
     ):
         model_section(parsed(recipe))
 
@@ -336,7 +336,7 @@ def test_a_recipe_that_does_not_go_with_the_parts_found_is_told(
         ("{pretrained: x, connector: {kind: mlp}}", "unknown key 'connector'"),
         (
             "{pretrained: x, tower: {resize: shrink}}",
-            "model.tower.resize: 'shrink' is none of squash, crop, pad",
+            "model.tower.resize: 'shrink' is not one of squash, crop, pad",
         ),
         ("{}", "model.tower is required"),
     ],

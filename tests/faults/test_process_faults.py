@@ -88,7 +88,7 @@ def test_fault_39_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_ru
             sft(recipe)
 
         assert ended(start(act, log, ranks=2)) == [130, 130], Path(f"{log}.0").read_text()
-        assert "go on with --resume" in Path(f"{log}.1").read_text()
+        assert "continue with --resume" in Path(f"{log}.1").read_text()
         stopped = read_trace(stage_of(tmp_path / where))[-1].step
         assert stopped < 4 and is_whole(step_folder(stage_of(tmp_path / where), stopped))
         assert ended(start(lambda recipe=recipe: sft(recipe, resume=True), log, ranks=2)) == [0, 0]
@@ -468,12 +468,12 @@ def test_fault_51_a_tracker_that_fails_does_not_stop_training(
         if isinstance(event, Note) and event.text.startswith("tracker")
     ]
     assert notes == [
-        "tracker tensorboard failed (ConnectionError: no route to the tracker); training goes on",
+        "tracker tensorboard failed (ConnectionError: no route to the tracker); training continues",
         "tracker trackio is not installed (pip install 'vlm_tune[trackio]'); training "
-        "goes on without it",
-        "tracker wandb failed (ConnectionError: no route to the tracker); training goes on",
-        "tracker wandb failed 5 times in a row and is left alone from now on",
-        "tracker mlflow failed (ConnectionError: no route to the tracker); training goes on",
+        "continues without it",
+        "tracker wandb failed (ConnectionError: no route to the tracker); training continues",
+        "tracker wandb failed 5 times in a row and is no longer used",
+        "tracker mlflow failed (ConnectionError: no route to the tracker); training continues",
     ]
 
 

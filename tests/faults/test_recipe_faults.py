@@ -281,7 +281,7 @@ def test_fault_08_a_used_output_folder_is_refused_and_left_as_it_was(
         False,
         True,
     ):  # a folder that is no run is not deleted even when told to overwrite
-        with pytest.raises(RecipeError, match="not empty; no run wrote it"):
+        with pytest.raises(RecipeError, match="not empty; it was not written by a run"):
             open_run(run, recipe, text, resume=False, overwrite=overwrite, accept_changes=False)
     with pytest.raises(RecipeError, match="no run to resume"):
         open_run(run, recipe, text, resume=True, overwrite=False, accept_changes=False)
@@ -325,7 +325,7 @@ assert "torch" not in sys.modules, "torch was loaded"
     assert sorted(run.rglob("*")) == before
     run.joinpath("recipe.yaml").unlink()
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match="is a file, and no folder"):
+    with pytest.raises(RecipeError, match="is a file, not a folder"):
         open_run(
             tmp_path / "file", recipe, text, resume=False, overwrite=True, accept_changes=False
         )

@@ -241,7 +241,7 @@ def test_names_of_adapters(base_recipe: Callable[..., str], tmp_path: Path) -> N
     assert first.adapter_names == second.adapter_names == ("a", "b")
     with pytest.raises(ArgumentError, match=r"an adapter 'a' is loaded already"):
         first.load_adapter(run, "a")
-    with pytest.raises(ArgumentError, match=r"an adapter's name is a text, got ''"):
+    with pytest.raises(ArgumentError, match=r"an adapter's name must be a string, got ''"):
         first.load_adapter(run, "")
     for call in (first.adapter, first.delete_adapter):
         with pytest.raises(ArgumentError, match=r"no adapter 'c'; loaded are a, b"):

@@ -146,24 +146,24 @@ def test_an_image_is_whatever_holds_one(tmp_path: Path) -> None:
             {"prompt": "a", "image": RED.source, "images": [RED.source]},
             r"both `image` and `images`",
         ),
-        (7, r"a request is a text or .* got 7"),
-        ({"prompt": []}, r"a prompt is a text or a list of turns"),
-        ({"prompt": None}, r"a prompt is a text or a list of turns, got nothing"),
+        (7, r"a request must be a string or .* got 7"),
+        ({"prompt": []}, r"a prompt must be a string or a list of turns"),
+        ({"prompt": None}, r"a prompt must be a string or a list of turns, got nothing"),
         (
             {"prompt": [{"role": "user", "contnet": "a"}]},
             r"turn 1: unknown key 'contnet'; did you mean `content`\?",
         ),
         (
             {"prompt": [{"role": "robot", "content": "a"}]},
-            r"turn 1: the role is one of system, user, assistant, got 'robot'",
+            r"turn 1: the role must be one of system, user, assistant, got 'robot'",
         ),
         (
             {"prompt": [{"role": "user", "content": 5}]},
-            r"turn 1: `content` is a text or a list of parts, got 5",
+            r"turn 1: `content` must be a string or a list of parts, got 5",
         ),
         (
             {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
-            r"a part is text, image, image_url, audio or input_audio, got 'video'",
+            r"a part must be text, image, image_url, audio or input_audio, got 'video'",
         ),
         (
             {"prompt": [{"role": "user", "content": [{"type": "audio"}]}]},
@@ -173,13 +173,13 @@ def test_an_image_is_whatever_holds_one(tmp_path: Path) -> None:
             {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
             r"a chat ends with the user's turn",
         ),
-        ({"prompt": "a", "images": [None]}, r"an image is a path, a data URL, .* got nothing"),
+        ({"prompt": "a", "images": [None]}, r"an image must be a path, a data URL, .* got nothing"),
         ({"prompt": "a", "images": ["nope.png"]}, r"no image file 'nope.png'"),
-        ({"prompt": "a", "images": ["http://a/b.png"]}, r"is a URL, and nothing is fetched"),
+        ({"prompt": "a", "images": ["http://a/b.png"]}, r"is a URL, and URLs are not fetched"),
         ({"prompt": "a", "images": ["\0"]}, r"no image file"),
         (
             {"prompt": "a", "images": [np.full((4, 4, 3), np.nan)]},
-            r"an image's array is uint8 from 0 to 255, got float64",
+            r"an image's array must be uint8 from 0 to 255, got float64",
         ),
         ({"prompt": "a", "images": [np.zeros((0, 5, 3), np.uint8)]}, r"got \[0, 5, 3\]"),
         ({"prompt": "a", "images": [Image.new("RGB", (0, 5))]}, r"an image of 0x5 pixels has none"),
@@ -194,7 +194,7 @@ def test_what_is_no_request_is_refused_by_its_number(request_: Any, message: str
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "3", None, 10**9])
 @pytest.mark.parametrize("name", ["max_new_tokens", "num_beams"])
 def test_numbers_that_are_none_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ArgumentError, match=rf"{name} is a whole number from 1") as caught:
+    with pytest.raises(ArgumentError, match=rf"{name} must be an integer from 1") as caught:
         Decoding(**{"max_new_tokens": 4, name: value})
     assert (
         isinstance(caught.value, VlmTuneError)
@@ -387,9 +387,7 @@ def test_an_encoder_decoder_that_counts_places_takes_no_packed_rows(
     packed = parsed("\n".join(lines) + "\n", data__packing=True, **settings)
     (finding,) = check(packed).errors
     assert finding.kind == "unfit" and "can't be joined" in finding.message
-    with pytest.raises(
-        ModelError, match="can't be joined, it knows where tokens are by their places"
-    ):
+    with pytest.raises(ModelError, match="can't be joined, it derives positions from the order"):
         sft(packed)
     assert sft(parsed("\n".join(lines) + "\n", **settings), overwrite=True).result
     assert not check(parsed(text, data__packing=True, **settings)).errors
@@ -398,7 +396,7 @@ def test_an_encoder_decoder_that_counts_places_takes_no_packed_rows(
 def test_a_question_without_a_token_is_an_error(tiny_recipe: Callable[..., str]) -> None:
     """Where the chat format adds none, an encoder would read nothing."""
     model = built(parsed(tiny_recipe("seq2seq"))).eval()
-    with pytest.raises(DataError, match="no token to answer") as caught:
+    with pytest.raises(DataError, match="no text and no media") as caught:
         model.chat("")
     assert caught.value.kind == "empty_question"
     assert isinstance(model.chat("", images=[png()], max_new_tokens=2), str)

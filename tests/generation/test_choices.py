@@ -192,15 +192,15 @@ def test_a_trained_embedding_table_is_scored_too(tiny_recipe: Recipes) -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ([], "choices is a list of texts"),
-        ("ab", "choices is a list of texts"),
+        ([], "choices must be a list of strings"),
+        ("ab", "choices must be a list of strings"),
         ([1, 2], "choices"),
-        (["a"], "two or more different texts"),
-        (["a", "a"], "two or more different texts"),
-        (["a", " "], "none empty"),
+        (["a"], "two or more different strings"),
+        (["a", "a"], "two or more different strings"),
+        (["a", " "], "list of non-empty strings"),
         ([["a", "b"]], "1 lists of choices for 2 requests"),
-        ([["a", "b"], "ab"], "choices is a list of texts"),
-        (["\ud800", "b"], "a choice is a text of whole characters, got half a surrogate pair"),
+        ([["a", "b"], "ab"], "choices must be a list of strings"),
+        (["\ud800", "b"], "a choice must be valid Unicode text, got half a surrogate pair"),
     ],
 )
 def test_choices_that_are_none_are_refused(

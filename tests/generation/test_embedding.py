@@ -92,7 +92,7 @@ def test_a_vector_in_half_precision_is_a_unit_vector_in_fp32(tiny_recipe: Recipe
 WRONG: dict[str, tuple[str, Any, dict[str, Any], type[Exception], str]] = {
     "one text": ("texts", "red", {}, ArgumentError, "texts: expected a list"),
     "no text": ("texts", [], {}, ArgumentError, "at least one entry"),
-    "a number": ("texts", ["red", 3], {}, ArgumentError, "text 2 is a text, got 3"),
+    "a number": ("texts", ["red", 3], {}, ArgumentError, "text 2 must be a string, got 3"),
     "an empty text": ("texts", ["red", ""], {}, DataError, "text 2"),
     "a long text": ("texts", ["red " * 500], {}, DataError, "tokens, more than 128"),
     "one path": ("images", "red.png", {}, ArgumentError, "images: expected a list"),

@@ -93,7 +93,7 @@ def test_an_answer_that_is_too_long_is_broken_off(tiny_recipe: Recipes) -> None:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ("{}", "json_schema is a JSON schema as a mapping, got '{}'"),
+        ("{}", "json_schema must be a mapping (a JSON schema), got '{}'"),
         ({"type": "strin"}, "Invalid type: strin"),
         ({"type": "string", "pattern": "("}, "unclosed group"),
         ({"type": "integer", "minimum": 5, "maximum": 2}, "minimum (5) is greater than maximum"),
@@ -175,12 +175,12 @@ def test_tokenizers_of_t5_write_json_as_far_as_they_have_its_characters(
     assert all(fits(text, schema) for text in texts) and len(set(texts)) > 1
     with pytest.raises(ArgumentError) as raised:
         model.chat("red", json_schema=SCHEMA)
-    assert "after '' an answer goes on with one of {, and the model's tokenizer has none" in str(
+    assert "after '' an answer continues with one of {, and the model's tokenizer has none" in str(
         raised.value
     )
     # Where it can begin and not go on, it is an error when it comes to that.
     inner = {"type": "array", "items": {"type": "object"}, "minItems": 1}
-    with pytest.raises(ArgumentError, match=r"after '.*\[ ?' an answer goes on with one of \{"):
+    with pytest.raises(ArgumentError, match=r"after '.*\[ ?' an answer continues with one of \{"):
         model.chat("red", json_schema=inner, max_new_tokens=20)
 
 

@@ -224,6 +224,6 @@ def test_rows_with_other_images_than_their_tokens_are_refused() -> None:
 
 def test_models_that_carry_a_state_refuse_joined_rows() -> None:
     llm = native.NativeLLM(native_model("lfm2_vl"))
-    assert llm.unjoined is not None and "carry a state" in llm.unjoined
+    assert llm.unjoined is not None and "carry state" in llm.unjoined
     with pytest.raises(ModelError, match=r"set data\.group: none and data\.packing: false"):
         llm.check_joined()

@@ -184,7 +184,7 @@ def test_what_can_not_be_joined_is_refused_in_training_and_read_one_by_one(
         f"{head}model_type: bloom, vocab_size: 400, config: {{hidden_size: 32, n_layer: 2, "
         f"n_head: 2{rest[rest.index('}}') :]}"
     )
-    for scratch, reason in ((lfm2, r"carry a state .* \(conv\)"), (bloom, "takes no positions")):
+    for scratch, reason in ((lfm2, r"carry state .* \(conv\)"), (bloom, "takes no position ids")):
         recipe = parsed(scratch)
         model = built(recipe).eval()
         assert isinstance(model.llm, CausalLLM)

@@ -120,7 +120,7 @@ def test_a_name_that_is_no_whisper(tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("d_modle", 32, "a WhisperConfig has no key 'd_modle'"),
-        ("encoder_layers", 0, "encoder_layers: expected whole numbers from 1"),
+        ("encoder_layers", 0, "encoder_layers: expected integers from 1"),
         ("d_model", 33, "d_model 33 is no even multiple of 2"),
         ("max_source_positions", 20, "a second of audio needs 50"),
     ],
@@ -222,9 +222,9 @@ def test_the_wrong_medium_and_a_long_clip_are_refused(tmp_path: Path) -> None:
     model = built(hearing(tmp_path))
     with pytest.raises(DataError, match=r"images, and the model's tower takes audio"):
         model.chat("what is it?", images=png().read())
-    with pytest.raises(DataError, match=r"lasts 2.5 seconds, and the model hears at most 2 x 1"):
+    with pytest.raises(DataError, match=r"lasts 2.5 seconds, and the model takes at most 2 x 1"):
         model.chat("what is it?", audios=wav(tone(seconds=2.5)))
     with pytest.raises(DataError, match=r"request 1: audio 1: not audio"):
         model.chat("what is it?", audios=b"none")
-    with pytest.raises(DataError, match="audio is a path, a data URL, bytes or a file object"):
+    with pytest.raises(DataError, match="audio must be a path, a data URL, bytes or a file object"):
         model.chat("what is it?", audios=5)

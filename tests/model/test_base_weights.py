@@ -107,7 +107,7 @@ def test_the_bases_config_is_part_of_it(tiny_recipe: Tiny, tmp_path: Path) -> No
         )
     )
     with pytest.raises(
-        ModelError, match=r"config.json has rms_norm_eps: .* -> 0.1. Name the right ones"
+        ModelError, match=r"config.json has rms_norm_eps: .* -> 0.1. Name the original ones"
     ):
         load_model(saved)
 

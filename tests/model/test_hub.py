@@ -42,8 +42,8 @@ def test_a_hub_that_does_not_answer() -> None:
     lines = result.stdout.splitlines()
     assert result.returncode == 0 and len(lines) == 3, result.stderr
     assert all(
-        "http://127.0.0.1:9 can't be reached; name a local folder, or try again with a network"
-        in line
+        "http://127.0.0.1:9 can't be reached; name a local folder, or try again when the hub "
+        "can be reached" in line
         for line in lines
     ), lines
     assert "Retrying" not in result.stderr, result.stderr

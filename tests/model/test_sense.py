@@ -28,8 +28,8 @@ SCRATCH = [
         r"a llama's config has no key 'hiden_size'; did you mean hidden_size",
     ),
     ("hidden_size: 32", "hidden_size: 33", "33"),
-    ("hidden_size: 32", "hidden_size: '32'", "hidden_size: expected a whole number, got '32'"),
-    ("hidden_size: 32", "hidden_size: 32.0", "hidden_size: expected a whole number"),
+    ("hidden_size: 32", "hidden_size: '32'", "hidden_size: expected an integer, got '32'"),
+    ("hidden_size: 32", "hidden_size: 32.0", "hidden_size: expected an integer"),
     ("hidden_size: 32", "hidden_size: 400000000000", "hidden_size: expected at most 2,147,483,647"),
     (
         "hidden_size: 32",
@@ -45,22 +45,22 @@ SCRATCH = [
     (
         "num_hidden_layers: 2",
         "num_hidden_layers: -1",
-        "num_hidden_layers: expected whole numbers from 1",
+        "num_hidden_layers: expected integers from 1",
     ),
     (
         "num_hidden_layers: 2",
         "num_hidden_layers: 0",
-        "num_hidden_layers: expected whole numbers from 1",
+        "num_hidden_layers: expected integers from 1",
     ),
     (
         "num_hidden_layers: 2",
         "num_hidden_layers: 1000000",
-        "num_hidden_layers: expected whole numbers from 1 to 2,048",
+        "num_hidden_layers: expected integers from 1 to 2,048",
     ),
     (
         "num_attention_heads: 2",
         "num_attention_heads: 0",
-        "num_attention_heads: expected whole numbers",
+        "num_attention_heads: expected integers",
     ),
     ("num_attention_heads: 2", "num_attention_heads: 4, head_dim: 8", None),
     ("num_key_value_heads: 1", "num_key_value_heads: 0", "num_key_value_heads"),
@@ -96,7 +96,7 @@ SCRATCH = [
         "layrs: 2, width",
         "an open_clip vision_cfg has no key 'layrs'; did you mean layers",
     ),
-    ("patch_size: 16", "patch_size: 0", "patch_size: expected whole numbers from 1"),
+    ("patch_size: 16", "patch_size: 0", "patch_size: expected integers from 1"),
     (
         "image_size: 32",
         "image_size: 40",

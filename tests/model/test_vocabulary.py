@@ -138,7 +138,7 @@ def test_a_tokenizer_larger_than_the_embedding_says_what_to_do(
     tokenizer.save_pretrained(base)
     with pytest.raises(
         ModelError,
-        match=r"none for <loc_1>, <loc_2>\. Use the tokenizer .* or name these in "
+        match=r"none for <loc_1>, <loc_2>\. Use the model's own tokenizer, or name these in "
         r"model.llm.added_tokens",
     ):
         built(parsed(with_llm(text, base, "causal")))

@@ -91,7 +91,7 @@ def test_losses_far_apart_are_drawn_on_a_logarithmic_axis(sweep: Sweep) -> None:
 def test_trials_are_lines_on_a_terminal(sweep: Sweep) -> None:
     start = TrialStart(3, 6, {RATE: 9.04321e-4, SYSTEM: "a\nb"})
     assert start_line(start) == f"trial 3 of 6: {RATE} 0.000904, {SYSTEM} a\\nb"
-    assert start_line(replace(start, resumed=True)).startswith("trial 3 of 6 goes on: ")
+    assert start_line(replace(start, resumed=True)).startswith("trial 3 of 6 continues: ")
     end = TrialEnd(
         number=3,
         of=6,

@@ -253,7 +253,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "equal answers": ({"n": 2, "temperature": 0}, "n", "gives equal answers"),
     "settings of choices": ({"choices": ["a", "b"], "seed": 1, "top_k": 3}, "top_k", "no effect"),
     "one choice": ({"choices": ["a"]}, "choices", "at least 2 items"),
-    "equal choices": ({"choices": ["a", "a"]}, "choices", "two or more different texts"),
+    "equal choices": ({"choices": ["a", "a"]}, "choices", "two or more different strings"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "beside logprobs"),
     "no kind of answer": (
         {"response_format": {"type": "xml"}},

@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no base64": (audio_part("%%%"), "audio 1: the audio's data URL is bad base64"),
     "blank": (audio_part(" "), "audio 1: the audio's data URL is empty"),
     "cut": (audio_part(CLIPS[0][:2000]), "audio 1: is cut: 2,000 bytes of"),
-    "too long": (audio_part(wav(tone(seconds=2.5))), "the model hears at most 2 x 1"),
+    "too long": (audio_part(wav(tone(seconds=2.5))), "the model takes at most 2 x 1"),
     "to be seen": (image_part(), "image"),
 }
 

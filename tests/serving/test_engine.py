@@ -108,7 +108,7 @@ def test_models_answer_by_their_names(
     for name, listening in jobs.items():
         assert listening.wait().answers[0] == models[name].answer("hello", max_new_tokens=6)
     with pytest.raises(
-        ArgumentError, match="no model 'other' is served; there are causal, seq2seq"
+        ArgumentError, match="no model 'other' is served; expected one of causal, seq2seq"
     ):
         engine.submit(job_of("hello", model="other"), print)
 
@@ -268,5 +268,5 @@ def test_closing_waits_for_jobs_and_then_stops_them(
 
 def test_queue_and_batch_are_counts(tiny_recipe: Recipes) -> None:
     for queue, batch in ((0, 1), (1, 0)):
-        with pytest.raises(ArgumentError, match="whole number from 1"):
+        with pytest.raises(ArgumentError, match="integer from 1"):
             BatchingEngine({}, queue=queue, batch=batch)

@@ -97,7 +97,7 @@ def check(folder: Path, search: dict[str, Any]) -> None:
     [
         ("train.learning_rat", "log:1e-5..1e-3", r"did you mean learning_rate\?"),
         (RATE, "log:1e-5..1e3", r"=1000.0: .* less than or equal to 100"),
-        ("tune.7.r", "8,16", "tune is a list of 3; '7' is none of its places: tune.0"),
+        ("tune.7.r", "8,16", "tune is a list of 3; '7' is not one of its places: tune.0"),
         ("tune.0.r", "8,16", "r belongs to how: lora"),
         ("train.schedule.kind", "cosine,linaer", "did you mean linear"),
         ("train.batch_size", "0..8", "=0: .* greater than 0"),

@@ -229,7 +229,7 @@ def test_another_search_or_recipe_is_refused_with_the_difference(recipe: Path) -
 def test_only_an_empty_folder_takes_a_new_sweep_and_only_a_sweep_is_resumed(recipe: Path) -> None:
     assert "there is no sweep to resume here" in refusal(recipe, SEARCH, resume=True)
     formula_sweep(recipe, SEARCH, FormulaRuns(nearness), of=1)
-    assert "not empty; --resume goes on with the sweep" in refusal(recipe, SEARCH)
+    assert "not empty; --resume continues with the sweep" in refusal(recipe, SEARCH)
     folder = recipe.parent / "sweep"
     (folder / "journal.jsonl").write_text('{"op_code": 99}\n{}\n')
     assert "the sweep's journal can't be read" in refusal(recipe, SEARCH, resume=True)
@@ -257,7 +257,7 @@ def test_a_full_disk_ends_the_sweep_with_what_to_do_and_it_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr("vlm_tune.sweeping.run.write_best", full)
-        with pytest.raises(TrainingError, match="no space left on device: make room; mend"):
+        with pytest.raises(TrainingError, match="no space left on device: make room; fix"):
             formula_sweep(recipe, SEARCH, FormulaRuns(nearness), of=1)
     sweep = formula_sweep(recipe, SEARCH, FormulaRuns(nearness), of=1, resume=True)
     assert sweep.best is not None and (folder / "best.yaml").is_file()

@@ -92,13 +92,13 @@ def test_a_flipped_byte_a_cut_and_a_missing_file_are_noticed(tmp_path: Path) -> 
         return str(error.value)
 
     assert "sub/a is not what was written" in spoil(lambda path: path.write_bytes(b"abcdeg"))
-    assert "sub/a is missing or cut" in spoil(lambda path: path.write_bytes(b"abcde"))
-    assert "sub/a is missing or cut" in spoil(lambda path: path.unlink())
-    assert "no whole model" in spoil(lambda path: (path.parents[1] / "manifest.json").unlink())
-    assert "no whole model" in spoil(
+    assert "sub/a is missing or truncated" in spoil(lambda path: path.write_bytes(b"abcde"))
+    assert "sub/a is missing or truncated" in spoil(lambda path: path.unlink())
+    assert "no complete model" in spoil(lambda path: (path.parents[1] / "manifest.json").unlink())
+    assert "no complete model" in spoil(
         lambda path: (path.parents[1] / "manifest.json").write_text("[]")
     )
-    assert "no whole model" in spoil(
+    assert "no complete model" in spoil(
         lambda path: (path.parents[1] / "manifest.json").write_text('{"files": []}')
     )
 
@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     sft(runs(tiny_recipe, "damaged"), resume=True, show=events.append)
     notes = [event.text for event in events if isinstance(event, Note)]
     assert notes[:2] == [
-        f"step-000000{step} of 1-main is damaged; going on from step-0000002" for step in (4, 3)
+        f"step-000000{step} of 1-main is damaged; continuing from step-0000002" for step in (4, 3)
     ]
     assert [event.step for event in events if isinstance(event, TrainSteps)] == [3, 4]
     assert_same_bits(whole / "model", run / "model")

@@ -93,7 +93,7 @@ def test_no_whole_checkpoint_begins_anew_and_says_so(tiny_recipe: Callable[..., 
     events: list[Event] = []
     sft(recipe, resume=True, show=events.append)
     assert any(
-        "no whole checkpoint (damaged: step-0000001, step-0000002)" in event.text
+        "no complete checkpoint (damaged: step-0000001, step-0000002)" in event.text
         for event in events
         if isinstance(event, Note)
     )

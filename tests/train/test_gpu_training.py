@@ -252,7 +252,7 @@ def test_a_gpu_that_emulates_bf16_is_named(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     recipe = parsed(tiny_recipe("causal", precision="bf16"))
     (note,) = accelerators.precision_notes(recipe, CUDA)
-    assert note.startswith("Tesla T4 has no units for bf16 and emulates it")
+    assert note.startswith("Tesla T4 has no bf16 units and emulates bf16")
     assert machine._lacks("bf16", CUDA) == [note]
     assert machine._lacks("fp16", CUDA) == []
     assert accelerators.precision_notes(recipe, torch.device("cpu")) == []

@@ -77,7 +77,7 @@ def test_every_rank_knows_of_a_checkpoint_that_failed(
     assert ended(start(failing, tmp_path / "output", ranks=2)) == [5, 5]
     outputs = [(tmp_path / f"output.{rank}").read_text() for rank in range(2)]
     assert "step-0000001 could not be written ([Errno 28] No space left" in outputs[0]
-    assert "TrainingError: the first process could not write its checkpoint" in outputs[1]
+    assert "TrainingError: rank 0 could not write its checkpoint" in outputs[1]
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_a_run_asked_before_its_first_step_takes_none_and_goes_on(
 
     whole = sft(runs(tiny_recipe, "whole", train__steps=2)).folder
     recipe = runs(tiny_recipe, "asked", train__steps=2)
-    with pytest.raises(Interrupted, match="stopped before the first step; go on with --resume"):
+    with pytest.raises(Interrupted, match="stopped before the first step; continue with --resume"):
         sft(recipe, show=stop)
     assert not checkpoints(stage_of(tmp_path / "asked"))
     assert_same_bits(sft(recipe, resume=True).folder / "model", whole / "model")
@@ -111,7 +111,7 @@ def test_a_stop_in_the_last_evaluation_counts_each_time(
     validation = [{"kind": "file", "path": str(color_rows)}]
     recipe = runs(tiny_recipe, train__steps=1, data__validation=validation)
     for resume in (False, True):
-        with pytest.raises(Interrupted, match="stopped at step 1 of 1; go on with --resume"):
+        with pytest.raises(Interrupted, match="stopped at step 1 of 1; continue with --resume"):
             sft(recipe, resume=resume, show=stop)
     folder = sft(recipe, resume=True).folder
     done = json.loads((stage_of(folder) / "done.json").read_text())

@@ -84,9 +84,9 @@ def evaluate(
             in place of the recipe's part.
         limit: score the first rows only.
         metrics: names of metrics or `module:function`; the recipe's, or those of the rows' form,
-            where not given.
-        baselines: names of baselines, `auto` or []; the recipe's where not given.
-        answering: `likelihood` chooses among a row's choices; the recipe's where not given.
+            by default.
+        baselines: names of baselines, `auto` or []; the recipe's by default.
+        answering: `likelihood` chooses among a row's choices; the recipe's by default.
         dtype: bf16, fp16 or fp32; the model's own by default.
         base: as in `merge`, like `accept_other_base`.
         show: called with every event.
@@ -120,7 +120,7 @@ def _model_folder(model: str | Path, split: str, limit: int | None) -> Path:
     """The folder of a model to score. Raises `RecipeError` for an argument of a wrong kind."""
     check_path("model", model)
     if split not in ("validation", "test"):
-        raise RecipeError([Problem("--split", f"{quoted(split)} is none of validation, test")])
+        raise RecipeError([Problem("--split", f"{quoted(split)} is not one of validation, test")])
     check_count("--limit", limit)
     return Path(model)
 
@@ -211,9 +211,9 @@ def compare(
     Args:
         first: a run; with `data` any model folder.
         second: the one that is compared with it.
-        data: files of rows that both answer now; the answers to their test parts where not given.
+        data: files of rows that both answer now; the answers to their test parts by default.
         limit: compare the first rows only.
-        metrics: names of metrics or `module:function`; those of the rows' form where not given.
+        metrics: names of metrics or `module:function`; those of the rows' form by default.
         show: called with every event.
 
     Raises:
@@ -241,12 +241,12 @@ def compare(
 
 
 def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Writes the report of a run anew, or one page that overlays several runs.
+    """Writes the report of a run again, or one page that overlays several runs.
 
     Args:
         runs: one run's folder, or up to six: the first is the one the others are compared with.
         output: the HTML file to write, which replaces an earlier page; `report.html` in the run's
-            folder, or of several runs in the current folder, where not given.
+            folder, or of several runs in the current folder, by default.
 
     Returns:
         The path of the page.

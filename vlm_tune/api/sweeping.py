@@ -51,7 +51,7 @@ def sweep(
         prune: stop trials whose scores are worse than the median of the complete ones.
         keep: whose models and checkpoints stay: `"best"`, that is the best trial's and, of a sweep
             that was interrupted, the unfinished one's, or `"all"`.
-        resume: continue the sweep in the folder; an interrupted trial goes on first.
+        resume: continue the sweep in the folder; an interrupted trial continues first.
         show: called with every event of the sweep and of its runs.
 
     Returns:

@@ -35,7 +35,7 @@ def sft(
             recipe.
         resume: continue the run in the output folder from its last checkpoint. The recipe must be
             the run's own, unless `accept_changes` is set.
-        overwrite: start anew and delete what a run wrote to the output folder.
+        overwrite: start over and delete what a run wrote to the output folder.
         accept_changes: with `resume`, continue with this recipe though it differs from the run's.
         test: score the test part at the end.
         show: called with every event.
@@ -135,7 +135,7 @@ def train_by(command: str, loaded: Recipe, **options: Unpack[TrainOptions]) -> R
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         message = (
-            f"{error.strerror}: {error.filename or loaded.output}; make room, then --resume goes "
-            f"on from the last checkpoint"
+            f"{error.strerror}: {error.filename or loaded.output}; make room, then --resume "
+            "continues from the last checkpoint"
         )
         raise TrainingError(message) from error

@@ -23,14 +23,14 @@ from vlm_tune.paths import exists, home, is_file, is_folder, shown_path, writing
 from vlm_tune.quoting import escaped, escaped_lines, quoted
 
 COMMANDS = {
-    "/image": ("PATH", "add an image to the next question, as dragging it here does"),
-    "/audio": ("PATH", "add an audio clip to the next question, as dragging it here does"),
+    "/image": ("PATH", "add an image to the next question (or drag it here)"),
+    "/audio": ("PATH", "add an audio clip to the next question (or drag it here)"),
     "/reset": ("", "forget the conversation and its images"),
-    "/system": ("TEXT", "set the system text; the conversation goes on"),
+    "/system": ("TEXT", "set the system text and continue the conversation"),
     "/temperature": ("NUMBER", "sampling temperature; 0 is greedy"),
-    "/save": ("FILE", "write the conversation as a row of data, a line of JSON"),
+    "/save": ("FILE", "write the conversation as a row of data, one line of JSON"),
     "/help": ("", "list the commands"),
-    "/quit": ("", "end, as an empty line and Ctrl-D do"),
+    "/quit": ("", "end (also an empty line or Ctrl-D)"),
 }
 """The argument of each command, and what it does."""
 SUFFIXES = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES}
@@ -200,7 +200,7 @@ class ChatTerminal:
         try:
             settings: Any = {**self.chat.settings, "temperature": float(text)}
         except ValueError:
-            raise ArgumentError(f"a temperature is a number, got {quoted(text)}") from None
+            raise ArgumentError(f"a temperature must be a number, got {quoted(text)}") from None
         if settings["temperature"] == 0:
             # They have no effect where no token is drawn.
             for name in DRAWING:
@@ -210,7 +210,7 @@ class ChatTerminal:
 
     def _save(self, path: Path) -> None:
         if exists(path):
-            raise ArgumentError(f"{shown_path(path)} is there already: give another name")
+            raise ArgumentError(f"{shown_path(path)} already exists: give another name")
         turns = self.chat.messages
         media = {
             f"{kind}s": [

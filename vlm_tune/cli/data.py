@@ -240,7 +240,7 @@ def recipes(
                 [
                     Problem(
                         "--copy",
-                        f"no recipe {quoted(copy)}; there are "
+                        f"no recipe {quoted(copy)}; expected one of "
                         f"{', '.join(resource_names('recipes'))}",
                     )
                 ]
@@ -249,7 +249,7 @@ def recipes(
         with writing(target, "the recipe's copy"):
             if os.path.lexists(target):
                 raise RecipeError(
-                    [Problem(shown_path(target), "is there already; it is left as it is")]
+                    [Problem(shown_path(target), "already exists and was not changed")]
                 )
             target.write_text(shipped.read_text(encoding="utf-8"), encoding="utf-8")
         print_json({"path": str(target)}) if as_json else print_text(str(target))

@@ -48,7 +48,7 @@ def embed(
     """Write MODEL's embeddings of images and of a file's lines; dot products compare them."""
     check_dtype(dtype)
     if not images and texts is None:
-        raise typer.BadParameter("name images, or a file of --texts", param_hint="IMAGES")
+        raise typer.BadParameter("name image files, or a file with --texts", param_hint="IMAGES")
     lines = None if texts is None else _lines(texts)
     check_writable(output, "the file of vectors", mark=ZIP)
     use_device(device)

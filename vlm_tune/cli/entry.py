@@ -54,7 +54,7 @@ def root(
         raise typer.Exit
     if as_json:
         raise typer.BadParameter(
-            "stands after the command, as in `vlm-tune check recipe.yaml --json`",
+            "goes after the command: `vlm-tune check recipe.yaml --json`",
             param_hint="--json",
         )
     if context.invoked_subcommand is None:
@@ -131,7 +131,7 @@ def main() -> None:
     try:
         kernel_choice()  # an invalid value ends every command before it does anything
         if any("\0" in argument for argument in sys.argv):  # possible for a caller in Python
-            raise typer.BadParameter("an argument holds a NUL character")
+            raise typer.BadParameter("an argument contains a NUL character")
         sys.exit(app(standalone_mode=False) or 0)
     except UsageError as error:
         _usage(error)

@@ -107,7 +107,7 @@ def read_schema(path: Path | None) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable("--json-schema", path, error) from None
     if not isinstance(schema, dict):
-        message = f"{shown_path(path)} holds no JSON object, and a schema is one"
+        message = f"{shown_path(path)} is not a JSON object, which a schema must be"
         raise RecipeError([Problem("--json-schema", message)])
     return schema
 
@@ -127,7 +127,8 @@ def use_device(device: str | None) -> None:
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
     if match is None:
         raise typer.BadParameter(
-            f"{quoted(device)} is none of cpu, cuda, cuda:0, cuda:1, ...", param_hint="--device"
+            f"{quoted(device)} is not a device: expected cpu, cuda, cuda:0, cuda:1, ...",
+            param_hint="--device",
         )
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -234,9 +235,7 @@ def launch_ranks(processes: int, *command: str) -> NoReturn:
     from vlm_tune.launching import launch
 
     if "RANK" in os.environ:
-        raise typer.BadParameter(
-            "this process was started as one of several already", param_hint="--processes"
-        )
+        raise typer.BadParameter("this process is already one of several", param_hint="--processes")
     sys.exit(launch([sys.executable, "-m", "vlm_tune.cli", *command], processes))
 
 
@@ -247,4 +246,4 @@ def check_dtype(value: str | None) -> None:
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}", param_hint=option)
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}", param_hint=option)

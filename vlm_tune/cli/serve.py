@@ -173,7 +173,7 @@ def _check_key(key: str | None) -> None:
     if key is None and os.environ.get(KEY_VARIABLE) == "":
         from vlm_tune.errors import Problem, RecipeError
 
-        message = "is empty, so the server would take requests without a key: set or unset it"
+        message = "is empty, so the server would accept requests without a key: set or unset it"
         raise RecipeError([Problem(KEY_VARIABLE, message)])
 
 

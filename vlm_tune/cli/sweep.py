@@ -104,7 +104,7 @@ def _search(options: list[str]) -> dict[str, str]:
         key, equals, values = option.partition("=")
         fault = None
         if not equals or not key:
-            fault = "a search is written KEY=VALUES, as train.learning_rate=log:1e-5..1e-3"
+            fault = "a search is written KEY=VALUES, e.g. train.learning_rate=log:1e-5..1e-3"
         elif key in space:
             fault = f"{cut(key)} is searched twice"
         if fault is not None:

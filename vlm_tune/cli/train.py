@@ -165,7 +165,7 @@ def _launch(processes: int, device: str | None, *command: str) -> NoReturn:
     """Runs a command of this CLI on its device as the ranks of one job; exits with their code."""
     if device not in (None, "cpu", "cuda"):
         raise typer.BadParameter(
-            "several processes take a GPU each; choose them with CUDA_VISIBLE_DEVICES",
+            "several processes use one GPU each; choose them with CUDA_VISIBLE_DEVICES",
             param_hint="--device",
         )
     launch_ranks(processes, *command, *([f"--device={device}"] if device else []))

@@ -82,7 +82,7 @@ class EasyVqaSource(Source):
         Field(default=None, description="use only rows of these categories")
     )
     instructions: HomePath = Field(
-        default="vqa", description="a prompt set of data_templates/instructions, or a file"
+        default="vqa", description="an instruction set of data_templates/instructions, or a file"
     )
 
 
@@ -123,7 +123,8 @@ class RowsSource(Source):
         description="folder that image paths are relative to; the file's folder by default",
     )
     instructions: HomePath | None = Field(
-        default=None, description="a prompt set for task rows; the task's default set if not given"
+        default=None,
+        description=("an instruction set for task rows; the task's default set if not given"),
     )
     ignore: list[str] = Field(
         default=[],
@@ -202,7 +203,8 @@ class FolderSource(Source):
     name: str | None = SOURCE_NAME
     path: str
     instructions: HomePath = Field(
-        default="classify", description="a prompt set of data_templates/instructions, or a file"
+        default="classify",
+        description=("an instruction set of data_templates/instructions, or a file"),
     )
 
 

@@ -55,7 +55,7 @@ def _augment_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
 
 
 def _group_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
-    """Returns the fault of grouping by image where each question must read the image anew."""
+    """Returns the fault of grouping by image where each question must read the image again."""
     reads = (
         value_at(raw, "model", "connector", "text") is True
         or value_at(raw, "model", "connector", "kind") == "fusion"

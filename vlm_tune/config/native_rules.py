@@ -85,7 +85,7 @@ def _tune_faults(raw: Any) -> list[Fault]:
             (
                 isinstance(how, str) and how not in TUNED,
                 ("tune", index, "how"),
-                f"how: {how} is not for a native model; there are {', '.join(TUNED)}",
+                f"how: {how} is not for a native model; expected one of {', '.join(TUNED)}",
             ),
             (
                 rule.get("layer_decay") is not None,

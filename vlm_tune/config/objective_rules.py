@@ -23,7 +23,7 @@ CONTINUED = (
     "an earlier stage trains the adapters that adapter_off switches off; use "
     "reference: copy or precomputed"
 )
-"""What is wrong where adapters go on from an earlier stage."""
+"""What is wrong where adapters continue from an earlier stage."""
 
 
 def objective_contradictions(raw: Any) -> list[Fault]:
@@ -77,7 +77,7 @@ def _loss_contradictions(objective: dict[str, Any]) -> list[Fault]:
 
 
 def _layout_contradictions(raw: Any) -> list[Fault]:
-    """Returns faults of rows in which answers to one prompt can't be told apart or joined."""
+    """Returns faults of rows in which answers to one prompt can't be distinguished or joined."""
     seq2seq = value_at(raw, "model", "llm", "kind") == "seq2seq"
     reads = (
         value_at(raw, "model", "connector", "text") is True

@@ -312,7 +312,8 @@ def _metric_contradictions(raw: Any) -> list[Fault]:
         (
             isinstance(best, str) and best not in scored,
             ("evaluate", "best"),
-            f"{quoted(best)} is none of {', '.join(map(str, scored))}: name it in evaluate.metrics",
+            f"{quoted(best)} is not one of {', '.join(map(str, scored))}: name it in "
+            "evaluate.metrics",
         )
     )
     return broken(*rules)

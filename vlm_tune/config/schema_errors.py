@@ -185,7 +185,7 @@ def _wording(item: Any) -> str:
             if name.strip(" '")
         ]
         near = difflib.get_close_matches(str(actual), names, n=1)
-        return f"{quoted(actual)} is none of {', '.join(names)}" + (
+        return f"{quoted(actual)} is not one of {', '.join(names)}" + (
             f"; did you mean {near[0]}?" if near else ""
         )
     if item["type"] == "union_tag_not_found":

@@ -121,7 +121,7 @@ class _Reader:
             self.problems.append(
                 Problem(
                     self.place(node),
-                    f"{quoted(text)} holds a NUL or half of a surrogate pair, which no text can",
+                    f"{quoted(text)} contains a NUL or half of a surrogate pair",
                 )
             )
         return text
@@ -301,7 +301,7 @@ def _key_of(target: Any, part: str, path: list[str | int], where: str) -> str | 
         )
         more = f" and {len(target) - ENTRIES:,} more" if len(target) > ENTRIES else ""
         message = (
-            f"{name} is a list of {len(target)}; '{cut(part)}' is none of its places: "
+            f"{name} is a list of {len(target)}; '{cut(part)}' is not one of its places: "
             f"{entries}{more}"
         )
     raise RecipeError([Problem(where, message)])

@@ -102,7 +102,7 @@ def _added(place: int, branches: Sequence[Example], members: Sequence[_Member]) 
 
 
 def _ends(example: Example) -> tuple[int, ...]:
-    """The places of the last tokens of a row's branches: after them positions do not go on."""
+    """The places of the last tokens of a row's branches: after them positions do not continue."""
     if example.positions is None:
         return (len(example.input_ids) - 1,)
     return (*np.flatnonzero(np.diff(example.positions) != 1).tolist(), len(example.positions) - 1)

@@ -60,7 +60,7 @@ def add_metrics(scores: Scores, names: Sequence[str] | None = None) -> list[Meas
 
     Args:
         scores: with their answers.
-        names: the metrics; those of each row's form where not given.
+        names: the metrics; those of each row's form by default.
 
     Returns:
         The statistics of the answers, with which baselines are compared.

@@ -1,9 +1,9 @@
 """Answers as classes: what classification scores are computed from, and the confusion matrix.
 
-The classes are the reference answers, compared as in exact match. An answer that is none of them is
-wrong and belongs to no class. A class that no reference of a group of rows names does not count in
-that group's means, as in scikit-learn's balanced accuracy. Scores equal scikit-learn's with
-`labels` set to these classes and `zero_division=0`.
+The classes are the reference answers, compared as in exact match. An answer that is not one of
+them is wrong and belongs to no class. A class that no reference of a group of rows names does not
+count in that group's means, as in scikit-learn's balanced accuracy. Scores equal scikit-learn's
+with `labels` set to these classes and `zero_division=0`.
 
 Shapes: N rows, K classes. This module does not import torch.
 """

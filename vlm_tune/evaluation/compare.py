@@ -73,7 +73,7 @@ def compare(
         first: answers of one model.
         second: of the other, to the same rows in any order.
         names: the models' folders.
-        metrics: the metrics; those of each row's form where not given.
+        metrics: the metrics; those of each row's form by default.
         limit: compare the first rows only, in the order of `first`.
         recipe: the differences of their recipes; None where they are not known.
 

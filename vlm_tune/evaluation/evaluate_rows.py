@@ -56,13 +56,13 @@ def chosen_settings(
             changes[option] = names if isinstance(names, str) else list(names)
     if answering is not None:
         if answering not in get_args(Answering):
-            message = f"{quoted(answering)} is none of {', '.join(get_args(Answering))}"
+            message = f"{quoted(answering)} is not one of {', '.join(get_args(Answering))}"
             raise RecipeError([Problem("--answering", message)])
         changes["answering"] = answering
     given = changes.get("baselines", "auto")
     for name in given if given != "auto" else ():
         if name not in get_args(Baseline):
-            message = f"{quoted(name)} is none of {', '.join(get_args(Baseline))}"
+            message = f"{quoted(name)} is not one of {', '.join(get_args(Baseline))}"
             raise RecipeError([Problem("--baselines", message)])
     chosen = settings.model_copy(update=changes)
     check_metrics(chosen.metrics)
@@ -70,7 +70,7 @@ def chosen_settings(
 
 
 def read_files(files: str | Path | Sequence[str | Path]) -> list[Conversation]:
-    """The rows of a file or of several; files of one name are told apart by their paths in scores.
+    """The rows of one or several files; in scores, files of one name are distinguished by path.
 
     Raises `DataError` for the first row that can't be used, `RecipeError` for a file that is no
     path, and for no files.

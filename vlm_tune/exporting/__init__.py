@@ -73,7 +73,7 @@ def export(
     output = Path(output)
     choice = base_choice(base, accept_other_base)
     if format not in FORMATS:
-        raise ModelError(f"format: there is no {quoted(format)}; there are {', '.join(FORMATS)}")
+        raise ModelError(f"format: {quoted(format)} is not one of {', '.join(FORMATS)}")
     dtype = dtype if format == "gguf" and dtype == "q8_0" else dtype_name(dtype)
     if format == "transformers" and isinstance(
         read_config(find_single(path), choice).model, NativeSection

@@ -34,7 +34,7 @@ def part_reasons(config: VisionLanguageConfig, kind: Kind) -> list[str]:
     """The reasons why a model's tower or connector can't be those of an Idefics3, from configs."""
     tower = config.model.tower
     if isinstance(tower, AudioTower):
-        return ["its tower hears audio, and the layout is of a model that sees images"]
+        return ["its tower takes audio, and the layout is for images"]
     connector = config.model.connector
     plain = isinstance(connector, PixelShuffleConnector) and (
         (connector.depth, connector.bias, connector.norm) == (1, False, False)

@@ -69,7 +69,7 @@ def tower_reasons(config: VisionLanguageConfig) -> list[str]:
     """The reasons why a tower can't be LLaVA's."""
     tower = config.model.tower
     if isinstance(tower, AudioTower):
-        return ["its tower hears audio, and the layout is of a model that sees images"]
+        return ["its tower takes audio, and the layout is for images"]
     by_transformers = isinstance(tower, TransformersTower)
     by_open_clip = isinstance(tower, OpenClipTower)
     vision = config.tower_rebuild.get("vision_cfg", {})

@@ -92,7 +92,7 @@ def merge(
             same too.
         task: the task whose adapter is merged, of a run whose tasks have adapters of their own.
         base: where the LLM's base is now, or `{"llm": ..., "tower": ...}`; its place of training
-            where not given.
+            by default.
         accept_other_base: merge into a base though its weights are not those of training.
 
     Raises:
@@ -321,8 +321,8 @@ def check_merge(report: MergeReport) -> None:
     """Raises `ModelError` for a merge that equals the base, or that differs from the adapter."""
     if not report.difference_to_base > 0:  # written so that it is true for NaN
         raise ModelError(
-            "the merge did nothing: merged logits equal the base model's (an adapter of zeros, or "
-            "one that was never applied)"
+            "the merge had no effect: merged logits equal the base model's (the adapter is "
+            "zero, or was never applied)"
         )
     if not report.difference_to_adapter <= report.allowed:
         raise ModelError(

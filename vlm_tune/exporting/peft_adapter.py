@@ -99,8 +99,8 @@ def export_adapter(
         raise ModelError(f"{source} has no adapter of the language model to export")
     if (source / "llm").is_dir() or config.llm.name is None:
         raise ModelError(
-            f"the adapter's base is no model with a name, it is in {source}: use merge, or "
-            "--format transformers"
+            f"the adapter's base has no hub name or folder of its own, it is in {source}: use "
+            "merge, or --format transformers"
         )
     native = isinstance(config.model, NativeSection)
     vlm = None if native else find_vlm(config.llm.name)
@@ -233,7 +233,7 @@ def verify_adapter(
     )
     if not change > 0:
         raise ModelError(
-            "the adapter changes nothing: the model's logits equal its base's; nothing was written"
+            "the adapter has no effect: the model's logits equal its base's; nothing was written"
         )
     allowed = EXACT * max(1.0, *(float(one.abs().max()) for one in model_logits))
     if not difference <= allowed:

@@ -235,6 +235,6 @@ def check_ids(row: Conversation, model_ids: Sequence[int], export_ids: Sequence[
         )
         raise ModelError(
             f"the chat template gives other token ids for {row.id} than the model was trained "
-            f"with, from place {place}: {list(export_ids[place : place + 4])}, expected "
+            f"with, from position {place}: {list(export_ids[place : place + 4])}, expected "
             f"{list(model_ids[place : place + 4])}; nothing was written"
         )

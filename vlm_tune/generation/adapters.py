@@ -41,7 +41,7 @@ class Adapters(Generic[Network]):
             ModelError: As `load_over`.
         """
         if not isinstance(name, str) or not name.strip():
-            raise ArgumentError(f"an adapter's name is a text, got {quoted(name)}")
+            raise ArgumentError(f"an adapter's name must be a string, got {quoted(name)}")
         self._check_free(name)
         model = load_over(self._base, path, model_class)
         with self._lock:

@@ -114,7 +114,7 @@ def continues(model: VisionLanguageNetwork, decoding: Decoding) -> bool:
 
 
 def shares_prefix(model: VisionLanguageNetwork, decoding: Decoding) -> bool:
-    """Whether one prefill of a decoder serves prompts that go on differently, or later turns."""
+    """Whether one prefill of a decoder serves prompts that continue differently, or later turns."""
     return model.llm.shares_beginnings and _branches(model, decoding)
 
 

@@ -70,7 +70,7 @@ class AnswerReader:
         self._decoded: tuple[list[int], str] = ([], "")
 
     def answer(self, ids: Sequence[int], logprobs: TokenLogprobs | None) -> Answer:
-        """The answer of new ids, which may go on after its end.
+        """The answer of new ids, which may continue after its end.
 
         `logprobs` are those of the ids [N], and as many or more.
         """

@@ -1,4 +1,4 @@
-"""The model that users hold: chat about images, loading and saving."""
+"""The model that users work with: chat about images, loading and saving."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _one_answer(settings: Settings, why: str) -> None:
 
 
 class VisionLanguageModel(VisionLanguageNetwork):
-    """The model that users hold: it answers prompts with images, loads and saves itself.
+    """The model that users work with: it answers prompts with images, loads and saves itself.
 
     It adds `chat`, `answer`, `stream`, `start_chat`, `embed_images`, `embed_texts`,
     `from_pretrained` and `save_pretrained` to its base class `VisionLanguageNetwork`, which is the

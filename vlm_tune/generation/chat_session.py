@@ -1,4 +1,4 @@
-"""A chat of several turns, whose past is not computed anew for each."""
+"""A chat of several turns, whose past is not computed again for each."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Chat:
 
         Args:
             model: The model.
-            system: The system text; the model's where not given.
+            system: The system text; the model's by default.
             **settings: How answers are generated, see `Decoding`.
 
         Raises:
@@ -125,7 +125,7 @@ class Chat:
     ) -> Pieces:
         """As `ask`, but yields the answer's text in pieces.
 
-        Where the iterator is closed before its end, the chat goes on from what was yielded.
+        Where the iterator is closed before its end, the chat continues from what was yielded.
         """
         decoding = _decoding({**self.settings, **settings})
         conversation = self._with_question(prompt, images, audios)
@@ -155,7 +155,7 @@ class Chat:
     def _with_question(self, prompt: str, images: Any, audios: Any) -> Conversation:
         """The conversation so far with a further question."""
         if not isinstance(prompt, str):
-            raise ArgumentError(f"a chat's question is a text, got {quoted(prompt)}")
+            raise ArgumentError(f"a chat's question must be a string, got {quoted(prompt)}")
         number = len(self.turns) // 2 + 1
         request = request_conversation(
             number, {"prompt": prompt, "images": images, "audios": audios}

@@ -48,7 +48,7 @@ def choices_of_each(choices: Any, requests: int) -> list[list[str]]:
     """
     listed = isinstance(choices, Sequence) and not isinstance(choices, str | bytes)
     if not listed or not choices:
-        raise ArgumentError(f"choices is a list of texts, got {quoted(choices)}")
+        raise ArgumentError(f"choices must be a list of strings, got {quoted(choices)}")
     lists: Any = [choices] * requests if isinstance(choices[0], str) else choices
     if len(lists) != requests:
         raise ArgumentError(f"{len(lists)} lists of choices for {requests} requests")
@@ -58,12 +58,12 @@ def choices_of_each(choices: Any, requests: int) -> list[list[str]]:
             or isinstance(texts, str)
             or not all(isinstance(text, str) and text.strip() for text in texts)
         ):
-            raise ArgumentError(f"choices is a list of texts, none empty, got {quoted(texts)}")
+            raise ArgumentError(f"choices must be a list of non-empty strings, got {quoted(texts)}")
         for text in texts:
             check_text("a choice", text)
         if len(texts) < 2 or len(set(texts)) < len(texts):
             raise ArgumentError(
-                f"choices is a list of two or more different texts, got {quoted(texts)}"
+                f"choices must be a list of two or more different strings, got {quoted(texts)}"
             )
     return [list(texts) for texts in lists]
 

@@ -1,4 +1,4 @@
-"""Answers that have to be JSON of a schema: which tokens they may go on with.
+"""Answers that have to be JSON of a schema: which tokens they may continue with.
 
 Shapes: B rows, K branches of a row, n tokens so far, R = B x K, V vocabulary.
 """
@@ -42,7 +42,7 @@ _lock = threading.Lock()
 
 
 class JsonConstraint:
-    """A schema and a tokenizer: which tokens each of many answers may go on with."""
+    """A schema and a tokenizer: which tokens each of many answers may continue with."""
 
     def __init__(self, processor: Processor, decoding: Decoding, vocabulary: int) -> None:
         """Makes the constraint of a call; answers begin with no token.
@@ -100,7 +100,7 @@ class JsonConstraint:
         if matcher.is_error() or characters & known:
             return f"no answer can follow it: {fault.partition(chr(10))[0]}"
         return (
-            f"after {quoted(written.strip())} an answer goes on with one of "
+            f"after {quoted(written.strip())} an answer continues with one of "
             f"{' '.join(sorted(characters))}, and the model's tokenizer has none of these "
             "characters"
         )

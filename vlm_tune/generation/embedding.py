@@ -70,7 +70,7 @@ def image_embeddings(
     An image that is cut in tiles counts as a whole.
 
     Raises:
-        ArgumentError: `batch_size` is no whole number from 1 on.
+        ArgumentError: `batch_size` is not a positive integer.
         DataError: An image can't be decoded.
         ModelError: The connector reads the question, or it is a native model or one that hears.
     """
@@ -122,7 +122,7 @@ def text_embeddings(
     """Unit vectors fp32[T, E] of texts, each as a caption: the sums of their tokens' embeddings.
 
     Raises:
-        ArgumentError: `batch_size` is no whole number from 1 on.
+        ArgumentError: `batch_size` is not a positive integer.
         DataError: A text has no token, or more than the model's rows.
     """
     check_count("batch_size", batch_size)

@@ -37,7 +37,7 @@ def generated(
         criterion: a further stopping criterion of transformers.
 
     Returns:
-        The ids, which may go on after their end: of a beam search those of all beams to return,
+        The ids, which may continue after their end: of a beam search those of all beams to return,
         row by row.
     """
     from transformers import LogitsProcessorList, StoppingCriteriaList

@@ -29,7 +29,7 @@ def draws(decoding: Decoding, sample: int, seed: int | None = None) -> np.ndarra
     """Numbers float64[N] from 0 to 1 by which an answer's tokens are drawn; None for no draws.
 
     `sample` counts a prompt's answers. The numbers follow from it and from the seed alone, which is
-    that of the decoding where not given.
+    that of the decoding by default.
     """
     if not decoding.samples:
         return None

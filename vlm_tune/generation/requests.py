@@ -72,11 +72,11 @@ def request_conversation(number: int, request: Any) -> Conversation:
 def check_text(name: str, text: Any) -> None:
     """Raises `ArgumentError` unless an argument, called `name`, is a text of whole characters."""
     if not isinstance(text, str):
-        raise ArgumentError(f"{name} is a text, got {quoted(text)}")
+        raise ArgumentError(f"{name} must be a string, got {quoted(text)}")
     if SURROGATE.search(text):
         raise ArgumentError(
-            f"{name} is a text of whole characters, got half a surrogate pair (or a byte that "
-            f"is no UTF-8) in {quoted(text)}"
+            f"{name} must be valid Unicode text, got half a surrogate pair (or a byte "
+            f"that is no UTF-8) in {quoted(text)}"
         )
 
 
@@ -85,7 +85,8 @@ def _messages(request: Any) -> list[Message]:
         request = {"prompt": request}
     if not isinstance(request, Mapping):
         raise DataError(
-            f'a request is a text or {{"prompt": ..., "images": [...]}}, got {quoted(request)}'
+            'a request must be a string or {"prompt": ..., "images": [...]}, '
+            f"got {quoted(request)}"
         )
     _known(request, KEYS)
     if ("prompt" in request) == ("messages" in request):
@@ -94,7 +95,7 @@ def _messages(request: Any) -> list[Message]:
     prompt = request.get("prompt", request.get("messages"))
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(turns, Sequence) or isinstance(turns, bytes) or not turns:
-        raise DataError(f"a prompt is a text or a list of turns, got {quoted(prompt)}")
+        raise DataError(f"a prompt must be a string or a list of turns, got {quoted(prompt)}")
     messages = [_message(place, turn, media) for place, turn in enumerate(turns, 1)]
     first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
     if first is None or messages[-1].role != "user":
@@ -150,7 +151,7 @@ def _known(given: Mapping[Any, Any], keys: Sequence[str]) -> None:
     for key in given:
         if key not in keys:
             near = difflib.get_close_matches(str(key), keys, 1)
-            advice = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(keys)}"
+            advice = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(keys)}"
             raise DataError(f"unknown key {quoted(key)}; {advice}")
 
 
@@ -163,21 +164,21 @@ def _listed(given: Any) -> list[Any]:
 def _message(place: int, turn: Any, media: _RequestMedia) -> Message:
     if not isinstance(turn, Mapping):
         raise DataError(
-            f"turn {place}: a turn is a mapping with role and content, got {quoted(turn)}"
+            f"turn {place}: a turn must be a mapping with role and content, got {quoted(turn)}"
         )
     try:
         _known(turn, TURN_KEYS)
         role = turn.get("role")
         content = turn.get("content")
         if role not in ROLES:
-            raise DataError(f"the role is one of {', '.join(ROLES)}, got {quoted(role)}")
+            raise DataError(f"the role must be one of {', '.join(ROLES)}, got {quoted(role)}")
         if isinstance(content, str):
             return Message(role, tuple(_marked(role, content, media)))
         if isinstance(content, list | tuple):
             return Message(
                 role, tuple(part for entry in content for part in _part(role, entry, media))
             )
-        raise DataError(f"`content` is a text or a list of parts, got {quoted(content)}")
+        raise DataError(f"`content` must be a string or a list of parts, got {quoted(content)}")
     except DataError as error:
         raise DataError(f"turn {place}: {error.message}", kind=error.kind) from None
 
@@ -186,7 +187,7 @@ def _marked(role: str, text: str, media: _RequestMedia) -> Iterator[str | Media]
     """Yields the parts of a text, the next of `media` for each mark; answers have no marks."""
     if SURROGATE.search(text):
         raise DataError(
-            f"the text {quoted(text)} holds half a surrogate pair, which is no character",
+            f"the text {quoted(text)} contains half of a surrogate pair, which is not a character",
             kind="text",
         )
     pieces = [text] if role == "assistant" else split_marks(text, media.marks)
@@ -205,8 +206,8 @@ def _part(role: str, part: Any, media: _RequestMedia) -> Iterator[str | Media]:
     modality = PART_KINDS.get(kind) if isinstance(kind, str) else None
     if modality is None:
         raise DataError(
-            "a part is text, image, image_url, audio or input_audio, "
-            f"got {quoted(part if kind is None else kind)}"
+            "a part must be text, image, image_url, audio or input_audio, got "
+            f"{quoted(part if kind is None else kind)}"
         )
     if role == "assistant":
         raise DataError(f"an answer has no {modality}")
@@ -237,7 +238,7 @@ def image_media(image: Any) -> Media:
         return _encoded(_of_array(image))
     if hasattr(image, "mode") and hasattr(image, "save"):
         return _encoded(image)
-    raise DataError(f"an image is {IMAGE_KINDS}, got {quoted(image)}")
+    raise DataError(f"an image must be {IMAGE_KINDS}, got {quoted(image)}")
 
 
 def audio_media(audio: Any) -> Media:
@@ -254,7 +255,7 @@ def audio_media(audio: Any) -> Media:
             given = base64_bytes(audio["data"], "audio")
     source = _source(given, "audio")
     if source is None:
-        raise DataError(f"audio is {AUDIO_KINDS}, got {quoted(audio)}")
+        raise DataError(f"audio must be {AUDIO_KINDS}, got {quoted(audio)}")
     return Media(source, modality="audio")
 
 
@@ -270,8 +271,8 @@ def _source(given: Any, what: str) -> Path | bytes | None:
         return data_url(given, what)
     if isinstance(given, str) and given.lower().startswith(("http://", "https://")):
         raise DataError(
-            f"the {what} {quoted(given)} is a URL, and nothing is fetched: "
-            "download it and give its path",
+            f"the {what} {quoted(given)} is a URL, and URLs are not fetched: download it and give "
+            "its path",
             kind="unsupported",
         )
     if isinstance(given, str | Path):
@@ -295,14 +296,14 @@ def _of_array(array: Any) -> Any:
 
     values = np.asarray(array)
     if values.dtype != np.uint8:
-        raise DataError(f"an image's array is uint8 from 0 to 255, got {values.dtype}")
+        raise DataError(f"an image's array must be uint8 from 0 to 255, got {values.dtype}")
     if (
         values.ndim not in (2, 3)
         or (values.ndim == 3 and values.shape[2] not in (3, 4))
         or 0 in values.shape
     ):
         raise DataError(
-            f"an image's array is [H, W], [H, W, 3] or [H, W, 4], got {list(values.shape)}"
+            f"an image's array must be [H, W], [H, W, 3] or [H, W, 4], got {list(values.shape)}"
         )
     return Image.fromarray(values)
 

@@ -56,7 +56,11 @@ def check_arguments(gpu_memory: Any, processes: Any, zero: Any, offload: Any, to
         raise RecipeError([Problem("--zero", f"expected 0 to 3, not {quoted(zero)}")])
     if offload not in get_args(Offload):
         raise RecipeError(
-            [Problem("--offload", f"{quoted(offload)} is none of {', '.join(get_args(Offload))}")]
+            [
+                Problem(
+                    "--offload", f"{quoted(offload)} is not one of {', '.join(get_args(Offload))}"
+                )
+            ]
         )
     check_count("--tokens", tokens)
     if tokens is not None and not 2 <= tokens <= LONGEST:
@@ -71,11 +75,11 @@ def parse_size(text: str) -> int:
         size = int(float(number) * UNITS[unit])
     except (ValueError, KeyError, OverflowError):
         raise RecipeError(
-            [Problem("--gpu-memory", f"{quoted(text)} is no size as 24GB or 40GiB")]
+            [Problem("--gpu-memory", f"{quoted(text)} is not a size such as 24GB or 40GiB")]
         ) from None
     if size <= 0:
         raise RecipeError(
-            [Problem("--gpu-memory", f"expected a size above 0, as 24GB, not {quoted(text)}")]
+            [Problem("--gpu-memory", f"expected a size above 0 such as 24GB, not {quoted(text)}")]
         )
     return size
 
@@ -94,8 +98,7 @@ def check_setting(recipe: Recipe, setting: Setting) -> None:
         (
             int8 and setting.zero == 3,
             "--zero",
-            "ZeRO-3 can't shard an LLM in int8 (model.llm.quantize), but one in nf4 or fp4; int8 "
-            "takes --zero 2",
+            "ZeRO-3 can't shard an LLM in int8 (model.llm.quantize), only nf4 or fp4; use --zero 2",
         ),
     )
     problems = [Problem(option, message) for broken, option, message in rules if broken]

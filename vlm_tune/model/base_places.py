@@ -229,8 +229,8 @@ def _found(folder: Path, section: AnySection, path: str, place: Place, choice: B
     existing = next((candidate for candidate in candidates if candidate.exists()), None)
     if existing is None:
         raise ModelError(
-            f"{folder}: it needs the weights of {quoted(path)}, and they are gone from "
-            f"{place.absolute}. Put them back, or name their new place "
+            f"{folder}: it needs the weights of {quoted(path)}, which are no longer in "
+            f"{place.absolute}. Restore them, or name their new location "
             f"{choice.remedy('llm' if is_llm else 'tower')}"
         )
     if Path(path).exists() and existing.samefile(path):

@@ -193,9 +193,9 @@ def check_same(folder: Path, part: str, before: Base, now: Base, choice: BaseCho
     """
     changed = [] if choice.accept_other else differences(before, now)
     if changed:
-        other = "" if choice.resumed else ", or take these as they are with --accept-other-base"
+        other = "" if choice.resumed else ", or accept these with --accept-other-base"
         raise ModelError(
             f"{folder}: its {part} was {quoted(before.name)}, and other weights are in "
-            f"{quoted(now.name)}: {'; '.join(changed)}. "
-            f"Name the right ones {choice.remedy(part)}{other}"
+            f"{quoted(now.name)}: {'; '.join(changed)}. Name the original ones "
+            f"{choice.remedy(part)}{other}"
         )

@@ -314,9 +314,8 @@ def _check_rows(config: VisionLanguageConfig, tokenizer: Any, rows: int) -> None
     if without:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows: "
-            f"none for {', '.join(sorted(without)[:4])}. "
-            "Use the tokenizer that the model was made with, or name these in "
-            "model.llm.added_tokens: then they get rows, which are trained"
+            f"none for {', '.join(sorted(without)[:4])}. Use the model's own tokenizer, or name "
+            "these in model.llm.added_tokens: then they get rows, which are trained"
         )
 
 

@@ -320,11 +320,11 @@ def _value_fault(key: str, value: Any, default: Any) -> str | None:
         return None
     if isinstance(default, int):
         if not isinstance(value, int | list) or isinstance(value, bool):
-            return "expected a whole number"
+            return "expected an integer"
         least = 1 if default > 0 and not key.endswith("_id") else -LARGEST
         most = LAYERS if "layer" in key else LARGEST
         inside = all(isinstance(number, int) and least <= number <= most for number in numbers)
-        return None if inside and numbers else f"expected whole numbers from {least} to {most:,}"
+        return None if inside and numbers else f"expected integers from {least} to {most:,}"
     if isinstance(default, float):
         return (
             None

@@ -275,8 +275,8 @@ def find_model(path: Path) -> Path:
         if is_whole(folder):
             return folder
     raise ModelError(
-        f"{shown_path(path)} holds no model: "
-        "neither config.json, nor model/, nor a whole checkpoint"
+        f"{shown_path(path)} holds no model: neither config.json, nor model/, nor a complete "
+        "checkpoint"
     )
 
 

@@ -118,12 +118,12 @@ def verify_folder(folder: Path) -> None:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(
-            f"{folder}: no whole model (its manifest.json is missing or unreadable)"
+            f"{folder}: no complete model (its manifest.json is missing or unreadable)"
         ) from None
     for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
-            raise ModelError(f"{folder}: {name} is missing or cut")
+            raise ModelError(f"{folder}: {name} is missing or truncated")
         if _digest(path) != sha256:
             raise ModelError(f"{folder}: {name} is not what was written (sha256 differs)")
 

@@ -270,8 +270,8 @@ class _Cache:
                     intact = path.stem == f"{name}-{file_checksum(path)}"
                 except (IsADirectoryError, PermissionError) as error:
                     message = (
-                        f"these cached features can't be read: {reason(error)}; "
-                        "remove what is there, or name another folder with VLM_TUNE_CACHE"
+                        f"these cached features can't be read: {reason(error)}; remove them, or "
+                        "name another folder with VLM_TUNE_CACHE"
                     )
                     raise RecipeError([Problem(shown_path(path), message)]) from None
                 if intact:

@@ -80,11 +80,11 @@ def load_reason(name: str, error: Exception) -> str:
 
     if constants.HF_HUB_OFFLINE:
         return (
-            "there is no folder of that name, it is not in the cache of the hub's models, "
-            f"and {constants.ENDPOINT} can't be reached; "
-            "name a local folder, or try again with a network"
+            "there is no folder of that name, it is not in the cache of the hub's models, and "
+            f"{constants.ENDPOINT} can't be reached; name a local folder, or try again when the "
+            "hub can be reached"
         )
-    return f"{line} (there is no folder of that name, so it was taken for a name of the hub)"
+    return f"{line} (there is no folder of that name, so it was looked up on the hub)"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it was cut or changed"
+        reason = error.strerror if isinstance(error, OSError) else "it was truncated or changed"
         raise ModelError(f"{path}: can't be read as JSON ({reason})") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -134,7 +134,7 @@ def check_base(name: str, key: str) -> None:
     folder = Path(name)
     if not exists(folder):
         if is_path(name):
-            hint = "; write the path out, ~ is not replaced" if name.startswith("~") else ""
+            hint = "; write the full path, ~ is not expanded" if name.startswith("~") else ""
             raise ModelError(f"{key}: no such folder: {shown_path(name)}{hint}")
         hub_answers()
         return

@@ -198,7 +198,7 @@ def _adaptable_layers(
 def _target_layers(rule: TuneRule, matched: list[str]) -> list[str]:
     """The layers that get LoRA among those that a rule covers: all, or its target modules.
 
-    Raises `ModelError` if there is none, or one of the target modules is none of these layers.
+    Raises `ModelError` if there is none, or one of the target modules is not one of these layers.
     """
     if isinstance(rule.target_modules, list):
         chosen = [

@@ -133,7 +133,7 @@ def each_task(model: VisionLanguageNetwork, tasks: Sequence[str]) -> Iterator[li
     unknown = [task for task in present if task not in model.sharing.tasks]
     if unknown:
         raise DataError(
-            f"the rows are of {quoted(unknown[0])}, which is none of the model's tasks: "
+            f"the rows are of {quoted(unknown[0])}, which is not one of the model's tasks: "
             f"{name_list(model.sharing.tasks)}; give their source such a task_name, or take the "
             "folder of one task's model",
             source=unknown[0],

@@ -89,7 +89,7 @@ class VisionLanguageNetwork(nn.Module):
     The tower turns images into features, the connector projects them to the LLM's width, `embed`
     splices them into the text's embeddings, and the LLM computes the loss. Generating answers,
     chat, loading and saving are not here: `vlm_tune.generation.chat.VisionLanguageModel`, the class
-    that users hold, adds them.
+    that users work with, adds them.
 
     Attributes:
         config: the model's config.

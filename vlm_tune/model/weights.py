@@ -43,7 +43,7 @@ def check_safetensors(path: Path) -> dict[str, Any]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
         if not 2 <= length <= min(MAX_HEADER, size - 8):
             raise ModelError(
-                f"{path}: not a whole safetensors file ({size:,} bytes, header of {length:,})"
+                f"{path}: not a complete safetensors file ({size:,} bytes, header of {length:,})"
             )
         try:
             header = json.loads(file.read(length))
@@ -55,8 +55,8 @@ def check_safetensors(path: Path) -> dict[str, Any]:
             raise ModelError(f"{path}: its safetensors header can't be read") from None
     if size != 8 + length + end:
         raise ModelError(
-            f"{path}: holds {size:,} bytes, its header promises {8 + length + end:,}; "
-            "the file was cut or changed"
+            f"{path}: holds {size:,} bytes, its header promises {8 + length + end:,}; the file "
+            "was truncated or changed"
         )
     return header
 

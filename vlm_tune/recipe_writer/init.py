@@ -53,8 +53,8 @@ def init(
         configuration: in place of `paths`, a configuration of LLaMA-Factory, ms-swift, TRL or
             LLaVA.
         output: the recipe to write.
-        model: a folder or hub name of an LLM or of a whole vision-language model; chosen by the
-            machine where not given.
+        model: a folder or hub name of an LLM or of a whole vision-language model; chosen for the
+            machine by default.
         tower: a folder or hub name of a vision tower, or an open_clip one as NAME:TAG; of a
             Whisper model for rows with audio.
         force: replace an existing file at `output`.
@@ -132,7 +132,7 @@ def _check_arguments(
             check_path(option, name)
     check_path("--output", output)
     if force is not True and os.path.lexists(output):
-        message = "is there already; it is left as it is (--force replaces it)"
+        message = "already exists and was not changed (--force replaces it)"
         raise RecipeError([Problem(shown_path(output), message)])
     check_writable(output, "the recipe")
 

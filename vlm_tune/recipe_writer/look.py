@@ -390,7 +390,7 @@ def _asks_for_names(seen: _Seen) -> bool:
 
 
 def _kind_of_answers(answers: Counter[str], lengths: Sequence[int]) -> Answers:
-    """Few answers for many questions are a choice; the rest is told by its length."""
+    """Few answers for many questions are a choice; the rest is recognised by its length."""
     short = bool(lengths) and lengths[int(0.9 * (len(lengths) - 1))] <= SHORT
     if short and len(answers) <= max(2, min(200, answers.total() // 4)):
         return "repeated"

@@ -1,4 +1,4 @@
-"""A run's files as the reports read them: they may be cut or edited, or of a run that goes on."""
+"""A run's files as the reports read them: they may be cut or edited, or of a run in progress."""
 
 from __future__ import annotations
 

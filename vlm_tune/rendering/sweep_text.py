@@ -33,8 +33,8 @@ def values_text(values: Mapping[str, Scalar]) -> str:
 
 
 def start_line(event: TrialStart) -> str:
-    """The line of a trial that begins, or goes on."""
-    goes_on = " goes on" if event.resumed else ""
+    """The line of a trial that begins or continues."""
+    goes_on = " continues" if event.resumed else ""
     return f"trial {event.number} of {event.of}{goes_on}: {values_text(event.values)}"
 
 

@@ -48,7 +48,7 @@ def events_of(request: Request, remembered: Features | None) -> Events:
 
 
 def _chosen(request: Request, remembered: Features | None) -> Generator[None, None, Answer]:
-    """The likeliest choice; other jobs go on after each step."""
+    """The likeliest choice; other jobs continue after each step."""
     model = request.model
     fetch: Fetch = request.images.pixels
     if remembered is not None and request.prompt.media:

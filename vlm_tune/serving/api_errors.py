@@ -200,7 +200,7 @@ def invalid_request(
     if kind == "union_tag_invalid":
         key = str(first["ctx"]["discriminator"]).strip("'")
         expected = str(first["ctx"]["expected_tags"]).replace("'", "")
-        message = f"{cut(param)}.{key} is one of {expected}, got {quoted(first['ctx']['tag'])}"
+        message = f"{cut(param)}.{key} must be one of {expected}, got {quoted(first['ctx']['tag'])}"
         return ApiError(400, message, param=f"{param}.{key}")
     if kind == "union_tag_not_found":
         key = str(first["ctx"]["discriminator"]).strip("'")

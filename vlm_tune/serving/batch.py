@@ -122,7 +122,7 @@ class Batch:
                 return
             try:
                 self._write()
-            except Exception as error:  # whatever it is, the server goes on
+            except Exception as error:  # whatever it is, the server continues
                 self._fail(error)
 
     def _fail(self, error: Exception) -> None:

@@ -51,7 +51,7 @@ class BatchingEngine:
             batch: The most answers of a model that are generated at a time.
 
         Raises:
-            ArgumentError: `queue` or `batch` is not a whole number from 1 on.
+            ArgumentError: `queue` or `batch` is not a positive integer.
         """
         check_count("queue", queue)
         check_count("batch", batch)
@@ -97,7 +97,7 @@ class BatchingEngine:
         model = self._models.get(job.model)
         if model is None:
             names = ", ".join(sorted(self._models))
-            raise ArgumentError(f"no model {quoted(job.model)} is served; there are {names}")
+            raise ArgumentError(f"no model {quoted(job.model)} is served; expected one of {names}")
         # A full queue refuses a job before any work.
         with self._changed:
             self._check_room()

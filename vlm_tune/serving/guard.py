@@ -136,8 +136,8 @@ class Guard:
         name = _host_name(host)
         if not (name in self._names or name.endswith(".localhost") or _is_address(name)):
             message = (
-                f"this server is not known as {quoted(name or host)}: start it with --hostname and "
-                f"that name, or with --api-key"
+                f"unknown host name {quoted(name or host)}: start it with --hostname and that "
+                "name, or with --api-key"
             )
             raise ApiError(403, message, code="unknown_host")
         origin = headers.get("origin")
@@ -159,7 +159,7 @@ class Guard:
             )
 
     async def _read(self, headers: Headers, receive: Receive, footprint: Footprint) -> bytes | None:
-        """A request's body; None if the client has left."""
+        """A request's body; None if the client has disconnected."""
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._limits.body_bytes:
             raise self._too_large()

@@ -82,10 +82,10 @@ def serve(
             task's model is served by the task's name.
         host: the address to listen at; 0.0.0.0 is every one of the machine's.
         port: the port; 0 takes a free one.
-        name: the name under which requests ask for the model; its folder's where not given.
+        name: the name under which requests ask for the model; its folder's by default.
         adapters: further runs over the same base, by name; the base is in memory once.
-        limits: what the server accepts; the defaults of `Limits` where not given.
-        dtype: bf16, fp16 or fp32; the models' own where not given.
+        limits: what the server accepts; the defaults of `Limits` by default.
+        dtype: bf16, fp16 or fp32; the models' own by default.
         base: as in `merge`, like `accept_other_base`.
         device: as in `VisionLanguageModel.from_pretrained`.
         started: called once requests are taken.
@@ -144,12 +144,16 @@ def _check_arguments(model: Any, host: Any, name: Any, adapters: Any, limits: An
     """Raises `RecipeError` or `ArgumentError` for an argument of `serve` of the wrong type."""
     check_path("model", model)
     if limits is not None and not isinstance(limits, Limits):
-        raise ArgumentError(f"limits is a Limits of vlm_tune.serving.limits, got {quoted(limits)}")
+        raise ArgumentError(
+            f"limits must be a Limits of vlm_tune.serving.limits, got {quoted(limits)}"
+        )
     check_text("host", host)
     if name is not None:
         check_text("name", name)
     if adapters is not None and not isinstance(adapters, Mapping):
-        raise ArgumentError(f"adapters is a mapping of names to folders, got {quoted(adapters)}")
+        raise ArgumentError(
+            f"adapters must be a mapping of names to folders, got {quoted(adapters)}"
+        )
 
 
 def _named_folders(

@@ -71,7 +71,7 @@ async def while_there(request: Request, answering: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(CLIENT_LEFT, "the client has left")
+            raise ApiError(CLIENT_LEFT, "the client has disconnected")
         return task.result()
     finally:
         for each in (task, left):

@@ -106,7 +106,7 @@ def run_sweep(
 ) -> Sweep:
     """Runs trials until there are as many as the setting says; returns the sweep.
 
-    The folder gets sweep.json, best.yaml and report.html, written anew after each trial, and the
+    The folder gets sweep.json, best.yaml and report.html, rewritten after each trial, and the
     trials' runs. A trial that runs out of memory, or whose loss is not finite, has failed.
 
     Args:
@@ -164,7 +164,7 @@ def _run_trials(
             break
         if stop():
             raise Interrupted(
-                f"stopped after {len(trials)} of {setting.of} trials; go on with --resume"
+                f"stopped after {len(trials)} of {setting.of} trials; continue with --resume"
             )
         trial = study.next_trial()
         if trial is None:
@@ -376,7 +376,7 @@ def _files(folder: Path) -> Iterator[None]:
         inside = error.filename is not None and Path(str(error.filename)).is_relative_to(folder)
         if not inside and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        message = f"{error.filename or folder}: {reason(error)}; mend that, and --resume goes on"
+        message = f"{error.filename or folder}: {reason(error)}; fix that, and --resume continues"
         raise TrainingError(message) from error
 
 
@@ -387,7 +387,7 @@ def _check_folder(setting: Setting, *, resume: bool) -> None:
         ours = {LOCK, HOLDER, written_name(RECORD)}
         if folder.is_dir() and any(path.name not in ours for path in folder.iterdir()):
             hint = (
-                "--resume goes on with the sweep"
+                "--resume continues with the sweep"
                 if (folder / RECORD).is_file()
                 else "nothing in it is deleted; choose another --output"
             )

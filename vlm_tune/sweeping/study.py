@@ -1,6 +1,6 @@
 """The trials of a sweep as optuna has them: values are proposed, scores and states are stored.
 
-The journal in the sweep's folder holds all that a sweep needs to go on.
+The journal in the sweep's folder holds all that a sweep needs to continue.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TrialStudy:
         folder: the sweep's folder, whose lock the caller holds.
         space: what is searched.
         seed: the recipe's. It decides the values of a trial, with the trial's number and the
-            scores of those before it: a sweep that was interrupted goes on as it would have.
+            scores of those before it: a sweep that was interrupted continues as it would have.
         lower_is_better: whether the lowest score is the best.
         prune: whether a trial is stopped if its score is worse than the median of complete ones.
 

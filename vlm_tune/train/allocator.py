@@ -64,7 +64,7 @@ def return_freed_memory(smallest: int = 1 << 20) -> bool:
 def keep_freed_memory(largest: int = 1 << 30) -> bool:
     """From now on keeps freed tensors' memory for new ones, in the range or else in glibc's heap.
 
-    Otherwise every activation of some megabytes is mapped anew and its pages are faulted in one by
+    Otherwise every activation of some megabytes is mapped again and its pages are faulted in one by
     one, which on a CPU can take longer than the matrix product that fills them. Memory freed before
     goes back to the system. glibc keeps blocks of up to `largest` bytes. Returns False where there
     is neither a range nor glibc.

@@ -99,8 +99,8 @@ def capture_checkpoint(
 ) -> Callable[[Path], None]:
     """Captures the training state as it is now and returns a function that writes it to a folder.
 
-    The function may run while training goes on: what trains is copied to CPU memory; frozen weights
-    are not copied. With sharded weights every process must call `capture_checkpoint`, and rank 0
+    The function may run while training continues: what trains is copied to CPU memory, frozen
+    weights are not. With sharded weights every process must call `capture_checkpoint`, and rank 0
     may write.
 
     Args:
@@ -110,7 +110,7 @@ def capture_checkpoint(
         progress: The state of the stage.
         recipe_text: The recipe as YAML.
         random_states: One random state per process, by rank.
-        drawn: State of the feed that it needs to go on in the middle of an epoch.
+        drawn: State of the feed that it needs to continue in the middle of an epoch.
 
     Returns:
         A function that takes the folder to write to.
@@ -234,7 +234,7 @@ class CheckpointWriter:
         except (OSError, SafetensorError, MemoryError) as error:
             older = [path.name for path in checkpoints(self.stage)]
             remaining = (
-                f"kept: {', '.join(older)}; --resume goes on from there"
+                f"kept: {', '.join(older)}; --resume continues from there"
                 if older
                 else "there is none before it"
             )

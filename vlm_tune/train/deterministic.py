@@ -66,6 +66,7 @@ def nondeterministic(error: RuntimeError) -> TrainingError | None:
     if NO_IMPLEMENTATION not in text:  # a `RuntimeError` like any other
         return None
     return TrainingError(
-        f"train.deterministic: {text.partition(NO_IMPLEMENTATION)[0].strip()} has no deterministic "
-        "form on this device; set train.deterministic: false (--resume --accept-changes goes on)"
+        f"train.deterministic: {text.partition(NO_IMPLEMENTATION)[0].strip()} has no "
+        "deterministic form on this device; set train.deterministic: false (--resume "
+        "--accept-changes continues)"
     )

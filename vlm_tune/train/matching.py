@@ -29,7 +29,7 @@ class MatchingObjective:
     """Binary cross-entropy of the answers yes and no to whether a caption describes an image.
 
     Each row is a caption with its image, with the two answers as branches (or decoder rows) of one
-    prompt. Half of them, drawn anew in each step, are shown with the image of another row of the
+    prompt. Half of them, drawn again in each step, are shown with the image of another row of the
     micro-batch and of the same category that has another caption.
     """
 

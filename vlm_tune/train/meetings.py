@@ -101,5 +101,5 @@ class Meetings:
         stops, failed = by_rank[:, -2:].any(0).tolist()
         if failed:
             self.writer.wait()
-            raise TrainingError("the first process could not write its checkpoint")
+            raise TrainingError("rank 0 could not write its checkpoint")
         return stops

@@ -85,12 +85,12 @@ class NonFinitePolicy:
         )
         message = f"{what} at step {step}; the batch holds {name_list(samples, 8)}"
         if self.skips and self.in_a_row < self.most and not last:
-            self.report(Note(f"{message}; the step is left out", step))
+            self.report(Note(f"{message}; the step is skipped", step))
             return False
         row = f", the {self.in_a_row}th such step in a row" if self.in_a_row > 1 else ""
         raise TrainingError(
-            f"{message} (all of them in {path}){row}. A lower learning rate, more warm-up or bf16 "
-            "may help; the last checkpoint is from before: --resume goes on there",
+            f"{message} (all of them in {path}){row}. A lower learning rate, more warm-up or "
+            "bf16 may help; the last checkpoint is from before: --resume continues there",
             by_recipe=True,
         )
 

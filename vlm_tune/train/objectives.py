@@ -81,7 +81,7 @@ class Objective(Protocol):
         ...
 
     def __call__(self, model: Any, batch: Batch, totals: Counts | None = None) -> Loss:
-        """The loss of a micro-batch of a step with these counts; of its own where not given."""
+        """The loss of a micro-batch of a step with these counts; of its own by default."""
         ...
 
 

@@ -37,7 +37,7 @@ def out_of_memory(error: BaseException, recipe: Recipe) -> TrainingError:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     fault = f"out of memory ({reason_of(error)}); "
-    hint = "Finished checkpoints are kept: --resume --accept-changes goes on with the changes"
+    hint = "Finished checkpoints are kept: --resume --accept-changes continues with the changes"
     return TrainingError(f"{fault}{_by_plan(recipe)}. {hint}", by_recipe=True)
 
 

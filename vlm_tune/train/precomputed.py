@@ -114,7 +114,7 @@ def references(
         stage: The stage's folder.
         report: Called with a note on where they are from.
         validation_cached: Whether `fetch` returns features.
-        resumed: Whether the stage goes on from a checkpoint.
+        resumed: Whether the stage continues from a checkpoint.
 
     Raises:
         TrainingError: The file of a resumed stage is lost, damaged or of other rows.

@@ -117,7 +117,7 @@ class Precomputed:
 def check_adapters_off(
     model: VisionLanguageNetwork, recipe: Recipe, earlier: Mapping[str, Any]
 ) -> None:
-    """Raises `ModelError` where adapters that are to be switched off go on from an earlier stage.
+    """Raises `ModelError` if adapters to be switched off continue from an earlier stage.
 
     Args:
         model: The model with the stage's adapters, before their training.
@@ -146,7 +146,7 @@ def reference_model(
         recipe: The stage's recipe.
         tuned: What trains.
         stage: The stage's folder, which holds the start values of a copy.
-        resumed: Whether the stage goes on from a checkpoint.
+        resumed: Whether the stage continues from a checkpoint.
 
     Raises:
         TrainingError: The start values of a resumed stage are lost.

@@ -139,9 +139,7 @@ def _check_data(context: Context, run: Path, number: int, fingerprint: dict[str,
     """Raises `DataError` if a stage's data is not what the run trained on."""
     differences = data_differences(run, {number: fingerprint}, context.note)
     if differences:
-        raise changed_data(
-            differences, "put it back: other data can't be trained on as the run did"
-        )
+        raise changed_data(differences, "restore it: the replay needs the run's data")
 
 
 def _check_processes(run: Path, then: int, now: int) -> None:
@@ -184,7 +182,7 @@ def _span(run: Path, names: list[str], steps: int | None) -> tuple[int, Path, in
         [
             Problem(
                 str(run),
-                f"no whole checkpoint is kept that {what} were made after; "
+                f"no complete checkpoint is kept that {what} were made after; "
                 "train.checkpoints.keep says how many are",
             )
         ]

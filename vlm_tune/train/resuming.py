@@ -52,7 +52,7 @@ def data_differences(run: Path, now: Mapping[int, dict[str, Any]], note: Note) -
     `now` holds fingerprints by the number of their stage. A stage that is not in `now` is not
     compared.
     """
-    before = read_json(run / DATA, list, note, "it is not known whether the data has changed")
+    before = read_json(run / DATA, list, note, "whether the data has changed is unknown")
     if before is None or not all(isinstance(stage, dict) for stage in before):
         return []
     try:
@@ -63,7 +63,7 @@ def data_differences(run: Path, now: Mapping[int, dict[str, Any]], note: Note) -
             for line in fingerprint_differences(stage, now[number])
         ]
     except (KeyError, TypeError, ValueError, AttributeError):
-        note(f"{DATA} is damaged: it is not known whether the data has changed")
+        note(f"{DATA} is damaged: whether the data has changed is unknown")
         return []
 
 
@@ -72,7 +72,9 @@ def changed_data(differences: Sequence[str], advice: str) -> DataError:
     lines = [f"  {line}" for line in differences[:SHOWN]]
     if len(differences) > SHOWN:
         lines.append(f"  and {len(differences) - SHOWN:,} more")
-    return DataError("\n".join(["the data is not what the run began with:", *lines, advice]))
+    return DataError(
+        "\n".join(["the data differs from what the run started with:", *lines, advice])
+    )
 
 
 def write_data(run: Path, now: Sequence[dict[str, Any]]) -> None:

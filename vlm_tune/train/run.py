@@ -228,8 +228,8 @@ def _file_fault(run: Path, error: OSError) -> BaseException:
     if error.filename is None or not Path(str(error.filename)).is_relative_to(run):
         return error
     return TrainingError(
-        f"{error.filename}: {reason(error)}; the last checkpoint is kept: "
-        "--resume goes on from there"
+        f"{error.filename}: {reason(error)}; the last checkpoint is kept: --resume continues "
+        "from there"
     )
 
 
@@ -330,7 +330,7 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, StageRows]:
         for number, (name, stage) in enumerate(stages)
     ]
     others = other_rows(stages[-1][1])
-    log.info("making the model")
+    log.info("building the model")
     samples = rows[-1].samples
     if main:
         context.data = [
@@ -410,8 +410,8 @@ def _checkpoint(context: Context, names: list[str]) -> Path | None:
     if newest is None:
         damaged = ", ".join(damaged_only(context.run, names))
         context.note(
-            f"there is no whole checkpoint{f' (damaged: {damaged})' if damaged else ''}: "
-            "the run starts over"
+            f"there is no complete checkpoint{f' (damaged: {damaged})' if damaged else ''}: the "
+            "run starts over"
         )
         if context.accelerator.is_main_process:
             forget_after(context.run, Progress())
@@ -420,8 +420,8 @@ def _checkpoint(context: Context, names: list[str]) -> Path | None:
     checkpoint, damaged = newest
     for folder in damaged:
         context.note(
-            f"{folder.name} of {folder.parent.parent.name} is damaged; "
-            f"going on from {checkpoint.name}"
+            f"{folder.name} of {folder.parent.parent.name} is damaged; continuing from "
+            f"{checkpoint.name}"
         )
     return checkpoint
 
@@ -435,6 +435,6 @@ def _changed_data(context: Context) -> list[str]:
     if differences and not context.accepts:
         raise changed_data(
             differences,
-            "put it back, or go on with it by --resume --accept-changes, or start another run",
+            "restore it, or continue with --resume --accept-changes, or start another run",
         )
     return differences

@@ -80,7 +80,7 @@ class Context:
     section: AnyEngine
     resumed: bool = False
     accepts: bool = False
-    """Whether a resumed run goes on although recipe or data have changed."""
+    """Whether a resumed run continues although recipe or data have changed."""
     data: list[dict[str, Any]] = field(default_factory=list)
     """The fingerprints of the stages' data, on rank 0 only."""
     peaks: list[GpuPeak] = field(default_factory=list)
@@ -150,13 +150,13 @@ def stage_loop(
     """Builds the training loop of one stage.
 
     Applies the tuning rules to the model, computes cached features and prepares the data feed. With
-    `checkpoint` the loop goes on from there.
+    `checkpoint` the loop continues from there.
     """
     folder = stage_folder(context.run, progress.stage, name)
 
     def report(event: StageEvent) -> None:
         if isinstance(event, Features) and context.stop():
-            raise Interrupted("stopped before the first step; go on with --resume")
+            raise Interrupted("stopped before the first step; continue with --resume")
         context.report(event.of_stage(progress.stage, name))
 
     earlier = dict(model.adapters)
@@ -326,8 +326,8 @@ def train_stage(
     """Trains one stage.
 
     Returns:
-        The checkpoint to go on from by `best_model`; None if the model itself is the best. Nothing
-        here refers to the model any more, so that its memory is free once the caller drops it.
+        The checkpoint to continue from by `best_model`; None if the model itself is the best.
+        Nothing here refers to the model any more, so its memory is free once the caller drops it.
     """
     started = time.perf_counter()
     if context.accelerator.mixed_precision != MIXED[recipe.train.precision]:
@@ -345,7 +345,7 @@ def train_stage(
         context.peaks.append(peak)
         context.report(PeakMemory(progress.stage, name, **peak))
     if accelerator.device.type == "cpu":
-        # Returns the memory of the steps before the model is built anew, or answers with a tower
+        # Returns the memory of the steps before the model is built again, or answers with a tower
         # that was paged out.
         return_freed_memory()
     loop.engine.release()
@@ -400,7 +400,7 @@ def best_model(
 
 
 def end_stage(context: Context, name: str, progress: Progress) -> None:
-    """Writes that a stage is done, once the model to go on with is there."""
+    """Writes that a stage is done, once the model to continue with is there."""
     if context.accelerator.device.type == "cpu":
         keep_freed_memory()
     if context.accelerator.is_main_process:
@@ -420,7 +420,7 @@ def _best(context: Context, folder: Path, progress: Progress) -> Path | None:
     best = broadcast_object_list([best])[0]
     for checkpoint in damaged:
         context.note(
-            f"{checkpoint.name} of {folder.name}, which scored better, is damaged: passed over"
+            f"{checkpoint.name} of {folder.name}, which scored better, is damaged and was skipped"
         )
     progress.best_step, progress.best_score = (
         (progress.step, None) if best is None else (step_of(best[0]), best[1])
@@ -428,8 +428,8 @@ def _best(context: Context, folder: Path, progress: Progress) -> Path | None:
     if best is None or progress.best_step == progress.step:
         return None
     context.note(
-        f"going on with the best checkpoint, step {progress.best_step} "
-        f"({progress.best_by} {progress.best_score:.4f})"
+        f"continuing with the best checkpoint, step {progress.best_step} ({progress.best_by} "
+        f"{progress.best_score:.4f})"
     )
     return best[0]
 

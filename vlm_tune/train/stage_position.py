@@ -99,5 +99,5 @@ class StagePosition:
         return self.in_data.epoch + self.feed.share(self.in_data)
 
     def drawn(self) -> dict[str, np.ndarray]:
-        """Arrays of the feed that a checkpoint stores, so that the epoch can go on from here."""
+        """Arrays of the feed that a checkpoint stores, so that the epoch can continue from here."""
         return self.feed.drawn(self.in_data)

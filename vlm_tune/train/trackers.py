@@ -33,8 +33,8 @@ class Trackers:
         for name in names:
             if name not in known:
                 tell(
-                    f"{name} is not installed (pip install 'vlm_tune[{name}]'); "
-                    "training goes on without it"
+                    f"{name} is not installed (pip install 'vlm_tune[{name}]'); training "
+                    "continues without it"
                 )
                 continue
             self._try(name, lambda name=name: self._start(name, project, run, config))
@@ -52,7 +52,7 @@ class Trackers:
             self._try(name, lambda tracker=tracker: tracker.log(figures, step=step))
             if self._failures[name] >= PATIENCE:
                 del self._trackers[name]
-                self._tell(f"{name} failed {PATIENCE} times in a row and is left alone from now on")
+                self._tell(f"{name} failed {PATIENCE} times in a row and is no longer used")
 
     def close(self) -> None:
         """Lets all trackers finish."""
@@ -67,5 +67,6 @@ class Trackers:
             self._failures[name] += 1
             if self._failures[name] == 1:
                 self._tell(
-                    f"{name} failed ({type(error).__name__}: {reason_of(error)}); training goes on"
+                    f"{name} failed ({type(error).__name__}: {reason_of(error)}); training "
+                    "continues"
                 )

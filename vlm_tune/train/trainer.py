@@ -226,7 +226,7 @@ class StageLoop:
             self._save(step)
         self.meetings.written()
         place = f"at step {step} of {self.total}" if step else "before the first step"
-        raise Interrupted(f"stopped {place}; go on with --resume")
+        raise Interrupted(f"stopped {place}; continue with --resume")
 
     def _note_compiling(self, started: float) -> None:
         """Reports how long the first step took, which compiled the blocks."""

@@ -172,7 +172,7 @@ class Watch:
                 print(f"rank {self.rank}: {gone}", file=sys.stderr, flush=True)
         elif time.monotonic() - self._diagnosed_at > GRACE:
             print(
-                f"rank {self.rank}: still waiting after that, leaving; {self._resume_hint()}",
+                f"rank {self.rank}: still waiting after that, exiting; {self._resume_hint()}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -228,9 +228,9 @@ class Watch:
         Not until now: this process may have been paused since.
         """
         lines = [
-            f"rank {rank} (process {peer.status.get('pid', '?')} "
-            f"on {peer.status.get('host', '?')}) is lost: it gives no sign of life, "
-            f"last at {peer.status['place']}"
+            f"rank {rank} (process {peer.status.get('pid', '?')} on "
+            f"{peer.status.get('host', '?')}) is lost: no sign of life since "
+            f"{peer.status['place']}"
             for rank, peer in sorted(self._peers.items())
             if self._looked_at - peer.alive > seconds
         ]

@@ -124,7 +124,9 @@ def test_a_set_without_a_phrasing_for_a_row_says_which_field_the_row_lacks(tmp_p
         "'{translation}'\n"
     )
     prompt_set = load_instructions(str(path), "translate")
-    with pytest.raises(DataError, match="no prompt of the set does without source_language, text"):
+    with pytest.raises(
+        DataError, match="every prompt of the instruction set uses source_language, text"
+    ):
         prompt_set.messages("r", (), {"target_language": "de", "translation": "x"}, seed=0)
 
 
@@ -186,7 +188,9 @@ def test_prompt_sets_with_wrong_fields_are_refused(
 
 
 def test_a_prompt_set_for_another_task_is_refused() -> None:
-    with pytest.raises(DataError, match="a prompt set for caption, the source gives vqa rows"):
+    with pytest.raises(
+        DataError, match="an instruction set for caption, the source gives vqa rows"
+    ):
         load_instructions("caption", "vqa")
-    with pytest.raises(DataError, match=r"no prompt set 'nope'; there are .*vqa"):
+    with pytest.raises(DataError, match=r"no instruction set 'nope'; expected one of .*vqa"):
         load_instructions("nope", "vqa")

@@ -382,7 +382,7 @@ def test_a_stopped_preparation_goes_on_from_the_chunks_it_finished(
         workers=0,
         max_length=4096,
     )
-    with pytest.raises(Interrupted, match="after 20 rows; they are kept"):
+    with pytest.raises(Interrupted, match="after 20 rows; they are reused"):
         prepare(data, data.train, chat_processor, seed=0, stop=lambda: len(written) == 2)
     assert names(prepare(data, data.train, chat_processor, seed=0)) == expected
     assert len(written) == 5 and len(set(written)) == 5

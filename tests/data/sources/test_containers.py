@@ -490,7 +490,7 @@ def test_a_data_set_is_streamed_shard_by_shard(
 
 def test_a_data_set_that_is_not_there_says_so(tmp_path: Path, png: bytes) -> None:
     source = saved(tmp_path / "set", png, kind="dict")
-    with pytest.raises(DataError, match=r"no split 'dev'; there are train, test"):
+    with pytest.raises(DataError, match=r"no split 'dev'; expected one of train, test"):
         open_source(source.model_copy(update={"split": "dev"}), seed=0)
     assert len(read(source.model_copy(update={"split": "test"}))) == 2
     (tmp_path / "empty").mkdir()

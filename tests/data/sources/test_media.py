@@ -69,7 +69,7 @@ def test_an_image_is_a_path_a_data_url_bytes_or_a_part_of_a_file(
     [
         (
             "https://example.org/a.png",
-            "is a URL, and nothing is fetched: download it and give its path",
+            "is a URL, and URLs are not fetched: download it and give its path",
         ),
         ({"url": "HTTP://example.org/a.png"}, "is a URL"),
         ("data:image/png;base64,!!!", "bad base64"),
@@ -293,7 +293,7 @@ def test_a_video_that_is_none_says_why(
         ("../v.mp4", "lies outside"),
         ("https://example.org/v.mp4", "the video .* is a URL"),
         (b"what is this?", "a video file is one of"),
-        (5, "the video is a path"),
+        (5, "the video must be a path"),
     ):
         with pytest.raises(DataError, match=message):
             finder.video(value)

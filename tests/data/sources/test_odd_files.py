@@ -115,24 +115,24 @@ def test_a_list_of_rows_inside_an_object_is_read(
         (
             "one.json",
             json.dumps(VQA, indent=1).encode(),
-            "is one row over several lines, not one a line and no list: put it in [ ]",
+            "is one row over several lines, neither JSONL nor a list: put it in [ ]",
         ),
         (
             "two.json",
             json.dumps({"a": [VQA], "b": [VQA]}, indent=1).encode(),
-            "holds several lists of objects: a, b",
+            "contains several lists of objects: a, b",
         ),
         (
             "none.json",
             json.dumps({"a": 1, "b": [1]}, indent=1).encode(),
-            "holds one JSON object (a, b) and no list of rows",
+            "holds one JSON object (a, b) but no list of rows",
         ),
         ("cut.json", json.dumps({"data": [VQA] * 5}, indent=1).encode()[:-40], "not JSON: "),
         ("rows.jsonl", b"PK\x03\x04rest", "is a zip archive: unpack it"),
         ("rows.json", b"PAR1rest", "is a Parquet file: name it .parquet"),
         ("rows.csv", "a,b\n".encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
-        ("rows.jsonl.zst", b"x", "the ending '.zst' is none of .json"),
-        ("rows.parquet.gz", b"x", "the ending '.gz' is none of .json"),
+        ("rows.jsonl.zst", b"x", "the ending '.zst' is not one of .json"),
+        ("rows.parquet.gz", b"x", "the ending '.gz' is not one of .json"),
     ],
 )
 def test_a_file_that_holds_no_rows_says_what_it_is(
@@ -190,8 +190,11 @@ def test_avif_images_are_read_wherever_images_are(folder: Path) -> None:
             f"the image '{'x' * QUOTED}'... (240,000 characters) is no path: File name too long",
         ),
         ("/9j/" + "A" * 299, "the image is bad base64"),
-        (5, "the image is a path, a data URL or bytes, got 5"),
-        ({"bytes": {"a": 1}}, "the image is a path, a data URL or bytes, got a mapping with a"),
+        (5, "the image must be a path, a data URL or bytes, got 5"),
+        (
+            {"bytes": {"a": 1}},
+            "the image must be a path, a data URL or bytes, got a mapping with a",
+        ),
         ("no\x1b[31m.png", "no image 'no\\x1b[31m.png' under "),
         (HALF + ".png", "the image '\\ud83d.png' is no path: "),
     ],
@@ -213,8 +216,8 @@ def test_base64_without_a_header_is_an_image(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "turn 1: `content` is text or a list of parts, got nothing (null)"),
-        ([None], "turn 1: a part is an object with a `type`, got nothing (null)"),
+        (None, "turn 1: `content` must be text or a list of parts, got nothing (null)"),
+        ([None], "turn 1: a part must be an object with a `type`, got nothing (null)"),
         (
             [{"type": "text", "text": None}],
             "turn 1: a part of type text has a `text` and nothing else, got nothing (null)",
@@ -226,7 +229,8 @@ def test_base64_without_a_header_is_an_image(folder: Path) -> None:
         ),
         (
             [{"text": "a"}],
-            "a part is text, image, image_url, video, audio or input_audio, got nothing (null)",
+            "a part must be text, image, image_url, video, audio or input_audio, got nothing "
+            "(null)",
         ),
         ([{"type": "y" * 500}], f"got '{'y' * QUOTED}'... (500 characters)"),
     ],

@@ -112,7 +112,7 @@ def test_a_row_without_a_judgement_is_a_bad_one_among_others(folder: Path, label
     rows = [row, row | {"label": label}, row]
     source = file_source(write_rows(folder / "r.jsonl", rows))
     (error,) = [each for each in read(source) if isinstance(each, DataError)]
-    assert "row 2: `label` is true or false" in str(error)
+    assert "row 2: `label` must be true or false" in str(error)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -121,7 +121,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no prompt": ({"chosen": [DOG], "rejected": [CAT]}, "begin with no turn that they share"),
     "two turns": (
         {"prompt": [USER], "chosen": [DOG, USER, DOG], "rejected": [CAT]},
-        "`chosen` is one turn of the assistant's after the prompt, got: assistant, user",
+        "`chosen` must be one turn of the assistant's after the prompt, got: assistant, user",
     ),
     "user": ({"prompt": [USER], "chosen": [USER], "rejected": [CAT]}, "got: user"),
     "order": ({"prompt": [DOG], "chosen": [DOG], "rejected": [CAT]}, "expected the user's"),
@@ -144,7 +144,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "no text or list `rejected` of turns, got",
     ),
     "a number": ({"prompt": 3, "chosen": "a", "rejected": "b"}, "`prompt` of turns, got 3"),
-    "label": ({"prompt": "q", "completion": "a", "label": "good"}, "`label` is true or false"),
+    "label": ({"prompt": "q", "completion": "a", "label": "good"}, "`label` must be true or false"),
 }
 
 

@@ -150,7 +150,7 @@ def test_a_pattern_reads_its_files_in_order_and_names_them(
         ("none-*.jsonl", "no file fits this pattern"),
         (".", "is a folder; name a file, or a pattern"),
         ("n" * 300, "no such file"),
-        ("a.png", r"the ending '.png' is none of .json, .*"),
+        ("a.png", r"the ending '.png' is not one of .json, .*"),
         ("shard.tar", "a tar shard is of `kind: webdataset`"),
         ("broken.parquet", r"broken.parquet: can't be read: "),
         ("broken.arrow", r"broken.arrow: can't be read: "),
@@ -222,7 +222,7 @@ def test_a_folder_a_class_is_a_classification(tmp_path: Path) -> None:
         read(source)
     with pytest.raises(DataError, match="no such folder"):
         read(FolderSource(kind="folder", path=str(tmp_path / "none")))
-    with pytest.raises(DataError, match="holds no folders"):
+    with pytest.raises(DataError, match="contains no folders"):
         read(FolderSource(kind="folder", path=str(root / "empty")))
 
 

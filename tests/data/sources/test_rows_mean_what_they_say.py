@@ -329,7 +329,7 @@ def test_loss_of_a_turn_is_read_as_train_is(folder: Path) -> None:
         assert (
             isinstance(conversation, Conversation) and conversation.messages[1].trained is trained
         )
-    assert "`loss` is 0 or 1, got 0.5" in message_of(
+    assert "`loss` must be 0 or 1, got 0.5" in message_of(
         folder, {"messages": [TURNS[0], turn("assistant", "a", loss=0.5)]}
     )
 
@@ -420,7 +420,7 @@ def test_an_answer_that_can_be_read_in_two_ways_is_refused_until_told(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"answer": 2}, "`answer` 2 is none of the 2 choices by text, letter or place from 0"),
+        ({"answer": 2}, "`answer` 2 is not one of the 2 choices by text, letter or place from 0"),
         ({"answer": -1}, "`answer` -1 is none"),
         ({"answer": "C"}, "`answer` 'C' is none"),
         ({"answer": True}, "`answer` true is none"),

@@ -396,7 +396,7 @@ BAD = {
     "label unknown": (
         {"image": "a.png", "label": "cow", "choices": ["a", "b"]},
         "classify",
-        "'cow' is none of the 2 choices by text",
+        "'cow' is not one of the 2 choices by text",
     ),
     "label out of range": (
         {"image": "a.png", "label": 2, "choices": ["a", "b"]},
@@ -432,7 +432,7 @@ BAD = {
     "unknown speaker": (
         {"conversations": [sharegpt_turn("bot", "hi")]},
         "llava",
-        "from 'bot' is none of human, user",
+        "from 'bot' is not one of human, user",
     ),
     "two systems": (
         {
@@ -459,7 +459,7 @@ BAD = {
     "weight of a half": (
         {"messages": [turn("user", "q"), turn("assistant", "a", weight=0.5)]},
         "messages",
-        "`weight` is 0 or 1, got 0.5",
+        "`weight` must be 0 or 1, got 0.5",
     ),
     "train maybe": (
         {"messages": [turn("user", "q"), turn("assistant", "a", train="no")]},

@@ -47,8 +47,9 @@ def values(metrics: dict[str, dict[str, Any]]) -> dict[str, float]:
 def test_pope_counts_yes_by_split(tmp_path: Path) -> None:
     rows = read_benchmarks([copy_of("pope", tmp_path)])
     assert [row.source_name for row in rows] == ["adversarial"] * 4 + ["random"] * 4
-    assert rows[0].question == (
-        "Is there a thing 1 in the image?\nAnswer the question using a single word or phrase."
+    assert (
+        rows[0].question
+        == "Is there a thing 1 in the image?\nAnswer the question using a single word or phrase."
     )
     texts = ["Yes", "No.", "yes, there is not", "yes", "Yes. No", "maybe", "No, none", "not sure"]
     scored = assessed(rows, texts)
@@ -280,7 +281,7 @@ def leave_folder(folder: Path) -> str:
 
 def other_label(folder: Path) -> str:
     (folder / "coco_pope_random.json").write_text('{"text": "q", "label": "maybe"}\n')
-    return "`label` is yes or no, got 'maybe'"
+    return "`label` must be yes or no, got 'maybe'"
 
 
 @pytest.mark.parametrize("damage", [break_pope, lose_image, leave_folder, other_label])

@@ -53,7 +53,7 @@ def test_another_value_ends_every_command_with_2(
     assert ended.value.code == 2
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert problems == [
-        {"where": "VLM_TUNE_KERNELS", "message": "'fast' is none of auto, reference, emulate"}
+        {"where": "VLM_TUNE_KERNELS", "message": "'fast' is not one of auto, reference, emulate"}
     ]
 
 
@@ -69,7 +69,7 @@ def test_another_value_is_an_error_from_python(
         native.has_kernels,
     ):
         with pytest.raises(
-            RecipeError, match="VLM_TUNE_KERNELS: 'fast' is none of auto, reference, emulate"
+            RecipeError, match="VLM_TUNE_KERNELS: 'fast' is not one of auto, reference, emulate"
         ):
             call()
     assert not (tmp_path / "run").exists()
@@ -133,7 +133,7 @@ def test_the_recipe_chooses_for_its_run_and_the_variable_overrides_it(
         assert kernel_choice() == "reference" and not native.has_kernels()
         monkeypatch.setenv("VLM_TUNE_KERNELS", "emulate")
         assert (kernel_choice(), chosen_kernels()) == ("emulate", "VLM_TUNE_KERNELS=emulate")
-    with pytest.raises(RecipeError, match="'fast' is none of auto, reference, emulate"):
+    with pytest.raises(RecipeError, match="'fast' is not one of auto, reference, emulate"):
         parsed(tiny_recipe("causal"), train__kernels="fast")
 
 

@@ -351,7 +351,7 @@ def test_nested_parts_of_a_recipe_are_read_back_and_their_faults_located(tiny_re
         (
             "kind: resampler",
             "kind: cross_attention",
-            r"recipe:6:\d+: model\.connector\.base: 'cross_attention' is none of linear, mlp",
+            r"recipe:6:\d+: model\.connector\.base: 'cross_attention' is not one of linear, mlp",
         ),
         (
             "open_clip, name: ViT-B-32",

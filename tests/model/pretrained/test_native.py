@@ -113,18 +113,18 @@ def test_a_default_system_text_gives_way_to_a_rows_own() -> None:
     [
         (
             PLAIN.replace("<|im_end|>\n", "<|im_end|>{{ '' if loop.last else ' ' }}\n"),
-            "writes a turn by what follows it",
+            "renders a turn depending on what follows it",
         ),
         (PLAIN.replace("assistant\n{% endif", "assistant\n<think>{% endif"), "opens an answer"),
         (PLAIN.replace("<|im_end|>\n", "\n"), "no special token stands after an answer"),
         (PLAIN.replace("{{ part.text", "{{ (part.text | upper)"), "changes a turn's text"),
-        (PLAIN.replace("'<|image_pad|>'", "''"), "nothing in an image's place"),
+        (PLAIN.replace("'<|image_pad|>'", "''"), "writes nothing for an image"),
         ("{{ raise_exception('tools only') }}", "tools only"),
     ],
 )
 def test_a_template_that_cant_be_taken_apart_is_refused(jinja: str, reason: str) -> None:
     processor = with_template(jinja)
-    with pytest.raises(DataError, match="can't be taken apart") as caught:
+    with pytest.raises(DataError, match="can't be split into turns") as caught:
         template_of(processor)
         native_images(processor)
     assert reason in str(caught.value)
@@ -148,7 +148,7 @@ def test_bounds_of_pixels_are_those_of_the_recipe(tmp_path: Path) -> None:
 def test_bounds_of_pixels_are_refused_where_there_are_none(tmp_path: Path) -> None:
     native_processor("lfm2_vl").save_pretrained(tmp_path)
     section = NativeSection(tower=NativeTower(max_pixels=4096), llm=NativeLlm(name=str(tmp_path)))
-    with pytest.raises(ModelError, match="takes no bounds of pixels"):
+    with pytest.raises(ModelError, match="has no pixel limits"):
         load_native_processor(section, None)
 
 
@@ -166,7 +166,7 @@ def test_a_processor_that_joins_images_is_refused(tmp_path: Path) -> None:
     from transformers import AutoProcessor
 
     save_idefics3(tmp_path, "idefics3")
-    with pytest.raises(ModelError, match="another thing than of each"):
+    with pytest.raises(ModelError, match="differently from each one alone"):
         native_images(AutoProcessor.from_pretrained(tmp_path))
 
 

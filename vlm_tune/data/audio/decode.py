@@ -26,7 +26,7 @@ STREAMED = (0, 0xFFFFFFFF)
 def waveform(media: Media, rate: int) -> np.ndarray:
     """The mono waveform float32[samples] of a clip, resampled to `rate` samples a second.
 
-    Raises `DataError` for formats other than WAV, FLAC, OGG and MP3, told apart by their first
+    Raises `DataError` for formats other than WAV, FLAC, OGG and MP3, distinguished by their first
     bytes, for files that are cut, empty or longer than an hour, and if PyAV is not installed.
     """
     try:

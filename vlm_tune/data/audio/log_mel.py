@@ -117,7 +117,7 @@ class AudioProcessor:
         count = -(-length // (self.seconds * RATE))
         if count > self.windows:
             raise DataError(
-                f"{media.name}: lasts {length / RATE:.1f} seconds, and the model hears at most "
+                f"{media.name}: lasts {length / RATE:.1f} seconds, and the model takes at most "
                 f"{self.windows} x {self.seconds} (model.tower.windows x model.tower.seconds)",
                 kind="audio_long",
             )

@@ -1,7 +1,7 @@
 """Rows with boxes or points whose texts follow the augmentation of their images.
 
 Examples are prepared once, with regions where they are in images as they are. Where an augmentation
-moves images, those of rows with regions are laid out anew for each epoch.
+moves images, those of rows with regions are laid out again for each epoch.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def follows(prepared: Prepared) -> bool:
 
 
 class GroundedFeed(PreparedFeed):
-    """Batches of prepared rows, those with regions laid out anew in each epoch."""
+    """Batches of prepared rows, those with regions laid out again in each epoch."""
 
     def __init__(
         self, prepared: Prepared, *args: Any, processor: Processor, **options: Any

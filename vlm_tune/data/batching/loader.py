@@ -320,11 +320,10 @@ class PreparedFeed:
             (numbers[turn] for turn in turns if turn % len(pids) == worker), numbers[place]
         )
         return DataError(
-            f"a loader process was killed ({reason_of(error)}) at step {number[0] + 1} of "
-            f"epoch {position.epoch + 1} or soon after: "
-            f"{name_list(self.rows_of(position, number), 8)}. "
-            "train.loader_workers: 0 shows whether a row does it; "
-            "if memory ran out, fewer workers take less",
+            f"a loader process was killed ({reason_of(error)}) at step {number[0] + 1} of epoch "
+            f"{position.epoch + 1} or soon after: "
+            f"{name_list(self.rows_of(position, number), 8)}. train.loader_workers: 0 shows "
+            "whether a row does it; if memory ran out, fewer workers need less",
             source="data.train",
             kind="worker",
         )

@@ -50,7 +50,7 @@ Task = Literal[
 
 
 class Instructions(BaseModel):
-    """A prompt set of `data_templates/instructions`: phrasings of one task in one language."""
+    """A instruction set of `data_templates/instructions`: phrasings of one task in one language."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -89,7 +89,8 @@ class Instructions(BaseModel):
         most = max((len(fields) for fields in used if fields <= values.keys()), default=None)
         if most is None:
             raise DataError(
-                f"no prompt of the set does without {', '.join(sorted(optional - values.keys()))}"
+                "every prompt of the instruction set uses "
+                f"{', '.join(sorted(optional - values.keys()))}"
             )
         return [
             prompt
@@ -104,7 +105,7 @@ def fields_of(text: str) -> set[str]:
 
 
 def load_instructions(name: str, task: str) -> Instructions:
-    """Loads a shipped prompt set by name, or one from a YAML file.
+    """Loads a shipped instruction set by name, or one from a YAML file.
 
     Raises `DataError` for an unknown name, a malformed file, a set for another task, or one with
     unknown fields.
@@ -112,7 +113,9 @@ def load_instructions(name: str, task: str) -> Instructions:
     path = find_resource("data_templates/instructions", name)
     if path is None:
         names = ", ".join(resource_names("data_templates/instructions"))
-        raise DataError(f"no prompt set {quoted(name)}; there are {names}", source="instructions")
+        raise DataError(
+            f"no instruction set {quoted(name)}; expected one of {names}", source="instructions"
+        )
     try:
         instructions = Instructions.model_validate(read_yaml(path).value)
     except RecipeError as error:
@@ -122,7 +125,7 @@ def load_instructions(name: str, task: str) -> Instructions:
         raise DataError(faults, source=str(path)) from None
     if instructions.task != task:
         raise DataError(
-            f"is a prompt set for {instructions.task}, the source gives {task} rows",
+            f"is an instruction set for {instructions.task}, the source gives {task} rows",
             source=str(path),
         )
     for text in [*instructions.prompts, instructions.answer]:

@@ -80,15 +80,16 @@ def image_text(render: Render) -> str:
     text = render([message("user", before, None, behind)], False)
     between = text.partition(before)[2].partition(behind)[0]
     if not between or behind not in text:
-        raise refusal("it writes nothing in an image's place")
+        raise refusal("it writes nothing for an image")
     return between
 
 
 def refusal(reason: str) -> DataError:
     """The error for a template that can't be taken apart."""
     return DataError(
-        f"the checkpoint's own chat template can't be taken apart: {reason}. Name a chat format "
-        "that fits the model, of data_templates/chat or a file of your own (docs/data.md)",
+        f"the checkpoint's own chat template can't be split into turns: {reason}. Name a chat "
+        "format that fits the model, of data_templates/chat or a file of your own "
+        "(docs/data.md)",
         source="data.template",
     )
 
@@ -135,10 +136,10 @@ def _turns(render: Render) -> _Turns:
     after_question = _between(render([question], False), [first])[1]
     openings = [turn, last_turn, _between(render([question], True), [first])[1]]
     if not back.startswith(end) or any(not text.startswith(after_question) for text in openings):
-        raise refusal("it writes a turn by what follows it")
+        raise refusal("it renders a turn depending on what follows it")
     before_question = back[len(end) :]
     if not opening.endswith(before_question):
-        raise refusal("it writes the first question in another way than later ones")
+        raise refusal("it renders the first question differently from later ones")
     earlier, of_last, opened = (text[len(after_question) :] for text in openings)
     return _Turns(
         opening=opening.removesuffix(before_question),
@@ -177,7 +178,7 @@ def _system(render: Render, turns: _Turns) -> tuple[str, tuple[str, str] | None,
     if turns.opening.startswith(before) and turns.opening.endswith(after):
         default = turns.opening.removeprefix(before).removesuffix(after)
         return "", (before, after), default
-    raise refusal("it opens a conversation with system text in another way than one without")
+    raise refusal("it opens conversations with and without a system text differently")
 
 
 def _strips(render: Render) -> bool | Literal["texts", "answers"]:
@@ -220,7 +221,7 @@ class _Pieces:
         """
         if not turns.last.startswith(turns.opened):
             raise refusal(
-                "it opens an answer in one way when it is to be written, in another later"
+                "it opens an answer differently in the generation prompt and in the history"
             )
         last = self._opening(turns.last, turns.opened)
         earlier = self._opening(turns.earlier, turns.opened)

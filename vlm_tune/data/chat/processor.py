@@ -215,7 +215,7 @@ class Processor:
             examples = [numbered(examples[0], CHOSEN if conversation.desirable else REJECTED)]
         if any(example.supervised == 0 for example in examples):
             raise DataError(
-                "no token of it is supervised, it would train nothing",
+                "it has no supervised token, so it would train nothing",
                 row=conversation.id,
                 kind="unsupervised",
             )
@@ -235,7 +235,7 @@ class Processor:
         for prompt in prompts:
             if not len(prompt.input_ids):
                 raise DataError(
-                    "the question has no text and no media, and so no token to answer",
+                    "the question has no text and no media",
                     row=prompt.id,
                     kind="empty_question",
                 )

@@ -111,7 +111,7 @@ class ChatTemplate(BaseModel):
         for place, message in enumerate(messages):
             if message.role not in ROLES:
                 raise DataError(
-                    f"the role {quoted(message.role)} is none of {', '.join(ROLES)}",
+                    f"the role {quoted(message.role)} is not one of {', '.join(ROLES)}",
                     source="conversation",
                     row=conversation.id,
                     kind="role",
@@ -166,8 +166,8 @@ class ChatTemplate(BaseModel):
         if mark is not None and message.role == "assistant":
             raise DataError(
                 f"an answer contains {quoted(mark)}, and the {self.name} format has answers "
-                "without reasoning: take the reasoning out, or name a chat format that has it in "
-                "data.template",
+                "without reasoning: remove the reasoning, or name a chat format that supports "
+                "it in data.template",
                 source="conversation",
                 row=conversation.id,
                 kind="template",
@@ -177,7 +177,7 @@ class ChatTemplate(BaseModel):
         roles = [message.role for message in messages]
         if self.one_question and roles.count("user") != 1:
             raise DataError(
-                f"the {self.name} format has one question and its answer, and not the turns "
+                f"the {self.name} format has one question and its answer, not the turns "
                 f"{', '.join(roles)}",
                 source="conversation",
                 row=conversation.id,
@@ -258,8 +258,8 @@ def load_template(name: str) -> ChatTemplate:
     path = find_resource("data_templates/chat", name)
     if path is None:
         raise DataError(
-            f"no chat format {quoted(name)}; "
-            f"there are {', '.join(resource_names('data_templates/chat'))}",
+            f"no chat format {quoted(name)}; expected one of "
+            f"{', '.join(resource_names('data_templates/chat'))}",
             source="data.template",
         )
     stat = path.stat()
@@ -316,7 +316,7 @@ def read_template(path: Path) -> ChatTemplate:
     starts = sum(piece.control == "bos" for piece in template.start)
     if (bos and not template.one_question) or starts + len(bos) > 1:
         raise DataError(
-            "the start token stands in a turn or twice: a conversation would begin more than once",
+            "the start token occurs in a turn or twice: a conversation would begin more than once",
             source=str(path),
         )
     return template

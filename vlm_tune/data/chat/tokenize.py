@@ -180,7 +180,7 @@ class TextEncoder:
         if token_id is None:
             raise DataError(
                 f"the template's control token {quoted(name)} is not in the model's tokenizer: "
-                "choose the chat format the model was made with",
+                "choose the chat format the model was trained with",
                 source="data.template",
             )
         if token_id not in self._controls:

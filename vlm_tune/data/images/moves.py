@@ -103,7 +103,7 @@ class Transpose:
 
 @dataclass(frozen=True)
 class Shift:
-    """Moves the image by whole pixels; its edge goes on."""
+    """Moves the image by whole pixels; edge pixels are repeated."""
 
     down: int
     right: int
@@ -123,7 +123,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class Warp:
-    """Rotates about the centre, shifts and shears, with bilinear interpolation; the edge goes on.
+    """Rotates about the centre, shifts and shears, bilinearly; edge pixels are repeated.
 
     Attributes:
         turn: Rotation in degrees, counter-clockwise.

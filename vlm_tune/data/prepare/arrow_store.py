@@ -75,7 +75,7 @@ def _slots(image_mask: np.ndarray) -> np.ndarray:
 def example_batch(examples: Sequence[Example], media: Sequence[Any]) -> pa.RecordBatch:
     """Converts examples to one record batch; `media` are the indices of each one's media.
 
-    Packed rows are not stored, as they are built anew in each epoch.
+    Packed rows are not stored, as they are built again in each epoch.
     """
     import pyarrow as pa
 

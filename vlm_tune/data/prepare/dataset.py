@@ -255,8 +255,8 @@ class Prepared:
                     continue
                 if not isinstance(row, Conversation) or content_hash(row) != digests[place]:
                     message = (
-                        "the row is another than when it was prepared: "
-                        "the source was changed meanwhile; start again"
+                        "the row has changed since it was prepared: the source was changed "
+                        "meanwhile; start again"
                     )
                     raise DataError(message, source=row.source, row=row.row)
                 yield replace(self._with_stored_images(row), source_name=name)

@@ -93,14 +93,14 @@ def _row_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     Raises `ValueError` for inconsistent fingerprints.
     """
     if "stream" in old or "stream" in new:
-        return "its files have another size or time of change"
+        return "its files have another size or modification time"
     whole = min(old["rows"], new["rows"]) // BLOCK
     pairs = list(zip(old["blocks"], new["blocks"], strict=False))
     different = [number for number, (one, other) in enumerate(pairs) if one != other]
     first = different[0] if different else len(pairs)
     if old["rows"] == new["rows"]:
         if not different:
-            raise ValueError("the hash of all rows differs, and that of no block of them")
+            raise ValueError("the hash of all rows differs, but the hash of each block is equal")
         last = min((different[-1] + 1) * BLOCK, old["rows"])
         return f"of {old['rows']:,} rows some of {first * BLOCK + 1:,} to {last:,} differ"
     same = f" (the first {first * BLOCK:,} are the same)" if 0 < first <= whole else ""

@@ -212,8 +212,8 @@ def _make_shards(
                 progress(rows)
             if stop and stop():
                 raise Interrupted(
-                    f"stopped while preparing, after {rows:,} rows; "
-                    "they are kept for the next start"
+                    f"stopped while preparing, after {rows:,} rows; they are reused at the next "
+                    "start"
                 )
             if source.limit is not None and source_rows >= source.limit:
                 break
@@ -276,8 +276,8 @@ def _work(
         chunk = waiting[0][0]
         last = chunk.first_row + chunk.rows - 1
         raise DataError(
-            f"a process that prepared rows {chunk.first_row} to {last} or after was killed "
-            "(out of memory?); fewer data.workers need less. What is done is kept",
+            f"a process that prepared rows {chunk.first_row} to {last} or after was killed (out "
+            "of memory?); fewer data.workers need less. finished work is kept",
             source=maker.readers[source].name,
         ) from None
     finally:

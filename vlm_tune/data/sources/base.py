@@ -134,11 +134,12 @@ def checked(messages: Iterable[Message]) -> tuple[Message, ...]:
     for message in messages:
         if message.role not in ROLES:
             raise DataError(
-                f"the role {quoted(message.role)} is none of {', '.join(ROLES)}", kind="role"
+                f"the role {quoted(message.role)} is not one of {', '.join(ROLES)}", kind="role"
             )
         if SURROGATE.search(message.text):
             raise DataError(
-                f"the {message.role}'s text holds half a surrogate pair, which is no character",
+                f"the {message.role}'s text contains half of a surrogate pair, which is not a "
+                "character",
                 kind="text",
             )
     if any(message.role == "system" for message in messages[1:]):

@@ -86,7 +86,7 @@ def turns_of(row: Row, name: str, expected: str = "list") -> Sequence[Row]:
     for place, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping):
             raise DataError(
-                f"{name}, turn {place}: a turn is an object, got {quoted(turn)}", kind="field"
+                f"{name}, turn {place}: a turn must be an object, got {quoted(turn)}", kind="field"
             )
         for field in UNSUPPORTED_IN_TURNS:
             if not is_empty(turn.get(field)):
@@ -105,11 +105,13 @@ def _trained(turn: Row, place: int) -> bool:
     loss = turn.get("loss")
     if train is not None and not isinstance(train, bool):
         raise DataError(
-            f"turn {place}: `train` is true or false, got {quoted(train)}", kind="field"
+            f"turn {place}: `train` must be true or false, got {quoted(train)}", kind="field"
         )
     for name, value in (("weight", weight), ("loss", loss)):
         if value is not None and not (isinstance(value, int | float) and value in (0, 1)):
-            raise DataError(f"turn {place}: `{name}` is 0 or 1, got {quoted(value)}", kind="field")
+            raise DataError(
+                f"turn {place}: `{name}` must be 0 or 1, got {quoted(value)}", kind="field"
+            )
     return (weight is None or weight == 1) and train is not False and (loss is None or loss == 1)
 
 
@@ -119,7 +121,7 @@ def with_system(row: Row, messages: list[Message]) -> list[Message]:
     if is_empty(system):
         return messages
     if not isinstance(system, str):
-        raise DataError(f"`system` is text, got {quoted(system)}", kind="field")
+        raise DataError(f"`system` must be text, got {quoted(system)}", kind="field")
     if messages and messages[0].role == "system":
         raise DataError("a `system` text and a system turn", kind="turns")
     return [Message("system", (system,)), *messages]
@@ -141,7 +143,7 @@ def from_value_turns(row: Row, finder: MediaFinder) -> list[Message]:
         role = NAMES.get(str(turn.get("from")))
         if role is None:
             raise DataError(
-                f"turn {place}: from {quoted(turn.get('from'))} is none of {', '.join(NAMES)}",
+                f"turn {place}: from {quoted(turn.get('from'))} is not one of {', '.join(NAMES)}",
                 kind="role",
             )
         messages.append(
@@ -277,7 +279,7 @@ def messages_of(
             )
         else:
             raise DataError(
-                f"turn {place}: `content` is text or a list of parts, got {quoted(content)}",
+                f"turn {place}: `content` must be text or a list of parts, got {quoted(content)}",
                 kind="field",
             )
         messages.append(Message(role, parts, trained))
@@ -288,7 +290,8 @@ def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator
     """One content part: text, or a media item, the part's own or the row's next."""
     if not isinstance(part, Mapping):
         raise DataError(
-            f"turn {place}: a part is an object with a `type`, got {quoted(part)}", kind="field"
+            f"turn {place}: a part must be an object with a `type`, got {quoted(part)}",
+            kind="field",
         )
     kind = part.get("type")
     text = part.get("text")
@@ -305,7 +308,7 @@ def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator
     if kind not in PART_KINDS:
         unsupported = isinstance(kind, str)
         message = (
-            f"turn {place}: a part is text, image, image_url, video, audio or input_audio, "
+            f"turn {place}: a part must be text, image, image_url, video, audio or input_audio, "
             f"got {quoted(kind)}"
         )
         raise DataError(message, kind="unsupported" if unsupported else "field")

@@ -47,12 +47,14 @@ class ClassFolders:
                 source=self.name,
             )
         if not self._classes:
-            raise DataError("holds no folders; a class is a folder of images", source=self.name)
+            raise DataError(
+                "contains no folders; each class is a folder of images", source=self.name
+            )
         self._instructions = load_instructions(config.instructions, self.form)
         self._listed: tuple[str, list[Path]] = ("", [])
 
     def fingerprint(self) -> str:
-        """A hash of the images' names, the prompt set and the seed."""
+        """A hash of the images' names, the instruction set and the seed."""
         listed = (str(path) for name in self._classes for path in _images(self._root / name))
         return digest(self._instructions.model_dump_json(), self._seed, *self._classes, *listed)
 

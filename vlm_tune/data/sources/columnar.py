@@ -298,7 +298,9 @@ def _open_dataset(config: DatasetSource, streaming: bool) -> Any:
             data: Any = datasets.load_from_disk(name)
             if isinstance(data, datasets.DatasetDict):
                 if config.split not in data:
-                    raise DataError(f"no split {quoted(config.split)}; there are {name_list(data)}")
+                    raise DataError(
+                        f"no split {quoted(config.split)}; expected one of {name_list(data)}"
+                    )
                 data = data[config.split]
             return data
         return datasets.load_dataset(

@@ -83,9 +83,9 @@ class EasyVqa:
         self._instructions = load_instructions(config.instructions, self._task)
 
     def fingerprint(self) -> str:
-        """A hash of the package's file, the options that choose rows, the prompt set, the seed.
+        """A hash of the package's file, the seed, and the options.
 
-        And of the folder, in which the images of the rows are.
+        The options are those that select rows, the instruction set, and the folder of the images.
         """
         folder = part_folder(self._config.split)
         files = files_digest([folder / "questions.json"])

@@ -68,7 +68,9 @@ def find_files(pattern: str) -> list[Path]:
     if is_file(path):
         return [path]
     if is_folder(path):
-        raise DataError("is a folder; name a file, or a pattern as folder/*.jsonl", source=pattern)
+        raise DataError(
+            "is a folder; name a file, or a pattern such as folder/*.jsonl", source=pattern
+        )
     # Not Path.glob: a pattern may be absolute.
     paths = sorted(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207
     files = [path for path in paths if is_file(path)]

@@ -104,7 +104,7 @@ class JsonLines:
     def rows(
         self, path: Path, first_row: int, payload: tuple[int, int]
     ) -> Iterator[tuple[int, Any]]:
-        """Each line's object, or a `DataError` for a line that can't be read; later lines go on."""
+        """Each line's object, or a `DataError` for an unreadable line; later lines are read."""
         start, stop = payload
         with reading(path) as file:
             file.seek(start)
@@ -378,19 +378,19 @@ def json_format(path: Path) -> FileFormat:
     if "data" not in rows and FIELDS & (rows or lists).keys():
         if not one_line:
             raise DataError(
-                "is one row over several lines, not one a line and no list: put it in [ ]",
+                "is one row over several lines, neither JSONL nor a list: put it in [ ]",
                 source=str(path),
             )
         return JsonLines()
     if len(rows) > 1 and "data" not in rows:
         raise DataError(
-            f"holds several lists of objects: {name_list(rows)}; "
-            "make a file of the one that is meant",
+            f"contains several lists of objects: {name_list(rows)}; put the intended one into a "
+            "file of its own",
             source=str(path),
         )
     if not rows:
         raise DataError(
-            f"holds one JSON object ({name_list(lists) or 'empty'}) and no list of rows",
+            f"holds one JSON object ({name_list(lists) or 'empty'}) but no list of rows",
             source=str(path),
         )
     return JsonList(rows.get("data", next(iter(rows.values()))))

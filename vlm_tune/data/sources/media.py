@@ -45,7 +45,7 @@ class ImageFolder:
         """The file (with `folder`, the file or folder) named `name`; raises as `find` does."""
         if not isinstance(name, str) or not name:
             raise DataError(
-                f"the {what} is a path relative to {self.root}, got {quoted(name)}",
+                f"the {what} must be a path relative to {self.root}, got {quoted(name)}",
                 kind="image_missing",
             )
         try:
@@ -183,8 +183,8 @@ class MediaFinder:
             return data_url(value, what)
         if isinstance(value, str) and value[:8].lower().startswith(("http://", "https://")):
             raise DataError(
-                f"the {what} {quoted(value)} is a URL, and nothing is fetched: "
-                "download it and give its path",
+                f"the {what} {quoted(value)} is a URL, and URLs are not fetched: download it and "
+                "give its path",
                 kind="unsupported",
             )
         if isinstance(value, str) and BASE64_IMAGE.match(value):
@@ -192,7 +192,7 @@ class MediaFinder:
         if isinstance(value, str | Slice):
             return value
         raise DataError(
-            f"the {what} is a path, a data URL or bytes, got {quoted(value)}", kind="field"
+            f"the {what} must be a path, a data URL or bytes, got {quoted(value)}", kind="field"
         )
 
     def _root(self, what: str) -> ImageFolder:

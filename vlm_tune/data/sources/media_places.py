@@ -108,7 +108,7 @@ def _listed(row: Row, kind: str) -> list[Any]:
     if one is not None and several is not None:
         raise DataError(f"both `{kind}` and `{kind}s`", kind="field")
     if several is not None and not isinstance(several, list):
-        raise DataError(f"`{kind}s` is a list, got {quoted(several)}", kind="field")
+        raise DataError(f"`{kind}s` must be a list, got {quoted(several)}", kind="field")
     if one is None:
         return list(several or [])
     return list(one) if isinstance(one, list) and kind != "video" else [one]

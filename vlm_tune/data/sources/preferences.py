@@ -73,7 +73,9 @@ def unpaired_preference(row: Row, finder: MediaFinder) -> Judged:
     """Rows of `prompt` (or `question`), `completion` and `label`: whether the answer is liked."""
     liked = judgement(row.get("label"))
     if liked is None:
-        raise DataError(f"`label` is true or false, got {quoted(row.get('label'))}", kind="field")
+        raise DataError(
+            f"`label` must be true or false, got {quoted(row.get('label'))}", kind="field"
+        )
     prompt = _prompt_of(row)
     if prompt is None:
         raise DataError("no `prompt` (or `question`)", kind="missing_field")
@@ -107,7 +109,7 @@ def _prompt_of(row: Row) -> Any:
     if prompt is not None and question is not None:
         raise DataError("both `prompt` and `question`", kind="field")
     if question is not None and not isinstance(question, str):
-        raise DataError(f"`question` is text, got {quoted(question)}", kind="field")
+        raise DataError(f"`question` must be text, got {quoted(question)}", kind="field")
     return question if prompt is None else prompt
 
 
@@ -133,7 +135,7 @@ def _one_answer(name: str, completion: str | Sequence[Row], media: RowMedia) -> 
         if len(turns) != 1 or turns[0].role != "assistant":
             roles = ", ".join(turn.role for turn in turns) or "none"
             raise DataError(
-                f"`{name}` is one turn of the assistant's after the prompt, got: {roles}",
+                f"`{name}` must be one turn of the assistant's after the prompt, got: {roles}",
                 kind="turns",
             )
         answer = replace(turns[0], trained=True)
@@ -142,7 +144,9 @@ def _one_answer(name: str, completion: str | Sequence[Row], media: RowMedia) -> 
     if any(isinstance(part, Media) for part in answer.parts):
         raise DataError(f"`{name}`: an image in an answer", kind="image_count")
     if SURROGATE.search(answer.text):
-        raise DataError(f"`{name}` holds half a surrogate pair, which is no character", kind="text")
+        raise DataError(
+            f"`{name}` contains half of a surrogate pair, which is not a character", kind="text"
+        )
     return answer
 
 

@@ -93,7 +93,7 @@ class RowsReader:
         return other
 
     def fingerprint(self) -> str:
-        """A hash of the stored rows, the options that shape conversations, and the prompt set."""
+        """A hash of the rows, the instruction set, and the options that shape conversations."""
         # A data set's name determines its rows; another source's name is only its label in scores.
         unused = NOT_ROWS if isinstance(self._config, DatasetSource) else NOT_ROWS | {"name"}
         options = self._config.model_dump_json(exclude=unused)
@@ -164,8 +164,8 @@ class RowsReader:
             category = str(category) if isinstance(category, str | int) else ""
             if SURROGATE.search(category):
                 raise DataError(
-                    f"`category` {quoted(category)} holds half a surrogate pair, "
-                    "which is no character",
+                    f"`category` {quoted(category)} contains half of a surrogate pair, which is "
+                    "not a character",
                     kind="text",
                 )
             return Conversation(
@@ -245,7 +245,8 @@ class RowsReader:
             return stored.number
         if isinstance(identifier, str) and SURROGATE.search(identifier):
             raise DataError(
-                f"`id` {quoted(identifier)} holds half a surrogate pair, which is no character",
+                f"`id` {quoted(identifier)} contains half of a surrogate pair, which is not a "
+                "character",
                 kind="text",
             )
         return identifier
@@ -253,11 +254,11 @@ class RowsReader:
     def _task(
         self, row_id: str, row: dict[str, Any], finder: MediaFinder
     ) -> tuple[Judged, References]:
-        """The turns of a task row, in the words of its prompt set, and what scores need of it.
+        """The turns of a task row, in the words of its instruction set, and what scores need of it.
 
         A row of `match` has its other answer as the rejected one.
 
-        `<image>` marks in its fields or in the prompt set are replaced by its images.
+        `<image>` marks in its fields or in the instruction set are replaced by its images.
         """
         assert self._instructions is not None
         fields = TASK_FORMS[self.form](row, row_id, self._options)

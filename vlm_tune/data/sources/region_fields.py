@@ -165,7 +165,7 @@ class _Replacer:
             or not all(_is_number(each) for each in value)
         ):
             wanted = "[x1, y1, x2, y2]" if mark == BOX else "[x, y]"
-            raise DataError(f"a {_noun(sizes)} is {wanted}, got {_shown(value)}", kind="box")
+            raise DataError(f"a {_noun(sizes)} must be {wanted}, got {_shown(value)}", kind="box")
         size = self._size(number if mark == BOX else None)
         noun = _noun((len(value),))
         scale = {"pixels": (1.0, 1.0), "norm1": size, "norm1000": (size[0] / 1e3, size[1] / 1e3)}
@@ -208,7 +208,7 @@ class _Replacer:
             or image not in range(len(self.media))
         ):
             raise DataError(
-                f"`image_id` {quoted(image)} is none of the row's {len(self.media)} images, "
+                f"`image_id` {quoted(image)} is not one of the row's {len(self.media)} images, "
                 "which are numbered from 0",
                 kind="box",
             )
@@ -245,8 +245,8 @@ def _listed(row: Row, options: BoxOptions) -> _Listed:
         return _Listed(boxes, points, [], [], options.unit, unread)
     if not isinstance(objects, Mapping):
         raise DataError(
-            f"`{OBJECTS}` is an object of `ref` and `bbox`, got {quoted(objects)} (`ignore` passes "
-            "over it)",
+            f"`{OBJECTS}` must be an object of `ref` and `bbox`, got {quoted(objects)} "
+            "(`ignore` passes over it)",
             kind="box",
         )
     if boxes:
@@ -254,11 +254,11 @@ def _listed(row: Row, options: BoxOptions) -> _Listed:
     lists = {name: objects.get(name) or [] for name in ("bbox", "ref", "image_id")}
     for name, value in lists.items():
         if not isinstance(value, list):
-            raise DataError(f"`{OBJECTS}.{name}` is a list, got {quoted(value)}", kind="box")
+            raise DataError(f"`{OBJECTS}.{name}` must be a list, got {quoted(value)}", kind="box")
     unit = objects.get("bbox_type") or None
     if unit is not None and unit not in UNITS:
         raise DataError(
-            f"`{OBJECTS}.bbox_type` {quoted(unit)} is none of {', '.join(UNITS)}", kind="box"
+            f"`{OBJECTS}.bbox_type` {quoted(unit)} is not one of {', '.join(UNITS)}", kind="box"
         )
     images = lists["image_id"]
     if images and len(images) != len(lists["bbox"]):
@@ -267,7 +267,9 @@ def _listed(row: Row, options: BoxOptions) -> _Listed:
         )
     phrases = lists["ref"]
     if not all(isinstance(phrase, str) for phrase in phrases):
-        raise DataError(f"`{OBJECTS}.ref` is a list of texts, got {quoted(phrases)}", kind="box")
+        raise DataError(
+            f"`{OBJECTS}.ref` must be a list of texts, got {quoted(phrases)}", kind="box"
+        )
     return _Listed(
         lists["bbox"],
         points,
@@ -303,7 +305,7 @@ def _unread(row: Row, fields: Sequence[str], expected: str) -> list[str]:
     """Lines on fields that hold a place, but no list."""
     values = {name: _decoded(name, row.get(name)) for name in fields}
     return [
-        f"`{name}` is {expected} or a list of them, got {quoted(value)}"
+        f"`{name}` must be {expected} or a list of them, got {quoted(value)}"
         for name, value in values.items()
         if not is_empty(value) and _is_place(value)
     ]

@@ -53,8 +53,8 @@ def _file_format(path: Path) -> FileFormat:
     if ending not in FORMATS or (ending != path.suffix.lower() and ending not in TEXTS):
         hint = " (a tar shard is of `kind: webdataset`)" if path.name.endswith(SHARDS) else ""
         message = (
-            f"the ending {quoted(path.suffix)} is none of {', '.join(FORMATS)} "
-            f"(and .gz behind those of text){hint}"
+            f"the ending {quoted(path.suffix)} is not one of {', '.join(FORMATS)} (and .gz "
+            f"behind those of text){hint}"
         )
         raise DataError(message, source=str(path))
     try:

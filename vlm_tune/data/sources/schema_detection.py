@@ -57,7 +57,9 @@ def check_columns(columns: Mapping[str, str], name: str) -> None:
         if ours not in FIELDS and ours not in set(LETTERS):
             near = get_close_matches(ours, FIELDS, 1)
             hint = (
-                f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(FIELDS))}"
+                f"; did you mean {near[0]}?"
+                if near
+                else f"; expected one of {', '.join(sorted(FIELDS))}"
             )
             raise DataError(f"columns: no form has a field {quoted(ours)}{hint}", source=name)
 

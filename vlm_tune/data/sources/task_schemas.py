@@ -1,4 +1,4 @@
-"""Forms of rows that hold a task's fields; a prompt set makes conversations of them."""
+"""Forms of rows that hold a task's fields; an instruction set makes conversations of them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 
 @dataclass(frozen=True)
 class TaskFields:
-    """A task row as its prompt set and its scores take it.
+    """A task row as its instruction set and its scores take it.
 
     Attributes:
-        values: the fields of the prompt set.
+        values: the fields of the instruction set.
         alternatives: for a row with several reference answers, the values that each one changes.
         choices: the choices in the order in which they are shown.
         chosen: the place of the right one among them.
@@ -142,7 +142,9 @@ def _question_choices(row: Row, options: TaskOptions) -> Choices:
             value = list(labelled.values())
             labels = list(labelled)
     if not isinstance(value, list) or (labels is not None and len(labels) != len(value)):
-        raise DataError(f"`{field}` is a list of choices, got {quoted(row[field])}", kind="field")
+        raise DataError(
+            f"`{field}` must be a list of choices, got {quoted(row[field])}", kind="field"
+        )
     if not 2 <= len(value) <= len(LETTERS):
         raise DataError(
             f"`{field}` has {len(value)} choices; a question has 2 to {len(LETTERS)}", kind="field"
@@ -184,7 +186,7 @@ def _chosen(row: Row, field: str, choices: Choices, options: TaskOptions) -> int
             wanted, wanted
         )
         called = choices.field if choices.field in CHOICES else "choices"
-        message = f"`{field}` {quoted(value)} is none of the {count} {called} by {what}"
+        message = f"`{field}` {quoted(value)} is not one of the {count} {called} by {what}"
         raise DataError(f"{message} (set the source's `answer_is`)", kind="field")
     if len(places) > 1:
         ways = ", ".join(
@@ -251,7 +253,7 @@ def vqa(row: Row, row_id: str, options: TaskOptions) -> TaskFields:
     else:
         answers = row["answers"]
         if not isinstance(answers, list):
-            raise DataError(f"`answers` is a list, got {quoted(answers)}", kind="field")
+            raise DataError(f"`answers` must be a list, got {quoted(answers)}", kind="field")
         several = [_plain(_answer_of(each), "answers", options) for each in answers]
         answer = Counter(several).most_common(1)[0][0]
     values = {"question": question, "answer": answer}

@@ -135,13 +135,13 @@ def _refused(member: tarfile.TarInfo) -> DataError | None:
         or ".." in re.split(r"[/\\]", member.name)
     ):
         return DataError(
-            f"the member {quoted(member.name)} leads out of the archive", kind="unsafe"
+            f"the member {quoted(member.name)} points outside the archive", kind="unsafe"
         )
     if member.isdir():
         return None
     if not member.isreg() or member.issparse():
         return DataError(
-            f"the member {quoted(member.name)} is a link or no plain file", kind="unsafe"
+            f"the member {quoted(member.name)} is a link or not a regular file", kind="unsafe"
         )
     if PICKLES.intersection(member.name.lower().rpartition("/")[2].split(".")[1:]):
         return DataError(

@@ -45,7 +45,7 @@ def read(path: Path) -> list[Conversation]:
     questions: dict[int, list[tuple[int, Entry]]] = {}
     for number, entry in enumerate(table, 2):
         if not entry["index"].isdecimal():
-            message = f"`index` is a whole number, got {quoted(entry['index'])}"
+            message = f"`index` must be an integer, got {quoted(entry['index'])}"
             raise DataError(message, source=str(path), row=number)
         questions.setdefault(int(entry["index"]) % COPIES, []).append((number, entry))
     rows = []

@@ -56,7 +56,7 @@ def _split(folder: Path, path: Path, split: str) -> list[Conversation]:
         entry = parse_json(line, path, number)
         label = str(field(entry, ["label"], path, number)).strip().lower()
         if label not in CHOICES:
-            message = f"`label` is yes or no, got {quoted(label)}"
+            message = f"`label` must be yes or no, got {quoted(label)}"
             raise DataError(message, source=str(path), row=number)
         question = str(field(entry, ["text", "question"], path, number)).strip()
         rows.append(

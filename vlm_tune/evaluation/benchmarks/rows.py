@@ -80,7 +80,7 @@ def list_field(entry: Any, name: str, source: Path, row: int) -> list[Any]:
     """A field that is a list. Raises `DataError` where it is not there, empty or something else."""
     listed = field(entry, [name], source, row)
     if not isinstance(listed, list) or not listed:
-        message = f"`{name}` is a list that is not empty, got {quoted(listed)}"
+        message = f"`{name}` must be a non-empty list, got {quoted(listed)}"
         raise DataError(message, source=str(source), row=row)
     return listed
 

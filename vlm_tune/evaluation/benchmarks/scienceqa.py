@@ -106,7 +106,7 @@ def _row(row_id: str, problem: Any, image: Media | None, path: Path, number: int
     answer = field(problem, ["answer"], path, number)
     places = range(min(len(choices), len(LETTERS)))
     if isinstance(answer, bool) or not isinstance(answer, int) or answer not in places:
-        message = f"`answer` is the place of a choice from 0, got {quoted(answer)}"
+        message = f"`answer` must be the index of a choice, from 0, got {quoted(answer)}"
         raise DataError(message, source=str(path), row=number)
     hint = str(problem.get("hint") or "").strip()
     return question_row(

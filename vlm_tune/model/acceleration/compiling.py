@@ -123,7 +123,7 @@ def _compile_forward(block: Any) -> None:
     """
     plain = block.forward
     checkpointed = checkpointed_forward(block)
-    # Batch size and length are symbolic: static shapes would be compiled anew for each of the many
+    # Batch size and length are symbolic: static shapes would be compiled again for each of the many
     # shapes of a run, and a CUDA graph, which is off by default, captured for each.
     inner = plain if checkpointed is None else MethodType(checkpointed, block)
     quick = torch.compile(inner, dynamic=True)

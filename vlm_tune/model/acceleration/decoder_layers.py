@@ -168,7 +168,7 @@ class DecoderLayer(nn.Module):
     def _prepared(self, x: Tensor) -> Operands | None:
         """The layer's operands; None where the operator does not compute what the layer does now.
 
-        They are made anew whenever a fact that they depend on has changed: checking all conditions
+        They are made again whenever a fact that they depend on has changed: checking all conditions
         takes longer than some kernels do. Two threads at worst make equal ones at once.
         """
         if self.only_traced:
@@ -233,7 +233,7 @@ class DecoderLayer(nn.Module):
         norms = self.norms()
         layers = self.projections()
         if attention_name(self.self_attn) not in NAMES.values():
-            return "its attention does not go by intervals"
+            return "its attention does not use the interval operator"
         if any(has_hooks(module) for module in (self.self_attn, self.mlp, *norms, *layers)):
             return "it has hooks"
         if any(norm.weight.requires_grad for norm in norms):
@@ -266,7 +266,7 @@ class DecoderLayer(nn.Module):
         gated = self.mlp.layers()
         projections = self.projections()
         if not self.mlp.is_quick(x, gated):
-            return "its MLP does not go by the kernel"
+            return "its MLP does not use the kernel"
         group = projections[0].group
         if not all(layer.is_plain(x) for layer in projections) or not (
             group is None or group.is_merged(x)

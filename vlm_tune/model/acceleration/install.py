@@ -228,7 +228,7 @@ def running(
         return report
     for module in llm.model.modules():
         if is_decoder_layer(module):
-            stays = "a native model's own forward pass stays as it is" if llm.native else None
+            stays = "a native model's forward pass is not changed" if llm.native else None
             report.add(LAYER, stays or _layer_reason(module, dtype, place))
         if isinstance(module, GatedModule):
             report.add(MLP, _mlp_reason(module, dtype, place))

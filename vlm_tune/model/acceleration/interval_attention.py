@@ -39,7 +39,7 @@ from vlm_tune.model.language.masks import Blocks
 NAMES = {"eager": "vlm_tune_eager", "sdpa": "vlm_tune_sdpa"}
 """The names under which the attention is registered with transformers.
 
-The keys are the functions of transformers that compute it where the mask is none of intervals.
+The keys are the functions of transformers that compute it where the mask is not one of intervals.
 """
 
 ON_CUDA = {"eager": "vlm_tune_cuda_eager", "sdpa": "vlm_tune_cuda_sdpa"}
@@ -126,7 +126,7 @@ class IntervalAttention(MaskedAttention):
         joinable: bool,
         blocks: Blocks | None = None,
     ) -> Any:
-        # Rows may be on another device than the weights, which FSDP keeps on the CPU if it is told.
+        # Rows may be on another device than the weights, which FSDP can keep on the CPU.
         if blocks is not None or not self._applies(model, row_mask.device):
             return self.elsewhere.mask(
                 model,

@@ -204,7 +204,7 @@ class ProjectionGroup:
 
 
 def merge_projections(model: nn.Module) -> int:
-    """Merges the projections of a model that read the same input, anew at each call.
+    """Merges the projections of a model that read the same input, again at each call.
 
     Call it when the model is on its device and in its final types, before it is compiled, and not
     for sharded weights (ZeRO-3, FSDP). Without it each layer is fused by itself.

@@ -101,8 +101,8 @@ class Vlm:
 def refuse(vlm: Vlm, feature: str, expected: str) -> NoReturn:
     """Raises `ModelError` for a model with a feature that is not supported."""
     raise ModelError(
-        f"model.pretrained: {quoted(vlm.name)} has {feature}, which can't be taken over; "
-        f"expected {expected}"
+        f"model.pretrained: {quoted(vlm.name)} has {feature}, which is not supported; expected "
+        f"{expected}"
     )
 
 

@@ -36,7 +36,11 @@ def _parts(vlm: Vlm) -> VlmParts:
         size = dict(images.size)
         refuse(vlm, f"an image processor with size {size}", f"squares of {vision.image_size}")
     if whole.text_config.use_bidirectional_attention:
-        refuse(vlm, "a decoder whose texts are read both ways", "use_bidirectional_attention off")
+        refuse(
+            vlm,
+            "a decoder with bidirectional attention in texts",
+            "use_bidirectional_attention off",
+        )
     grid = math.isqrt(whole.mm_tokens_per_image)
     if grid**2 != whole.mm_tokens_per_image:
         refuse(

@@ -30,7 +30,7 @@ def _parts(vlm: Vlm) -> VlmParts:
     images = image_processor(vlm, "do_image_splitting", "max_image_size")
     check_scaling(vlm, images, LANCZOS, "by Lanczos")
     if not images.do_image_splitting:
-        refuse(vlm, "images that are not cut in tiles (do_image_splitting)", "true")
+        refuse(vlm, "images that are not tiled (do_image_splitting)", "true")
     longest_edge = images.size.longest_edge
     side = images.max_image_size["longest_edge"]
     if not longest_edge or not side <= longest_edge <= LONGEST:

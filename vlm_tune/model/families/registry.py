@@ -56,7 +56,7 @@ def find_vlm(name: str) -> Vlm | None:
 
 
 def vlm_of(name: str, config: dict[str, Any]) -> Vlm | None:
-    """The vision-language model of this name and config; None if it is none of a known family."""
+    """The vision-language model of this name and config; None if it is of no known family."""
     model_type = config.get("model_type")
     if model_type in ORIGINAL_TYPES and "mm_vision_tower" in config:
         return Vlm(name, LLAVA_ORIGINAL, config)

@@ -315,8 +315,8 @@ class LanguageModel(nn.Module):
             ours = self.supervised_logits(self.embed(ids), batch).view_as(theirs)
         except FAULTS as error:
             raise ModelError(
-                f"a {name} can't be trained here: its forward pass does not take text alone, "
-                f"as embeddings ({reason_of(error)})"
+                f"a {name} can't be trained here: its forward pass does not accept embeddings "
+                f"of text alone ({reason_of(error)})"
             ) from None
         finally:
             self.train(was)
@@ -326,8 +326,8 @@ class LanguageModel(nn.Module):
         difference = float((ours - theirs.float()).abs().max())
         if not difference <= allowed:
             raise ModelError(
-                f"a {name} can't be trained here: called with embeddings its logits are others "
-                f"than with ids, by {difference:.3g}"
+                f"a {name} can't be trained here: its logits for embeddings differ from those "
+                f"for ids, by {difference:.3g}"
             )
         if (
             self.layout == "causal"

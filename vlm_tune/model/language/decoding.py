@@ -106,7 +106,7 @@ class Decoding:
         _check_range("temperature", self.temperature, 0, 100)
         if 0 < self.temperature < COLDEST:
             raise ArgumentError(
-                f"temperature is 0, or at least {COLDEST}, got {quoted(self.temperature)}"
+                f"temperature must be 0, or at least {COLDEST}, got {quoted(self.temperature)}"
             )
         _check_range("top_p", self.top_p, 0, 1)
         _check_range("min_p", self.min_p, 0, 1)
@@ -116,13 +116,13 @@ class Decoding:
         if self.seed is not None:
             _check_whole("seed", self.seed)
         if not isinstance(self.logprobs, bool):
-            raise ArgumentError(f"logprobs is True or False, got {quoted(self.logprobs)}")
+            raise ArgumentError(f"logprobs must be True or False, got {quoted(self.logprobs)}")
         stops = (self.stop_strings,) if isinstance(self.stop_strings, str) else self.stop_strings
         if not isinstance(stops, Sequence) or not all(
             isinstance(stop, str) and stop for stop in stops
         ):
             raise ArgumentError(
-                f"stop_strings is a text or a list of texts, none empty, got "
+                "stop_strings must be a non-empty string or a list of them, got "
                 f"{quoted(self.stop_strings)}"
             )
         object.__setattr__(self, "stop_strings", tuple(stops))
@@ -166,7 +166,9 @@ class Decoding:
         for name in settings:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
-                advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+                advice = (
+                    f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
+                )
                 raise ArgumentError(f"there is no setting {quoted(name)}; {advice}")
         return cls(**settings)
 
@@ -194,22 +196,24 @@ class Decoding:
 def check_count(name: str, value: Any, most: int = MOST) -> None:
     """Raises `ArgumentError` unless a value is an integer from 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ArgumentError(f"{name} is a whole number from 1 to {most:,}, got {quoted(value)}")
+        raise ArgumentError(f"{name} must be an integer from 1 to {most:,}, got {quoted(value)}")
 
 
 def _check_whole(name: str, value: Any, most: int | None = None) -> None:
-    """Raises `ArgumentError` unless a value is an integer from 0 to `most`, or from 0 on."""
+    """Raises `ArgumentError` unless a value is an integer of 0 or more, up to `most`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < 0 or (most is not None and value > most):
-        upper = "on" if most is None else f"to {most}"
-        raise ArgumentError(f"{name} is a whole number from 0 {upper}, got {quoted(value)}")
+        bounds = "of 0 or more" if most is None else f"from 0 to {most}"
+        raise ArgumentError(f"{name} must be an integer {bounds}, got {quoted(value)}")
 
 
 def _check_range(name: str, value: Any, least: float, most: float) -> None:
     """Raises `ArgumentError` unless a value is a number from `least` to `most`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not least <= value <= most:
-        raise ArgumentError(f"{name} is a number from {least:g} to {most:g}, got {quoted(value)}")
+        raise ArgumentError(
+            f"{name} must be a number from {least:g} to {most:g}, got {quoted(value)}"
+        )
 
 
 def largest(logits: torch.Tensor, block: int = 256) -> torch.Tensor:

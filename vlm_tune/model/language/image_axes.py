@@ -1,7 +1,7 @@
 """Positions on three axes: time, row and column of a token (M-RoPE of the Qwen-VL models).
 
 A token of text is at the same position on all three. An image's tokens are a grid that begins at
-the next position on all of them, and the text after it goes on behind the grid's longer side: an
+the next position on all of them, and the text after it continues behind the grid's longer side: an
 image of 2 x 3 tokens after two of text, and two of text behind it,
 
     time     0 1 2 2 2 2 2 2 5 6

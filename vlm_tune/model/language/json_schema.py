@@ -1,4 +1,4 @@
-"""JSON schemas as grammars of llguidance, which say what tokens an answer may go on with."""
+"""JSON schemas as grammars of llguidance, which say what tokens an answer may continue with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def json_grammar(schema: Any) -> str:
     from llguidance import LLMatcher
 
     if not isinstance(schema, Mapping):
-        raise ArgumentError(f"json_schema is a JSON schema as a mapping, got {quoted(schema)}")
+        raise ArgumentError(f"json_schema must be a mapping (a JSON schema), got {quoted(schema)}")
     try:
         text = json.dumps({**schema, "x-guidance": SPACE})
     except (TypeError, ValueError, RecursionError) as error:

@@ -89,7 +89,7 @@ def prompt_blocks(batch: Batch) -> Blocks:
         1, numbers - 1, batch.positions * opening, "amax"
     )
     prompt = (batch.positions <= last.gather(1, numbers - 1)) & batch.attention_mask
-    # A later branch goes on at a position that is behind its place.
+    # A later branch continues at a position that is behind its place.
     in_first = prompt & opening & (batch.positions == place - first)
     return Blocks(numbers * in_first, numbers * in_first, prompt)
 
@@ -160,15 +160,15 @@ def joining_reason(model: Any, body: Any) -> str | None:
     odd = sorted(layer_kinds(config) - {*KINDS})
     if is_stateful(model) or odd:
         return (
-            "its layers carry a state from token to token, or choose what they see "
+            "its layers carry state from token to token, or select what they attend to "
             f"({', '.join(odd) or 'recurrent'})"
         )
     if "local" in getattr(config, "attention_layers", ()):
-        return "its local layers count tokens by their place in the row"
+        return "its local layers count tokens by their position in the row"
     if "position_ids" not in inspect.signature(body.forward).parameters or getattr(
         config, "alibi", False
     ):
-        return "it counts distances by tokens' places in the row, and takes no positions"
+        return "it measures distances by position in the row, and takes no position ids"
     return None
 
 
@@ -198,7 +198,7 @@ def packing_reason(model: Any) -> str | None:
     encoder = model.get_encoder()
     if any("relative_attention_bias" in name for name, _ in encoder.named_parameters()):
         return None
-    return "it knows where tokens are by their places in the row"
+    return "it derives positions from the order in the row"
 
 
 def layer_masks(

@@ -60,9 +60,9 @@ class NativeLLM(LanguageModel):
         unmarked = next((name for name in self._types if not self.token_types[name]), None)
         if unmarked:
             raise ModelError(
-                f"a {type(self.model).__name__} can't be used here: its forward pass tells tokens "
-                f"apart by {unmarked}, and its processor gives the tokens of images no other than "
-                "those of words"
+                f"a {type(self.model).__name__} can't be used here: its forward pass tells "
+                f"tokens apart by {unmarked}, but its processor does not tell image tokens from "
+                "text tokens"
             )
         plain = images.plain()
         ids = [token for segment in images.segments(plain) for token in segment.ids or ()]
@@ -91,7 +91,7 @@ class NativeLLM(LanguageModel):
     def unjoined(self) -> str | None:
         reason = joining_reason(self.model, self.body)
         if reason is None and self.model.config.model_type not in JOINED_TYPES:
-            return "its own forward pass reads one sample a row"
+            return "its forward pass reads one sample per row"
         return reason
 
     @property
@@ -100,7 +100,7 @@ class NativeLLM(LanguageModel):
 
     @property
     def unbatched(self) -> str | None:
-        return "its own forward pass reads the images of whole rows"
+        return "its forward pass reads the images of whole rows"
 
     # --- parts ------------------------------------------------------------------------------------
 

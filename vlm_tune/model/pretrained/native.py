@@ -112,7 +112,7 @@ def _has_pixel_bounds(images: Any) -> bool:
 def load_native_processor(section: NativeSection, folder: Path | None) -> Any:
     """transformers' own processor of a native model, from a saved folder or by its name.
 
-    Raises `ModelError` if it can't be loaded, or takes no bounds of pixels that the recipe sets.
+    Raises `ModelError` if it can't be loaded, or has none of the pixel limits that the recipe sets.
     """
     from transformers import AutoProcessor
 
@@ -166,7 +166,7 @@ def _bound_pixels(processor: Any, tower: NativeTower) -> None:
     images = processor.image_processor
     if not _has_pixel_bounds(type(images)):
         raise ModelError(
-            f"model.min_pixels, max_pixels: a {type(images).__name__} takes no bounds of pixels; "
+            f"model.min_pixels, max_pixels: a {type(images).__name__} has no pixel limits; "
             "leave them out"
         )
     size = {key: images.size[key] for key in bounds} | given
@@ -280,8 +280,8 @@ def native_images(processor: Any) -> NativeImages:
             if _ids_of_tried(by_number) == ids[lead:]:
                 return by_number
     raise ModelError(
-        f"a {type(processor).__name__} makes of two images in a row another thing than of each "
-        "by itself, so images can't be prepared one by one"
+        f"a {type(processor).__name__} processes two images in a row differently from each one "
+        "alone, so images can't be prepared one by one"
     )
 
 
@@ -375,7 +375,7 @@ def _compare(ours: list[int], theirs: list[int]) -> None:
     if ours != theirs:
         pairs = enumerate(zip(ours, theirs, strict=False))
         place = next((place for place, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-        raise refusal(f"token {place} of a conversation would be another than the processor's")
+        raise refusal(f"token {place} of a conversation would differ from the processor's")
 
 
 def _their_ids(native: Any, messages: Sequence[Message], *, opened: bool) -> list[int]:

@@ -80,7 +80,7 @@ class Arguments:
         if number is None or number < 1:
             return None
         if number != int(number):
-            raise self._wrong(key, "a whole number", number)
+            raise self._wrong(key, "an integer", number)
         return int(number)
 
     def flag(self, key: str, default: bool = False) -> bool:

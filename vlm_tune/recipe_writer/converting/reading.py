@@ -90,7 +90,7 @@ def _script(text: str, place: str) -> dict[str, Any]:
 
 
 ENVIRONMENT = ("MAX_PIXELS", "MIN_PIXELS", "VIDEO_MAX_PIXELS", "FPS_MAX_FRAMES")
-"""Variables by which ms-swift is told how large images may be."""
+"""Variables by which ms-swift learns how large images may be."""
 
 
 def _expanded(line: str, variables: dict[str, str]) -> str:
