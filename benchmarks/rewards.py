@@ -28,7 +28,7 @@ LAYOUTS = (2, 1)
 """Questions an image."""
 
 LENGTH = (16,)
-"""The most tokens of a completion, hardly any of which ends before."""
+"""The maximum tokens of a completion, hardly any of which ends before."""
 
 SIDES = Sides(
     commands={

@@ -180,7 +180,7 @@ def test_a_null_part_of_a_stage_is_the_common_one(part: str) -> None:
             "{kind: language_modeling}",
             "{kind: contrastive, loss: clip, bias: -5}\n    data: {group: image}",
             "20:54",
-            "bias is of loss: siglip",
+            "bias needs loss: siglip",
         ),
         ("name: instruct", "name: align", "19:11", "a stage before it is called 'align' too"),
         ("name: instruct", "name: a/b", "19:11", "expected letters, digits"),
@@ -667,7 +667,7 @@ SHARED = SMALL.replace(
         ),
         ('"tower.*", how: frozen', '"tower.*", how: full, tie: 1', "tie belongs to how: lora"),
         ("a.jsonl, task_name: a", "a.jsonl", "sharing: soft needs a task_name"),
-        ("task_name: a}", "task_name: b}", "sharing: soft is of two tasks or more"),
+        ("task_name: a}", "task_name: b}", "sharing: soft needs two tasks or more"),
         ("task_name: a}", "task_name: a.b}", "is named by letters, digits, _ and -"),
         ("task_name: a}", "task_name: default}", "and not default or initial"),
         ("c.jsonl, task_name: b", "c.jsonl, task_name: c", "no source of data.train has the task"),
@@ -943,7 +943,7 @@ def test_other_tasks_have_names_that_files_can_have() -> None:
     good = f"{SMALL}\nevaluate: {{also: {{words.v1: words.jsonl}}}}"
     assert parse_recipe(good).evaluate.also == {"words.v1": "words.jsonl"}
     ((_, message),) = problems(good.replace("words.v1", "'../words'"))
-    assert "a name has letters, digits, _, . and - alone" in message
+    assert "a name may only contain letters, digits, _, . and -" in message
 
 
 def test_a_written_recipe_overrides_nothing_of_a_checkpoint_that_it_did_not_before() -> None:

@@ -39,4 +39,4 @@ def test_each_is_refused(changes: dict[str, object], place: str, reason: str) ->
 
 def test_the_checkpoints_own_template_is_a_native_models() -> None:
     text = tiny_text("causal", Path("rows.jsonl"), Path("run"))
-    assert "template: own is of model.kind: native" in refused(text, data__template="own")
+    assert "template: own needs model.kind: native" in refused(text, data__template="own")

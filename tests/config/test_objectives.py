@@ -34,10 +34,10 @@ def recipe(make: Callable[..., str], objective: Any, tune: str = LORA, **changes
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, {}, "differ in length"),
         ({"loss_type": "sft"}, {}, "sft alone has no preferences"),
         ({"loss_type": "exo_pair"}, {}, "exo_pair needs label_smoothing"),
-        ({"label_smoothing": 0.1}, {}, "label_smoothing is of loss_type"),
+        ({"label_smoothing": 0.1}, {}, "label_smoothing needs loss_type"),
         ({}, {"tune": WITH_CONNECTOR}, "adapter_off gives the model before training only where"),
         ({}, {"tune": DORA}, "variant: dora for llm"),
-        ({}, {"kind": "seq2seq", "data__packing": True}, "takes no packed rows of preferences"),
+        ({}, {"kind": "seq2seq", "data__packing": True}, "so preferences can't be packed"),
         (
             {"reference": "copy"},
             {"engine": {"kind": "fsdp"}},
@@ -46,7 +46,7 @@ def recipe(make: Callable[..., str], objective: Any, tune: str = LORA, **changes
         (
             {"reference": "precomputed"},
             {"data__augment": {"flip": 0.5}},
-            "precomputed is of images as they are",
+            "precomputed needs unchanged images",
         ),
         (
             {"kind": "kto"},
@@ -56,7 +56,7 @@ def recipe(make: Callable[..., str], objective: Any, tune: str = LORA, **changes
         (
             {},
             {"model__connector": {"kind": "fusion", "how": "gate"}},
-            "reads an image once an answer",
+            "reads an image once per answer",
         ),
     ],
 )
@@ -76,7 +76,7 @@ def test_settings_that_contradict_each_other(
         ({"reward_weights": [1.0, 2.0]}, {}, "reward_funcs and reward_weights differ in length"),
         ({}, {"data__packing": True}, "packed rows have several"),
         ({}, {"data__streaming": True, "data__validation": []}, "samples completions of prepared"),
-        ({}, {"data__augment": {"flip": 0.5}}, "samples completions of images as they are"),
+        ({}, {"data__augment": {"flip": 0.5}}, "samples completions of unchanged images"),
         ({}, {"data__overlong": "trim"}, "samples the last answer of a whole row"),
         ({}, {"engine": {"kind": "fsdp"}}, "samples completions with whole ones"),
         ({}, {"engine": {"kind": "deepspeed", "stage": 3}}, "samples completions with whole ones"),
@@ -84,7 +84,7 @@ def test_settings_that_contradict_each_other(
         (
             {},
             {"model__connector": {"kind": "fusion", "how": "gate"}},
-            "reads an image once an answer",
+            "reads an image once per answer",
         ),
     ],
 )
@@ -116,7 +116,7 @@ CAPTIONS = {"kind": "contrastive"}
         ([LANGUAGE, CAPTIONS], {}, "a contrastive objective compares images"),
         ([LANGUAGE], {"data__train.0.objective": "language_modeling"}, "all rows train all"),
         (LANGUAGE, {"data__train.0.objective": "language_modeling"}, "has one objective"),
-        (LANGUAGE | {"weight": 2.0}, {}, "weight is of an objective among several"),
+        (LANGUAGE | {"weight": 2.0}, {}, "weight is for an objective in a list"),
         ([LANGUAGE | {"weight": 0}], {}, "objective.0.weight: .*greater than 0"),
         ([{"kind": "contrast"}], {}, "did you mean contrastive"),
         ([], {}, "objective: expected 1 or more entries"),

@@ -120,7 +120,7 @@ def test_a_fault_while_generating_reaches_the_reader(
 
 def test_what_can_not_be_answered_is_refused_before_the_first_piece(tiny_recipe: Recipes) -> None:
     model = built(parsed(tiny_recipe("causal")))
-    with pytest.raises(ArgumentError, match="a stream is of one answer"):
+    with pytest.raises(ArgumentError, match="a stream has one answer"):
         model.stream("hello", temperature=1.0, num_return_sequences=2)
     with pytest.raises(ArgumentError, match="top_p"):
         model.stream("hello", top_p=3.0, temperature=1.0)

@@ -139,7 +139,7 @@ def test_a_run_learns_which_views_are_of_one_image(
     [
         ("image_image", {"data__augment": None}, "set data.augment"),
         ("both", {"data__augment": None}, "set data.augment"),
-        ("image_image", {"objective__loss": "clip"}, "loss is of images and captions"),
+        ("image_image", {"objective__loss": "clip"}, "loss compares images and captions"),
         ("image_image", {"data__validation": [{"kind": "file", "path": "x"}]}, "no answers"),
         ("image_image", {"data__test": [{"kind": "file", "path": "x"}]}, "no answers"),
         ("both", {"train__batch_size": 1}, "one row has no negatives"),

@@ -97,7 +97,7 @@ class PatchMergerConnector(Config):
 
     kind: Literal["patch_merger"]
     factor: Annotated[int, Field(ge=1, le=4)] = Field(
-        default=2, description="patches of a square's side; a square takes one slot"
+        default=2, description="patches per side of a square; a square takes one slot"
     )
     bias: bool = Field(default=False, description="whether the MLP's layers have biases")
     eps: Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -118,7 +118,7 @@ class ResamplerConnector(Projector):
     """A Perceiver resampler: learned latents attend to features in `depth` layers (Flamingo)."""
 
     kind: Literal["resampler"]
-    latents: Width = Field(default=64, description="tokens an image takes")
+    latents: Width = Field(default=64, description="number of tokens per image")
     depth: Layers = 6
     heads: Width = 8
     head_width: Width | None = Field(
@@ -133,7 +133,7 @@ class QFormerConnector(Projector):
     """
 
     kind: Literal["qformer"]
-    queries: Width = Field(default=32, description="tokens an image takes")
+    queries: Width = Field(default=32, description="number of tokens per image")
     width: Width = 768
     depth: Layers = Field(default=12, description="layers")
     heads: Width = 12

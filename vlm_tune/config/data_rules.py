@@ -44,8 +44,8 @@ def _augment_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
     if key is None or not isinstance(augment, dict):
         return []
     message = (
-        f"tiles are cut first, so each would move by itself; with model.tower.{key} images take "
-        "colour, hue, grey and noise"
+        f"tiles are cut first, so each would move separately; with model.tower.{key} images "
+        "take colour, hue, grey and noise"
     )
     return [
         (("data", "augment", key), message)
@@ -65,7 +65,7 @@ def _group_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
         (
             data.get("group") == "image" and reads and causal,
             ("data", "group"),
-            "a text-conditioned connector reads an image once a question, so it needs "
+            "a text-conditioned connector reads an image once per question, so it needs "
             "data.group: none",
         ),
         (
@@ -91,14 +91,14 @@ def _contrastive_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
             (
                 value_at(raw, "model", "tower", key),
                 ("model", "tower", key),
-                "a contrastive objective takes one image a row, so no tiles",
+                "a contrastive objective takes one image per row, so no tiles",
             )
             for key in CUT
         ),
         (
             data.get("packing"),
             ("data", "packing"),
-            "a contrastive objective takes one image a row, so no packing",
+            "a contrastive objective takes one image per row, so no packing",
         ),
         (
             weighs_losses(data),
@@ -117,7 +117,7 @@ def _contrastive_contradictions(raw: Any, data: dict[str, Any]) -> list[Fault]:
             value_at(raw, "objective", "bias") is not None
             and value_at(raw, "objective", "loss") != "siglip",
             ("objective", "bias"),
-            "bias is of loss: siglip",
+            "bias needs loss: siglip",
         ),
     )
 
@@ -141,7 +141,7 @@ def _view_faults(raw: Any, data: dict[str, Any]) -> list[Fault]:
         (
             alone and value_at(raw, "objective", "loss") in ("clip", "siglip"),
             ("objective", "loss"),
-            "loss is of images and captions, which views: image_image does not compare; leave it "
+            "loss compares images and captions, which views: image_image does not; leave it "
             "out, or use views: both",
         ),
         *(
@@ -173,7 +173,7 @@ def _share_contradictions(data: dict[str, Any]) -> list[Fault]:
                 message = "give at most one of weight and count"
                 faults.append((("data", part, index, "count"), message))
             if part != "train" and value_at(source, "loss_weight") is not None:
-                message = f"loss_weight is of training; {part} is scored row by row"
+                message = f"loss_weight is for training; {part} is scored row by row"
                 faults.append((("data", part, index, "loss_weight"), message))
             if part != "train" and value_at(source, "objective") is not None:
                 message = f"a source of {part} names no objective: the first one scores all rows"
@@ -235,7 +235,7 @@ def _selection_contradictions(data: dict[str, Any]) -> list[Fault]:
         (
             data.get("own_shards") is True and data.get("streaming") is not True,
             ("data", "own_shards"),
-            "own_shards is of data.streaming: true; prepared rows are read by number",
+            "own_shards needs data.streaming: true; prepared rows are read by number",
         ),
     )
 

@@ -44,11 +44,13 @@ class Grpo(ObjectiveSection):
         default=8, description="completions of each prompt"
     )
     max_completion_length: PositiveInt = Field(
-        default=512, description="most tokens of a completion"
+        default=512, description="maximum tokens of a completion"
     )
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: NonNegativeInt = Field(default=0, description="likeliest tokens to draw from; 0: all")
+    top_k: NonNegativeInt = Field(
+        default=0, description="number of likeliest tokens to sample from; 0 for all"
+    )
     loss_type: GrpoLoss = Field(
         default="dapo",
         description="what the losses of tokens are divided by; grpo: their number in each "
@@ -74,13 +76,13 @@ class Grpo(ObjectiveSection):
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
         default="group",
-        description="whose standard deviation rewards are divided by: the group's, or the step's",
+        description="divide rewards by the standard deviation of the group, or of the step (batch)",
     )
     num_iterations: Annotated[int, Field(ge=1, le=1024)] = Field(
-        default=1, description="updates of the weights in a step, all by its completions"
+        default=1, description="weight updates per step, all with its completions"
     )
     mask_truncated_completions: bool = Field(
-        default=False, description="completions that max_completion_length ended train nothing"
+        default=False, description="completions that reached max_completion_length train nothing"
     )
 
     @property

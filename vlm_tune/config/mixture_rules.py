@@ -96,7 +96,7 @@ def lone_objective_contradictions(raw: Any) -> list[Fault]:
         (
             value_at(objective, "weight") is not None,
             ("objective", "weight"),
-            "weight is of an objective among several: objective: [{kind: ..., weight: ...}, ...]",
+            "weight is for an objective in a list: objective: [{kind: ..., weight: ...}, ...]",
         ),
         *(
             (

@@ -58,9 +58,9 @@ class Llm(Config):
     attention: Attention = ATTENTION
     bidirectional: Literal["images", "prompt"] | None = Field(
         default=None,
-        description="tokens of a decoder that see each other both ways, where others see earlier "
-        "ones alone: `images`, those of one image (Gemma 3); `prompt`, all before the answer "
-        "(PaliGemma)",
+        description="tokens of a decoder with bidirectional attention, where others attend to "
+        "earlier ones only: `images`, those of one image (Gemma 3); `prompt`, all "
+        "before the answer (PaliGemma)",
     )
     added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
@@ -153,7 +153,9 @@ class PretrainedModel(Config):
     llm: PretrainedLlm = PretrainedLlm()
     boxes: Boxes | None = Field(
         default=None,
-        description="how it reads and writes boxes and points; as its family does by default",
+        description=(
+            "how the model reads and writes boxes and points; by default as its family does"
+        ),
     )
 
     @field_serializer("tower")

@@ -46,14 +46,16 @@ class NativeModel(Config):
     pretrained: HomePath = Field(description="a hub name or a local folder")
     min_pixels: PositiveInt | None = Field(
         default=None,
-        description="least pixels to which an image is resized; the checkpoint's own by default",
+        description="minimum pixels to which an image is resized; the checkpoint's by default",
     )
     max_pixels: PositiveInt | None = Field(
         default=None,
-        description="most pixels to which an image is resized; the checkpoint's own by default",
+        description="maximum pixels to which an image is resized; the checkpoint's by default",
     )
     llm: NativeLlmOptions = NativeLlmOptions()
     boxes: Boxes | None = Field(
         default=None,
-        description="how it reads and writes boxes and points; as its family does by default",
+        description=(
+            "how the model reads and writes boxes and points; by default as its family does"
+        ),
     )

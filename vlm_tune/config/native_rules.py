@@ -24,7 +24,7 @@ def native_contradictions(raw: Any) -> list[Fault]:
             (
                 value_at(raw, "data", "template") == OWN_TEMPLATE,
                 ("data", "template"),
-                f"template: {OWN_TEMPLATE} is of model.kind: native; name a chat format",
+                f"template: {OWN_TEMPLATE} needs model.kind: native; name a chat format",
             )
         )
     return [*_data_faults(raw), *_training_faults(raw), *_tune_faults(raw)]

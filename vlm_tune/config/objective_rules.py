@@ -71,7 +71,7 @@ def _loss_contradictions(objective: dict[str, Any]) -> list[Fault]:
         (
             smoothing != 0 and not any(name in SMOOTHED for name in types),
             ("objective", "label_smoothing"),
-            f"label_smoothing is of loss_type {' and '.join(SMOOTHED)}",
+            f"label_smoothing needs loss_type {' and '.join(SMOOTHED)}",
         ),
     )
 
@@ -93,7 +93,7 @@ def _layout_contradictions(raw: Any) -> list[Fault]:
         (
             reads and not seq2seq,
             ("objective", "kind"),
-            "a text-conditioned connector reads an image once an answer, and this objective "
+            "a text-conditioned connector reads an image once per answer, and this objective "
             "compares several answers to one reading; use another connector",
         ),
     )
@@ -115,8 +115,8 @@ def _judging_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]:
         (
             seq2seq and value_at(raw, "data", "packing") is True,
             ("data", "packing"),
-            "an encoder-decoder's answers to one prompt are one row already: it takes no packed "
-            "rows of preferences",
+            "an encoder-decoder's answers to one prompt are already one row, so preferences "
+            "can't be packed",
         ),
         (
             estimates and value_at(raw, "data", "streaming") is True,
@@ -158,7 +158,7 @@ def _sampling_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault]
         (
             isinstance(value_at(raw, "data", "augment"), dict),
             ("data", "augment"),
-            "grpo samples completions of images as they are; leave data.augment out",
+            "grpo samples completions of unchanged images; remove data.augment",
         ),
         (
             _shards(raw),
@@ -175,7 +175,7 @@ def _corruption_contradictions(raw: Any) -> list[Fault]:
         (
             value_at(raw, "model", "llm", "kind") == "causal",
             ("objective", "kind"),
-            "span_corruption is of encoder-decoders (T5): a decoder reads no text after a gap",
+            "span_corruption needs an encoder-decoder (T5): a decoder reads no text after a gap",
         ),
         *(
             (
@@ -292,7 +292,7 @@ def _reference_contradictions(raw: Any, objective: dict[str, Any]) -> list[Fault
         (
             reference == "precomputed" and isinstance(value_at(raw, "data", "augment"), dict),
             ("objective", "reference"),
-            "precomputed is of images as they are, and data.augment changes them in each epoch",
+            "precomputed needs unchanged images, and data.augment changes them in each epoch",
         ),
     )
 

@@ -95,7 +95,7 @@ def _task_contradictions(raw: Any, sharing: str) -> list[Fault]:
                 message = f"no source of data.train has the task {quoted(str(task))}"
                 faults.append(((*place, "task_name"), message))
     named = len(set(trained)) > 1 or any(path[1] == "train" for path, _ in faults)
-    single = f"sharing: {sharing} is of two tasks or more, and all sources have the same task_name"
+    single = f"sharing: {sharing} needs two tasks or more, and all sources have the same task_name"
     return faults + broken((not named, ("data", "train"), single))
 
 

@@ -14,8 +14,8 @@ class Idefics3Split(Config):
 
     kind: Literal["idefics3"]
     longest_edge: Annotated[int, Field(ge=16, le=4096)] = Field(
-        description="pixels to which an image's longer side is resized before it is cut; tiles are "
-        "of the tower's image_size, and as many as that takes"
+        description="pixels to which an image's longer side is resized before tiling; tiles "
+        "have the tower's image_size"
     )
 
 
@@ -24,7 +24,7 @@ class InternVLSplit(Config):
 
     kind: Literal["internvl"]
     max_tiles: Annotated[int, Field(ge=1, le=64)] = Field(
-        default=12, description="largest number of tiles of an image; 1 is the whole image alone"
+        default=12, description="maximum number of tiles of an image; 1 is only the whole image"
     )
 
 
@@ -163,8 +163,8 @@ class TransformersTower(Tower):
     )
     max_num_patches: Annotated[int, Field(ge=1, le=16384)] | None = Field(
         default=None,
-        description="most patches of an image, with a NaFlex tower (SigLIP 2), which keeps an "
-        "image's shape; the tower's own by default",
+        description="maximum patches of an image, with a NaFlex tower (SigLIP 2), which "
+        "preserves the aspect ratio; the tower's own by default",
     )
 
 
@@ -214,10 +214,10 @@ class AudioTower(Config):
         "(Whisper: 30). Shorter clips are filled with silence",
     )
     windows: Annotated[int, Field(ge=1, le=120)] = Field(
-        default=1, description="most windows of a clip; longer ones are an error"
+        default=1, description="maximum windows of a clip; longer clips are an error"
     )
     pool: Annotated[int, Field(ge=1, le=1500)] = Field(
-        default=1, description="average so many adjacent tokens into one; a token is 20 ms"
+        default=1, description="number of adjacent tokens to average into one; a token is 20 ms"
     )
 
 

@@ -177,7 +177,7 @@ Baseline = Literal["majority", "same_question", "mean_box", "nearest", "probe", 
 def file_name(name: str) -> str:
     """The name of a task, of which files are named. Raises `ValueError` for other characters."""
     if re.fullmatch(r"[A-Za-z0-9_.-]+", name) is None:
-        raise ValueError("a name has letters, digits, _, . and - alone")
+        raise ValueError("a name may only contain letters, digits, _, . and -")
     return name
 
 

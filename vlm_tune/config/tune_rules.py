@@ -101,7 +101,7 @@ def _rule_contradictions(rule: Any) -> list[Fault]:
             and isinstance(match, str)
             and match.split(".")[0] not in ("llm", "tower"),
             ("match",),
-            "LoRA goes on the llm or the tower; train the connector with how: full",
+            "LoRA applies to the llm or the tower; train the connector with how: full",
         ),
     )
 

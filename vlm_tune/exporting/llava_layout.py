@@ -60,7 +60,7 @@ def bidirectional_reasons(config: VisionLanguageConfig) -> list[str]:
     return applying(
         (
             config.llm.bidirectional is not None,
-            "some of its tokens see each other both ways (model.llm.bidirectional)",
+            "some of its tokens attend to each other in both directions (model.llm.bidirectional)",
         )
     )
 

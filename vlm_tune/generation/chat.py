@@ -192,7 +192,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
         **settings: Unpack[Settings],
     ) -> Iterator[str]:
         """As `chat`, but yields the answer's text in pieces, as it is written."""
-        _one_answer(settings, "a stream is of one answer")
+        _one_answer(settings, "a stream has one answer")
         decoding = Decoding.of(settings)
         request = request_conversation(1, _request(prompt, messages, images, audios))
         return self._streamed(self.processor.prompts([request])[0], decoding)

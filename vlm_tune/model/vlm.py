@@ -281,7 +281,7 @@ class VisionLanguageNetwork(nn.Module):
         """
         connected = self.media(batch)
         if connected is None or len(batch.media_index) != len(batch.ids):
-            raise DataError("a contrastive objective needs exactly one image a row")
+            raise DataError("a contrastive objective needs exactly one image per row")
         scale, bias = (None, None) if self.similarity is None else self.similarity()
         images = self.image_vectors(connected, batch.token_counts)
         captions = self.caption_vectors(batch.labels)

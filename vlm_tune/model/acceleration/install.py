@@ -61,7 +61,7 @@ LAYER = "decoder layer"
 LORA = "LoRA layer"
 LOSS = "loss"
 
-BOTH_WAYS = "some of its tokens see each other both ways (model.llm.bidirectional)"
+BOTH_WAYS = "some of its tokens attend to each other in both directions (model.llm.bidirectional)"
 """The reason why neither the operator nor FlexAttention computes a decoder's attention."""
 
 FLEX_REFUSED = "model.llm.attention: FlexAttention is not for"

@@ -124,8 +124,8 @@ def instructions(
     """
     if batch.branched:
         raise ModelError(
-            "data.group: a text-conditioned connector reads an image once a question: "
-            "set data.group: none"
+            "data.group: a text-conditioned connector reads an image once per question: set "
+            "data.group: none"
         )
     mask = batch.attention_mask[rows] & ~batch.image_mask[rows]
     samples = batch.packed
