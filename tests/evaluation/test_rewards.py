@@ -110,6 +110,8 @@ def test_a_function_gets_what_trl_gives_it(tmp_path: Path, monkeypatch: Any) -> 
         ("return ['a', 'b']", "returned 'a' for completion 1"),
         ("return None", r"returned nothing \(null\), expected a list with a number"),
         ("return {0: 1.0, 1: 2.0}", "returned a mapping with 0, 1, expected a list"),
+        ("yield 1.0; raise KeyError('y')", r"failed: KeyError: 'y' \(.*my_faults.py, line 2\)"),
+        ("import torch; return torch.tensor(1.0)", "returned a Tensor, expected a list"),
         ("return '01'", "returned '01', expected a list"),
         ("import torch; return torch.ones(2, 2)", "returned a Tensor for completion 1"),
     ],

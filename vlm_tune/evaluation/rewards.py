@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +160,8 @@ def _function_reward(name: str, function: Callable[..., Any]) -> Reward:
                 completion_ids=[list(each.ids) for each in samples],
                 **_columns([each.row for each in samples]),
             )
+            if isinstance(rewards, Iterator):  # a generator runs while it is read
+                rewards = list(rewards)
         # A user's function may raise anything, or end the process.
         except (Exception, SystemExit) as error:
             raise TrainingError(f"the reward function {name} failed: {failure_of(error)}") from None
@@ -170,12 +172,15 @@ def _function_reward(name: str, function: Callable[..., Any]) -> Reward:
 
 def _numbers(name: str, rewards: Any, expected: int) -> list[float]:
     """The rewards that a function returned, NaN for None; checked."""
-    if isinstance(rewards, str | Mapping) or not isinstance(rewards, Iterable):
+    try:
+        if isinstance(rewards, str | Mapping):  # their characters and keys are no rewards
+            raise TypeError
+        rewards = list(rewards)
+    except TypeError:
         raise TrainingError(
             f"the reward function {name} returned {quoted(rewards)}, expected a list with a "
             "number, or None, for each completion"
-        )
-    rewards = list(rewards)
+        ) from None
     if len(rewards) != expected:
         raise TrainingError(
             f"the reward function {name} returned a list of {len(rewards)} for {expected} "
@@ -185,7 +190,7 @@ def _numbers(name: str, rewards: Any, expected: int) -> list[float]:
     for place, reward in enumerate(rewards, 1):
         try:
             number = math.nan if reward is None else float(reward)
-        except (TypeError, ValueError, RuntimeError):
+        except Exception:  # whatever an object of the user's raises
             number = math.inf
         if abs(number) > MOST_REWARD:
             raise TrainingError(
