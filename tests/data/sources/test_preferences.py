@@ -40,6 +40,19 @@ ALIKE: dict[str, dict[str, Any]] = {
         "image": "a.png",
     },
     "implicit prompt": {"chosen": [USER, DOG], "rejected": [USER, CAT], "images": ["a.png"]},
+    "LLaMA-Factory's": {
+        "conversations": [{"from": "human", "value": "<image>what is it?"}],
+        "chosen": {"from": "gpt", "value": "a dog"},
+        "rejected": {"from": "gpt", "value": "a cat"},
+        "images": ["a.png"],
+    },
+    "LLaMA-Factory's in OpenAI's form": {
+        "messages": [USER],
+        "chosen": DOG,
+        "rejected": CAT,
+        "images": ["a.png"],
+    },
+    "ms-swift's": {"messages": [USER, DOG], "rejected_response": "a cat", "images": ["a.png"]},
     "mark": {
         "prompt": "<image>what is it?",
         "chosen": "a dog",
@@ -93,6 +106,29 @@ def test_a_judged_answer_knows_whether_it_is_liked(folder: Path, label: bool) ->
     assert set(example.answers.tolist()) == {-1, 0 if label else 1}
 
 
+@pytest.mark.parametrize(
+    "turns",
+    [
+        {"messages": [USER, DOG]},
+        {
+            "conversations": [
+                {"from": "human", "value": "what is it?"},
+                {"from": "gpt", "value": "a dog"},
+            ]
+        },
+    ],
+    ids=["messages", "conversations"],
+)
+def test_the_last_turn_is_judged_where_a_row_has_turns(folder: Path, turns: Any) -> None:
+    rows = [{**turns, "label": label, "images": ["a.png"]} for label in (True, False)]
+    reader = open_source(file_source(write_rows(folder / "r.jsonl", rows)), seed=0)
+    assert reader.form == "unpaired_preference"
+    liked, disliked = good(read(file_source(folder / "r.jsonl")))
+    assert (liked.desirable, disliked.desirable) == (True, False)
+    assert [turn.text for turn in liked.messages] == ["what is it?", "a dog"]
+    assert liked.messages[0].parts[0] == Media(folder / "a.png")
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_label_may_be_a_text_or_a_number(folder: Path, kind: str) -> None:
     labels = ["True", "false", " 1 ", "0"] if kind == "csv" else [1.0, 0, "TRUE", "false"]
@@ -139,10 +175,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "`chosen` is an empty answer",
     ),
     "no answer": ({"prompt": "q", "chosen": "a", "rejected": None}, "no text or list `rejected`"),
-    "a turn alone": (
-        {"prompt": [USER], "chosen": [DOG], "rejected": CAT},
+    "an object": (
+        {"prompt": [USER], "chosen": [DOG], "rejected": {"text": "a"}},
         "no text or list `rejected` of turns, got",
     ),
+    "the question alone": ({"messages": [DOG], "label": True}, "no `prompt` (or `question`)"),
     "a number": ({"prompt": 3, "chosen": "a", "rejected": "b"}, "`prompt` of turns, got 3"),
     "label": ({"prompt": "q", "completion": "a", "label": "good"}, "`label` must be true or false"),
 }

@@ -24,8 +24,14 @@ USED: dict[str, set[str]] = {
     "sharegpt": {"conversations"},
     "messages": {"messages"},
     "prompt_completion": {"prompt", "completion"},
-    "preference": {"prompt", "question", "chosen", "rejected"},
-    "unpaired_preference": {"prompt", "question", "completion", "label"},
+    "preference": {
+        *("prompt", "question", "chosen", "rejected"),
+        *("messages", "conversations", "rejected_response"),
+    },
+    "unpaired_preference": {
+        *("prompt", "question", "completion", "label"),
+        *("messages", "conversations"),
+    },
     "alpaca": {"instruction", "input", "output", "history"},
     "cauldron": {"texts"},
     "vqa": {"question", "answer", "answers", "context"},

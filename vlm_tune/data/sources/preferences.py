@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlm_tune.data.sources.chat_schemas import messages_of, text_parts, turns_of, with_system
+from vlm_tune.data.sources.chat_schemas import (
+    NAMES,
+    messages_of,
+    text_parts,
+    turns_of,
+    with_system,
+)
 from vlm_tune.data.sources.fields import is_empty, judgement
 from vlm_tune.data.sources.legible import SURROGATE, is_legible
 from vlm_tune.data.sources.media import MediaFinder
@@ -44,10 +50,17 @@ def check_differ(chosen: Message, rejected: Message) -> None:
 def preference(row: Row, finder: MediaFinder) -> Judged:
     """Rows of `chosen` and `rejected`, after a `prompt`, a `question`, or turns that both have.
 
-    As TRL's preference format: each is a text or role/content turns. Both answers are one turn.
+    As TRL's preference format: each is a text or role/content turns. Both answers are one turn. As
+    LLaMA-Factory's: `conversations` or `messages` are the prompt, and each answer is a turn. As
+    ms-swift's: `messages` end with the chosen answer, beside `rejected_response`.
     """
-    prompt = _prompt_of(row)
-    chosen, rejected = (_completion(row, name) for name in ("chosen", "rejected"))
+    turns = _turns_of(row)
+    if turns is not None and not is_empty(row.get("rejected_response")):
+        prompt, chosen = turns[:-1], turns[-1:]
+        rejected = _completion(row, "rejected_response")
+    else:
+        prompt = _prompt_of(row) if turns is None else turns
+        chosen, rejected = (_completion(row, name) for name in ("chosen", "rejected"))
     if prompt is None:
         prompt, chosen, rejected = shared_prompt(chosen, rejected)
         if not prompt:
@@ -70,18 +83,23 @@ def preference(row: Row, finder: MediaFinder) -> Judged:
 
 
 def unpaired_preference(row: Row, finder: MediaFinder) -> Judged:
-    """Rows of `prompt` (or `question`), `completion` and `label`: whether the answer is liked."""
+    """Rows of `prompt` (or `question`), `completion` and `label`: whether the answer is liked.
+
+    Or of `messages` or `conversations` that end with the answer, and `label`.
+    """
     liked = judgement(row.get("label"))
     if liked is None:
         raise DataError(
             f"`label` must be true or false, got {quoted(row.get('label'))}", kind="field"
         )
-    prompt = _prompt_of(row)
-    if prompt is None:
+    turns = _turns_of(row)
+    prompt = _prompt_of(row) if turns is None else turns[:-1]
+    if not prompt:
         raise DataError("no `prompt` (or `question`)", kind="missing_field")
+    completion = _completion(row, "completion") if turns is None else turns[-1:]
     media = RowMedia(row, finder)
     messages = _context(prompt, media)
-    messages.append(_one_answer("completion", _completion(row, "completion"), media))
+    messages.append(_one_answer("completion", completion, media))
     return Judged(with_system(row, with_media(messages, media)), desirable=liked)
 
 
@@ -102,6 +120,20 @@ def shared_prompt(
     return chosen[:same], chosen[same:], rejected[same:]
 
 
+def _turns_of(row: Row) -> Sequence[Row] | None:
+    """The role/content turns of `messages` or `conversations`; None if the row has neither."""
+    name = next((name for name in ("messages", "conversations") if not is_empty(row.get(name))), "")
+    return [_role_content(turn) for turn in turns_of(row, name)] if name else None
+
+
+def _role_content(turn: Row) -> Row:
+    """A turn with role and content, from one that may have from and value."""
+    if "role" in turn or not {"from", "value"} <= turn.keys():
+        return turn
+    speaker = turn["from"]
+    return {**turn, "role": NAMES.get(str(speaker), speaker), "content": turn["value"]}
+
+
 def _prompt_of(row: Row) -> Any:
     """The row's `prompt` or `question`; None if it has neither."""
     prompt = None if is_empty(row.get("prompt")) else row["prompt"]
@@ -114,9 +146,15 @@ def _prompt_of(row: Row) -> Any:
 
 
 def _completion(row: Row, name: str) -> str | Sequence[Row]:
-    """The text or the turns of a field."""
+    """The text or the turns of a field; one turn alone is a list of it."""
     completion = row.get(name)
-    return completion if isinstance(completion, str) else turns_of(row, name, "text or list")
+    if isinstance(completion, str):
+        return completion
+    if isinstance(completion, Mapping) and any(
+        isinstance(completion.get(field), str) for field in ("content", "value")
+    ):
+        return [_role_content(completion)]
+    return [_role_content(turn) for turn in turns_of(row, name, "text or list")]
 
 
 def _context(prompt: str | Sequence[Row], media: RowMedia) -> list[Message]:

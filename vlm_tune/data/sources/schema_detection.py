@@ -31,8 +31,10 @@ NEEDS = {
     "sharegpt": "conversations (turns of from/value), and images, videos or system",
     "messages": "messages (turns of role/content)",
     "prompt_completion": "prompt, completion",
-    "preference": "chosen, rejected, perhaps prompt or question",
-    "unpaired_preference": "prompt or question, completion, label (true or false)",
+    "preference": "chosen, rejected, perhaps prompt, question, messages or conversations; or "
+    "messages and rejected_response",
+    "unpaired_preference": "label (true or false) with prompt or question and completion, or with "
+    "messages",
     "alpaca": "instruction, output",
     "cauldron": "texts (turns of user/assistant), images",
     "vqa": "question, answer or answers, image",
@@ -108,7 +110,7 @@ def detect_form(
         forms.discard("llava")
     # A row whose label is no judgement is a bad one among those whose label is.
     if ("unpaired_preference", "") in votes:
-        forms -= {"prompt_completion", "classify"}
+        forms -= {"prompt_completion", "classify", "messages", "llava", "sharegpt"}
     if len(forms) > 1:
         fitting = "; ".join(f"{form}: {NEEDS[form]}" for form in sorted(forms))
         raise DataError(
@@ -134,6 +136,12 @@ def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
     """The forms that a row fits, each with the field of its turns ("" if it has none)."""
     has = {key for key, value in row.items() if value is not None}
     forms: set[tuple[str, str]] = set()
+    turns = has & {"conversations", "messages"}
+    if {"chosen", "rejected"} <= has or (turns and "rejected_response" in has):
+        return {("preference", "")}
+    answered = turns or ("completion" in has and has & {"prompt", "question"})
+    if answered and judgement(row.get("label")) is not None:
+        return {("unpaired_preference", "")}
     for field in ("conversations", "messages"):
         keys = _turn_keys(row.get(field))
         if {"from", "value"} <= keys:
@@ -151,14 +159,6 @@ def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
         forms.add(("cauldron", ""))
     if forms:
         return forms
-    if {"chosen", "rejected"} <= has:
-        return {("preference", "")}
-    if (
-        "completion" in has
-        and has & {"prompt", "question"}
-        and judgement(row.get("label")) is not None
-    ):
-        return {("unpaired_preference", "")}
     has_media = any(not is_empty(row.get(name)) for name in MEDIA)
     has_question = "question" in has
     with_choices = has_choices(row)
