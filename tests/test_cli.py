@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from vlm_tune import __version__, resources, run_folder
@@ -39,6 +40,38 @@ def test_help_lists_every_command() -> None:
     for command in ("sft", "eval", "merge", "chat", "show", "schema", "recipes"):
         assert f" {command} " in done.output
         assert run.invoke(app, [command, "--help"]).exit_code == 0
+
+
+def ctrl_c(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_an_interrupted_command_says_so(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(resources, "resource_names", ctrl_c)
+    assert call_main(monkeypatch, "recipes", *options) == 130
+    printed = capsys.readouterr()
+    if options:
+        assert json.loads(printed.out)["error"] == "Interrupted"
+    else:
+        assert printed.err == "interrupted\n"
+
+
+def test_an_interrupt_while_an_error_is_printed_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    echo = typer.echo
+
+    def interrupted(text: str, **options: Any) -> None:
+        if "RecipeError" in text:
+            raise KeyboardInterrupt
+        echo(text, **options)
+
+    monkeypatch.setattr(typer, "echo", interrupted)
+    assert call_main(monkeypatch, "recipes", "--copy", "no-such-recipe") == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_schema_prints_the_recipes_schema() -> None:

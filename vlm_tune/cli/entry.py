@@ -6,7 +6,7 @@ import gc
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -129,10 +129,26 @@ def main() -> None:
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     sys.excepthook = report_bug
     try:
+        _run()
+    # Also while an error is printed.
+    except (KeyboardInterrupt, typer.Abort):
+        if "--json" in sys.argv:
+            print_json({"error": "Interrupted", "message": "interrupted", "problems": []})
+        else:
+            typer.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _run() -> NoReturn:
+    """Runs the command line, and ends the process with its exit code."""
+    try:
         kernel_choice()  # an invalid value ends every command before it does anything
         if any("\0" in argument for argument in sys.argv):  # possible for a caller in Python
             raise typer.BadParameter("an argument contains a NUL character")
-        sys.exit(app(standalone_mode=False) or 0)
+        status = app(standalone_mode=False) or 0
+        if status == EXIT_INTERRUPTED:  # typer's own for Ctrl-C, without a word
+            raise KeyboardInterrupt
+        sys.exit(status)
     except UsageError as error:
         _usage(error)
         sys.exit(EXIT_RECIPE)
@@ -152,9 +168,6 @@ def main() -> None:
                 err=True,
             )
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted", err=True)
-        sys.exit(EXIT_INTERRUPTED)
 
 
 def _usage(error: Any) -> None:
