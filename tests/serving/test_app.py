@@ -217,6 +217,12 @@ def nested(depth: int) -> dict[str, Any]:
     return schema
 
 
+def test_an_empty_body_is_named(server: Server) -> None:
+    (reply,) = ask(server, ("POST", CHAT, None))
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"] == "the body is empty, expected a JSON object"
+
+
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "an unknown field": ({"temperatur": 1}, "temperatur", "did you mean temperature?"),
     "a tool": ({"tools": [{"type": "function"}]}, "tools", "calls no tools"),

@@ -106,8 +106,10 @@ def test_what_can_not_be_served_is_an_error_before_a_model_is_loaded(tmp_path: P
     with pytest.raises(RecipeError, match="two models are named 'none'"):
         serve(nothing, adapters={"none": nothing})
     for host in ("no host", "ü" * 64, "a\0b"):
-        with pytest.raises(RecipeError, match="--port: can't listen at "):
+        with pytest.raises(RecipeError, match="--host: can't listen at "):
             serve(nothing, host=host)
+    with pytest.raises(RecipeError, match=r"--port: can't listen at .* port 70000"):
+        serve(nothing, port=70_000)
     # An empty one would be every address of the machine.
     with pytest.raises(RecipeError, match="--host: expected an address"):
         serve(nothing, host="")

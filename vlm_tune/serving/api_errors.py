@@ -195,6 +195,8 @@ def invalid_request(
     if kind == "extra_forbidden":
         reason = _reason(place[-1], fields) if len(place) == 1 else ""
         return ApiError(400, f"unknown field {cut(param)}{reason}", param=param)
+    if kind == "missing" and not place:
+        return ApiError(400, "the body is empty, expected a JSON object")
     if kind == "missing":
         return ApiError(400, f"the field {cut(param)} is missing", param=param)
     if kind == "union_tag_invalid":

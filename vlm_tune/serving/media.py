@@ -24,6 +24,8 @@ from vlm_tune.serving.remote import RemoteImages
 
 ReadMedia = Callable[[str, Modality], Awaitable[Media]]
 """Returns the image or audio clip at a URL."""
+LABEL = "it"
+"""What a medium is called until it has the label of its place in the request."""
 BASE64_SHARE = 4 / 3
 """Characters of base64 for each byte."""
 
@@ -92,7 +94,7 @@ class MediaReader:
             footprint.add(len(image.read()))
             return image
         except DataError as error:
-            raise bad_media(error.message, modality) from None
+            raise bad_media(error.message.removeprefix(f"{LABEL}: "), modality) from None
         finally:
             self._observe(time.perf_counter() - begun)
 
@@ -107,7 +109,7 @@ class MediaReader:
             raise self._too_large(modality)
         if not is_audio(encoded):
             raise bad_media(f"it is not audio of {FORMATS} ({len(encoded):,} bytes)", modality)
-        return Media(encoded, modality, label="it")
+        return Media(encoded, modality, label=LABEL)
 
     def _from_folder(self, name: str) -> Media:
         """The image of a path in the folder; any other path gets one answer, whatever is there."""
@@ -130,7 +132,7 @@ class MediaReader:
         """The image of encoded bytes whose size is within the limits."""
         if len(encoded) > self._limits.image_bytes:
             raise self._too_large("image")
-        media = Media(encoded, label="it")
+        media = Media(encoded, label=LABEL)
         width, height = image_size(media)
         if width * height > self._limits.image_pixels:
             raise bad_media(

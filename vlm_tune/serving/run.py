@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import re
 import signal
@@ -203,14 +204,21 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextmanager
 def _port_problems(host: str, port: int) -> Iterator[None]:
-    """Errors of an address within the block are problems of the option."""
+    """Errors of an address within the block are problems of the option, --host or --port."""
     try:
         yield
     # The name of a host that can't be encoded is a ValueError, or a TypeError.
     except (OSError, OverflowError, ValueError, TypeError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         message = f"can't listen at {quoted(host)}, port {quoted(port)}: {why}"
-        raise RecipeError([Problem("--port", message)]) from None
+        # A port is taken, not permitted, or no such number; anything else is the address.
+        number = getattr(error, "errno", None)
+        of_port = (
+            number in (errno.EADDRINUSE, errno.EACCES)
+            or isinstance(error, OverflowError)
+            or not isinstance(port, int)
+        )
+        raise RecipeError([Problem("--port" if of_port else "--host", message)]) from None
 
 
 def _url(host: str, port: int) -> str:
