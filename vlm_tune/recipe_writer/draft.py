@@ -13,7 +13,18 @@ from vlm_tune.quoting import escaped
 
 WIDTH = 100
 """Columns of a comment."""
-ORDER = ("name", "output", "seed", "model", "data", "train", "engine", "evaluate", "stages")
+ORDER = (
+    "name",
+    "output",
+    "seed",
+    "model",
+    "data",
+    "objective",
+    "train",
+    "engine",
+    "evaluate",
+    "stages",
+)
 """The order of a recipe's keys; `tune` comes behind `data`."""
 
 

@@ -54,6 +54,11 @@ class Arguments:
                 raise self._wrong(key, "a text", value)
         return None
 
+    def word(self, key: str) -> str | None:
+        """A text in lower case, of a key for which none and false have meanings of their own."""
+        value = self._left.pop(key, None)
+        return None if value is None or value == "" else str(value).lower()
+
     def section(self, key: str) -> Arguments:
         """The keys and values under a key; none where it is missing."""
         value = self.take(key)
@@ -118,6 +123,10 @@ class Arguments:
         """Notes that a key has no counterpart."""
         self._left.pop(key, None)
         self.unmatched.append(Unmatched(key, value, reason))
+
+    def unsupported(self, key: str, value: Any, reason: str) -> RecipeError:
+        """The error of a value that makes the whole configuration one of no recipe."""
+        return RecipeError([Problem(f"{self._place}: {key}", f"{quoted(value)}: {reason}")])
 
     def left(self) -> dict[str, Any]:
         """The keys that were not taken and whose values are neither empty, off nor 0."""

@@ -48,6 +48,13 @@ class Conversion:
         else:
             self.set(name, given, key)
 
+    def leave_out(self, name: str, key: str, reason: str) -> None:
+        """Takes a value out of the recipe, if it is there: the `key` has no counterpart."""
+        value = self.draft.values.pop(name, None)
+        if value is not None:
+            self.draft.reasons.pop(name, None)
+            self.arguments.refuse(key, value, reason)
+
 
 Method = Literal["lora", "full"]
 

@@ -18,6 +18,7 @@ from vlm_tune.quoting import json_line, name_list, reason_of
 from vlm_tune.recipe_writer.converting import llama_factory, llava, ms_swift, trl
 from vlm_tune.recipe_writer.converting.arguments import Arguments
 from vlm_tune.recipe_writer.converting.conversion import Conversion
+from vlm_tune.recipe_writer.converting.objectives import settle
 from vlm_tune.recipe_writer.converting.reading import read_configuration
 from vlm_tune.recipe_writer.converting.sources import here
 from vlm_tune.recipe_writer.written import Unmatched, Written
@@ -49,6 +50,12 @@ def framework_of(place: str, values: dict[str, Any]) -> Framework:
     names = ", ".join(each.name for each in FRAMEWORKS)
     if {"model", "data", "train"} <= values.keys():
         raise RecipeError([Problem(place, "is a recipe already: `vlm-tune check` takes it")])
+    if {"model_class", "train_dataset"} <= values.keys():
+        message = (
+            "is of LLaMA-Factory's v1 trainer (model_class, train_dataset), which is not read: "
+            "write it in the keys of `llamafactory-cli train` (model_name_or_path, dataset, stage)"
+        )
+        raise RecipeError([Problem(place, message)])
     counts = {each.name: len(each.markers & values.keys()) for each in FRAMEWORKS}
     first, second, *_ = sorted(FRAMEWORKS, key=lambda each: -counts[each.name])
     if not counts[first.name]:
@@ -89,8 +96,16 @@ def convert(
         framework.name, path.parent, Arguments(place, values), model=model, tower=tower
     )
     framework.convert(conversion)
+    settle(conversion)
     unmatched = sorted(conversion.arguments.unmatched, key=lambda each: each.key)
-    conversion.draft.recipe(shown_path(output))
+    try:
+        conversion.draft.recipe(shown_path(output))
+    except RecipeError as error:  # its places are in a file that is not written
+        problems = [
+            Problem(place, f"gives no valid recipe: {problem.message}")
+            for problem in error.problems
+        ]
+        raise RecipeError(problems) from None
     with writing(output, "the recipe"):
         output.parent.mkdir(parents=True, exist_ok=True)
         text = conversion.draft.text(_title(place, framework, unmatched))
@@ -129,5 +144,6 @@ def _checked(
         return None, "its data is not on this machine"
     try:
         return check(recipe, show=show), None
-    except ModelError as error:
+    # A reward function of the configuration's may be on another machine.
+    except (ModelError, RecipeError) as error:
         return None, reason_of(error)

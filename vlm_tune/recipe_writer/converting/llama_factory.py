@@ -10,6 +10,7 @@ from vlm_tune.paths import is_file, is_folder, shown_path
 from vlm_tune.recipe_writer.converting.arguments import Arguments
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
 from vlm_tune.recipe_writer.converting.models import REMOTE, TEXT, lora_rule, set_model
+from vlm_tune.recipe_writer.converting.objectives import set_dpo
 from vlm_tune.recipe_writer.converting.pixels import set_pixels
 from vlm_tune.recipe_writer.converting.reading import json_value
 from vlm_tune.recipe_writer.converting.sources import set_max_length, set_packing, set_sources
@@ -105,6 +106,9 @@ REASONS = {
     "larger ones",
     "image_min_pixels": "a tower reads images of one size: model.tower.image_size",
     "mask_history": "give turns that are context `weight: 0` in the rows",
+    "dpo_label_smoothing": "the smoothed loss is loss_type robust or exo_pair, which differ",
+    "ref_model": "the reference is the model before training",
+    "ref_model_adapters": "the reference is the model before training",
     "rope_scaling": "the LLM's positions stay as they are",
     "tool_format": "rows with tools are refused: no chat format here renders them",
     "train_on_prompt": "questions carry no loss here",
@@ -122,8 +126,11 @@ def convert(conversion: Conversion) -> None:
     """Converts a configuration of LLaMA-Factory."""
     arguments = conversion.arguments
     stage = arguments.text("stage") or "sft"
-    if stage not in ("sft", "pt"):
-        arguments.refuse("stage", stage, "the recipe trains on answers, as `stage: sft` does")
+    if stage not in ("sft", "pt", "dpo", "kto"):
+        reason = "the stages that become a recipe are sft, pt, dpo and kto"
+        raise arguments.unsupported("stage", stage, reason)
+    if stage in ("dpo", "kto"):
+        _set_objective(conversion, stage)
     template = arguments.text("template")
     bits = arguments.count("quantization_bit")
     if bits not in (None, 4, 8):
@@ -147,6 +154,29 @@ def convert(conversion: Conversion) -> None:
     convert_trainer(conversion, Defaults(checkpointing=True))
     _set_tuning(conversion, new)
     refuse_left(conversion, QUIET, REASONS, PREFIXES)
+
+
+def _set_objective(conversion: Conversion, stage: str) -> None:
+    """Sets the objective of preferences."""
+    arguments = conversion.arguments
+    beta = arguments.number("pref_beta") or 0.1
+    loss = arguments.text("pref_loss") or "sigmoid"
+    if stage == "kto":
+        weights = {
+            "desirable_weight": arguments.number("kto_chosen_weight") or 1.0,
+            "undesirable_weight": arguments.number("kto_rejected_weight") or 1.0,
+        }
+        conversion.set("objective", {"kind": "kto", "beta": beta, **weights}, "stage")
+    elif loss == "simpo":
+        gamma = arguments.number("simpo_gamma")
+        margin = 0.5 if gamma is None else gamma
+        objective = {"kind": "simpo", "beta": beta, "simpo_gamma": margin}
+        conversion.set("objective", objective, "stage and pref_loss")
+    elif loss == "orpo":
+        conversion.set("objective", {"kind": "orpo", "beta": beta}, "stage and pref_loss")
+    else:
+        share = arguments.number("pref_ftx")
+        set_dpo(conversion, "pref_loss", beta, {loss: 1.0} | ({"sft": share} if share else {}))
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -221,7 +251,7 @@ def _source(
         conversion.arguments.refuse(key, name, reason)
         return {"kind": "file", "path": str(Path(folder) / f"{name}.json"), **root}
     described = Arguments(f"{shown_path(Path(folder) / 'dataset_info.json')}: {name}", about)
-    columns = _columns(described)
+    columns = _columns(described, judged="objective" in conversion.draft.values)
     extra: dict[str, Any] = {"columns": columns} if columns else {}
     hub = described.text("hf_hub_url")
     file_name = described.text("file_name")
@@ -249,17 +279,24 @@ FIELDS = {
     "images": "images",
     "videos": "videos",
     "tools": "tools",
+    "kto_tag": "label",
+    "chosen": "chosen",
+    "rejected": "rejected",
 }
 """Our names of LLaMA-Factory's columns."""
 
 
-def _columns(described: Arguments) -> dict[str, str]:
-    """Our field names with the rows' own, where these differ."""
+def _columns(described: Arguments, *, judged: bool) -> dict[str, str]:
+    """Our field names with the rows' own, where these differ; `judged` rows are preferences."""
     role_tag = described.section("tags").text("role_tag")
     turns = "messages" if role_tag == "role" else "conversations"
     columns = described.section("columns")
     fields = {**FIELDS, "messages": turns}
-    names = {ours: columns.text(column) for column, ours in fields.items()}
+    usual: dict[str, str] = {}
+    if judged and described.text("formatting") in (None, "alpaca"):
+        fields |= {"prompt": "prompt", "response": "completion"}
+        usual = {"prompt": "instruction", "response": "output"}
+    names = {ours: columns.text(column) or usual.get(column) for column, ours in fields.items()}
     return {ours: name for ours, name in names.items() if name and name != ours}
 
 

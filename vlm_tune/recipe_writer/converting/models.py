@@ -31,6 +31,7 @@ OPENGVLAB = "internvl_chat"
 UNREAD = (
     "; its config is not on this machine, so `vlm-tune check` has to say whether it can be taken"
 )
+GUESSED_TEMPLATE = "that of LLaVA-1.5: the model's config is not on this machine, so name its own"
 LAYOUTS = (
     "; of an InternVL, name the checkpoint in transformers' layout, which ends in -hf: OpenGVLab's "
     "own has code of its own"
@@ -72,7 +73,9 @@ def set_model(
     vlm = None if config is None else vlm_of(name, config)
     model_type = declared if config is None else str(config.get("model_type"))
     if vlm is not None or (config is None and model_type in (None, *FAMILIES)):
-        _set_whole(conversion, key, name, vlm, _family_template(vlm, model_type, template))
+        guessed = vlm is None and model_type is None and template is None and name != LLAVA
+        own = _family_template(vlm, model_type, template)
+        _set_whole(conversion, key, name, vlm, own, guessed=guessed)
     elif model_type in native_types():
         _set_native(conversion, key, name, model_type, read=config is not None)
     elif declared in (None, TEXT) and "vision_config" not in (config or {}):
@@ -92,13 +95,25 @@ def _family_template(vlm: Vlm | None, model_type: str | None, template: str | No
     return template or FAMILIES[model_type or "llava"].templates[-1]
 
 
-def _set_whole(conversion: Conversion, key: str, name: str, vlm: Vlm | None, template: str) -> None:
-    """Sets a model of a family; `vlm` is None where its config is not on this machine."""
+def _set_whole(
+    conversion: Conversion,
+    key: str,
+    name: str,
+    vlm: Vlm | None,
+    template: str,
+    *,
+    guessed: bool,
+) -> None:
+    """Sets a model of a family; `vlm` is None where its config is not on this machine.
+
+    `guessed` says that neither the model nor the configuration tells the family.
+    """
     conversion.set("model.pretrained", name, key)
     if vlm is None:
         layouts = LAYOUTS if template == "internvl" else ""
         conversion.draft.reasons["model.pretrained"] += UNREAD + layouts
-    conversion.draft.set("data.template", template, "the chat format of this model")
+    reason = GUESSED_TEMPLATE if guessed else "the chat format of this model"
+    conversion.draft.set("data.template", template, reason)
 
 
 def _set_native(

@@ -12,6 +12,7 @@ from vlm_tune.recipe_writer.converting.models import (
     lora_rule,
     set_model,
 )
+from vlm_tune.recipe_writer.converting.objectives import set_dpo, set_grpo
 from vlm_tune.recipe_writer.converting.pixels import set_pixels
 from vlm_tune.recipe_writer.converting.sources import (
     set_max_length,
@@ -23,7 +24,7 @@ from vlm_tune.recipe_writer.converting.trainer import Defaults, convert_trainer,
 
 MARKERS = {
     "aligner_lr", "attn_impl", "freeze_aligner", "freeze_vit", "model", "model_id_or_path",
-    "model_type", "sft_type", "split_dataset_ratio", "target_modules", "train_type",
+    "model_type", "rlhf_type", "sft_type", "split_dataset_ratio", "target_modules", "train_type",
     "truncation_strategy", "tuner_type", "val_dataset", "vit_lr",
 }  # fmt: skip
 """Keys by which a configuration is known."""
@@ -114,7 +115,8 @@ QUIET = {
     "metric_for_best_model", "use_chat_template", "metric",
     "router_aux_loss_coef", "hub_private_repo", "model_author", "model_name", "num_beams",
     "temperature", "repetition_penalty", "dataset_kwargs",
-    "logprobs", "problem_type", "lazy_tokenize",
+    "logprobs", "problem_type", "lazy_tokenize", "log_completions", "offload_model",
+    "offload_optimizer", "sleep_level", "use_vllm",
 }  # fmt: skip
 PREFIXES = (
     "adalora_", "boft_", "fourier_", "galore_", "lisa_", "llamapro_", "lora_ga_", "reft_", "vera_",
@@ -174,6 +176,7 @@ def convert(conversion: Conversion) -> None:
         template=MODEL_TEMPLATES.get(model_type or "") or TEMPLATES.get(template or ""),
         quantize={4: "fp4" if fp4 else "nf4", 8: "int8"}.get(bits or 0),
     )
+    _set_objective(conversion)
     set_pixels(conversion, "min_pixels", "MIN_PIXELS", "min_pixels")
     set_pixels(conversion, "max_pixels", "MAX_PIXELS", "max_pixels")
     _set_data(conversion)
@@ -193,6 +196,39 @@ def convert(conversion: Conversion) -> None:
     if task not in (None, "causal_lm"):
         arguments.refuse("task_type", task, "answers are text, also in classification")
     refuse_left(conversion, QUIET, REASONS, PREFIXES, USUAL)
+
+
+def _set_objective(conversion: Conversion) -> None:
+    """Sets the objective of `swift rlhf`."""
+    arguments = conversion.arguments
+    kind = arguments.text("rlhf_type")
+    if kind is None:
+        return
+    if kind not in ("dpo", "kto", "simpo", "orpo", "grpo"):
+        reason = "those that become a recipe are dpo, kto, simpo, orpo and grpo"
+        raise arguments.unsupported("rlhf_type", kind, reason)
+    if kind == "grpo":
+        usual = {"beta": 0.04, "temperature": 0.9, "loss_type": "grpo"}
+        set_grpo(conversion, "rlhf_type", usual)
+        return
+    beta = arguments.number("beta") or (2.0 if kind == "simpo" else 0.1)
+    losses = arguments.names("loss_type")
+    if kind == "dpo":
+        weights = arguments.numbers("loss_weights") or [1.0] * len(losses)
+        by_name = dict(zip(losses or ["sigmoid"], weights or [1.0], strict=False))
+        share = arguments.number("rpo_alpha")
+        set_dpo(conversion, "rlhf_type", beta, by_name | ({"sft": share} if share else {}))
+        return
+    objective: dict[str, Any] = {"kind": kind, "beta": beta}
+    if kind == "kto":
+        objective["desirable_weight"] = arguments.number("desirable_weight") or 1.0
+        objective["undesirable_weight"] = arguments.number("undesirable_weight") or 1.0
+    elif kind == "simpo":
+        margin = arguments.number("simpo_gamma")
+        share = arguments.number("cpo_alpha")
+        objective["simpo_gamma"] = 1.0 if margin is None else margin
+        objective["cpo_alpha"] = 1.0 if share is None else share
+    conversion.set("objective", objective, "rlhf_type")
 
 
 def _declared(model_type: str, name: str | None) -> str:
@@ -239,7 +275,9 @@ def _set_data(conversion: Conversion) -> None:
     if arguments.flag("streaming"):
         conversion.set("data.streaming", True, "streaming")
     system = arguments.text("system")
-    if system:
+    if system and system.endswith(".txt"):
+        arguments.refuse("system", system, "data.system is the text itself, and no file's name")
+    elif system:
         conversion.set("data.system", system, "system")
 
 

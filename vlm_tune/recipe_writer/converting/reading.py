@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,15 @@ from vlm_tune.config.yaml_source import read_yaml_text
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.paths import is_file, shown_path
 from vlm_tune.quoting import quoted
+from vlm_tune.recipe_writer.converting.shell import commands, words_of
 
 LARGEST = 1_000_000
 """Bytes of a configuration."""
+PROGRAMS = ("swift", "megatron", "trl", "llamafactory-cli")
+"""Commands that take flags themselves; a Python file among them is a flag's value."""
+CONFIGURATIONS = (".yaml", ".yml", ".json")
 SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch")
-VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
-"""`$NAME`, `${NAME}` and `${NAME:-default}`."""
-NAMED = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)")
+NAMED = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
@@ -64,14 +65,13 @@ def _script(text: str, place: str) -> dict[str, Any]:
     """The flags of the command with the most flags, and the variables set before it."""
     variables: dict[str, str] = {}
     best: dict[str, Any] = {}
-    # shlex takes any # for a comment's begin, and ms-swift has `rows.jsonl#500`.
-    text = re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)
-    for line in re.sub(r"\\[ \t]*\r?\n", " ", text).splitlines():
+    files: list[str] = []
+    for line in commands(text):
         try:
-            words = shlex.split(_expanded(line, variables))
+            command = words_of(line, variables)
         except ValueError as error:
             raise RecipeError([Problem(place, f"not a shell script: {error}")]) from None
-        command = list(words)
+        files += [word for word in command if word.endswith(CONFIGURATIONS)]
         while command and (match := NAMED.fullmatch(command[0])):
             variables[match[1]] = match[2]
             command.pop(0)
@@ -85,6 +85,8 @@ def _script(text: str, place: str) -> dict[str, Any]:
             best = flags
     if not best:
         message = "no command with flags (--key value) is in this script"
+        if files:
+            message += f"; it names {shown_path(files[0])}: give that file"
         raise RecipeError([Problem(place, message)])
     return {key: value for key, value in variables.items() if key in ENVIRONMENT} | best
 
@@ -93,19 +95,10 @@ ENVIRONMENT = ("MAX_PIXELS", "MIN_PIXELS", "VIDEO_MAX_PIXELS", "FPS_MAX_FRAMES")
 """Variables by which ms-swift learns how large images may be."""
 
 
-def _expanded(line: str, variables: dict[str, str]) -> str:
-    """The line with its variables replaced by their values, as far as they are known."""
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        return variables.get(name, match[3] if match[3] is not None else match[0])
-
-    return VARIABLE.sub(value, line)
-
-
 def _flags(words: list[str]) -> dict[str, Any]:
     """The flags of a command, without those of the launcher before the script."""
-    scripts = [place for place, word in enumerate(words) if word.endswith(".py")]
+    launched = not words or Path(words[0]).name not in PROGRAMS
+    scripts = [place for place, word in enumerate(words) if launched and word.endswith(".py")]
     flags: dict[str, list[str]] = {}
     name: str | None = None
     for word in words[scripts[0] + 1 if scripts else 0 :]:

@@ -1,4 +1,7 @@
-"""Configurations of TRL's SFTTrainer: the keys of ScriptArguments, SFTConfig and ModelConfig."""
+"""Configurations of TRL: the keys of ScriptArguments, ModelConfig, and a trainer's own config.
+
+The trainer is SFTTrainer, DPOTrainer, KTOTrainer or GRPOTrainer: its keys tell which.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Any
 
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
 from vlm_tune.recipe_writer.converting.models import lora_rule, set_model
+from vlm_tune.recipe_writer.converting.objectives import set_dpo, set_grpo
 from vlm_tune.recipe_writer.converting.sources import (
     set_max_length,
     set_packing,
@@ -20,6 +24,10 @@ MARKERS = {
     "load_in_8bit", "lora_r", "lora_target_modules", "max_seq_length", "use_peft",
 }  # fmt: skip
 """Keys by which a configuration is known."""
+OF_GRPO = ("num_generations", "reward_funcs", "max_completion_length")
+OF_KTO = ("desirable_weight", "undesirable_weight")
+OF_DPO = ("beta", "precompute_ref_log_probs", "max_prompt_length")
+"""Keys by which the trainer of a configuration is known; SFTTrainer has none of them."""
 
 QUIET = {
     "attn_implementation", "assistant_only_loss", "bnb_4bit_quant_storage", "completion_only_loss",
@@ -50,6 +58,7 @@ def convert(conversion: Conversion) -> None:
         arguments.text("model_name_or_path", "model_name"),
         quantize=kind if four else "int8" if eight else None,
     )
+    _set_objective(conversion)
     _set_data(conversion)
     usual = Defaults(learning_rate=2e-5, checkpointing=True)
     convert_trainer(conversion, usual)
@@ -65,6 +74,25 @@ def convert(conversion: Conversion) -> None:
     )
     set_rules(conversion, trains, new_connector=new)
     refuse_left(conversion, QUIET, REASONS)
+
+
+def _set_objective(conversion: Conversion) -> None:
+    """Sets the objective of a trainer other than SFTTrainer."""
+    arguments = conversion.arguments
+    if any(key in arguments for key in OF_GRPO):
+        set_grpo(conversion, "the keys of GRPOConfig", {})
+        return
+    kto = any(key in arguments for key in OF_KTO)
+    if not kto and not any(key in arguments for key in OF_DPO):
+        return
+    beta = arguments.number("beta") or 0.1
+    if kto:
+        weights = {key: arguments.number(key) or 1.0 for key in OF_KTO}
+        conversion.set("objective", {"kind": "kto", "beta": beta, **weights}, "its weights")
+        return
+    losses = arguments.names("loss_type") or ["sigmoid"]
+    weights = arguments.numbers("loss_weights") or [1.0] * len(losses)
+    set_dpo(conversion, "the keys of DPOConfig", beta, dict(zip(losses, weights, strict=False)))
 
 
 def _set_data(conversion: Conversion) -> None:
