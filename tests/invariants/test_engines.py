@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tests.helpers.connector_kinds import with_connector
 from tests.helpers.family_recipes import NATIVE, SAVED, over_family, save_families
 from tests.helpers.forked_runs import ended, start
+from tests.helpers.shaped_samples import save_mistral3
 from tests.helpers.task_recipes import SOFT, task_sources
 from tests.helpers.tiny_models import (
     LORA_TUNE,
@@ -33,6 +34,7 @@ from tests.helpers.tiny_models import (
     with_tune,
 )
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
+from tests.helpers.vlm_samples import with_pretrained
 from tests.invariants import engine_worker
 from vlm_tune.api import sft
 from vlm_tune.config.load import dump_recipe
@@ -82,7 +84,7 @@ WITH: dict[str, Sequence[str]] = {
     "t5-lora": ("ddp", "zero2", *SHARDED),
     "tasks": ("ddp", "zero2"),
     # A family of each kind of attention; a native model's weights are not sharded.
-    **{name: ("ddp", "zero2", *(("zero3",) if name not in NATIVE else ())) for name in SAVED},
+    **{name: ("ddp", "zero2", *(SHARDED if name not in NATIVE else ())) for name in SAVED},
 }
 RUNS = [(model, engine) for model in MODELS for engine in WITH.get(model, SHARDED)]
 HALF = {
@@ -91,10 +93,13 @@ HALF = {
     "full-bf16": ("ddp", "fsdp"),
     "norms-bf16": ("ddp", "fsdp"),
     "t5-qlora": ("ddp", "zero3", "offload", "fsdp", "fsdp-offload"),
+    "shapes-qlora": SHARDED,
 }
 """In bf16, in bf16 over a base of 4 bit, in bf16 with all weights in fp32 and a connector that
-reads text, in bf16 with a tower of batch norms, which is validated as well, and in fp32 over a T5
-of 4 bit of which some layers have no adapter."""
+reads text, in bf16 with a tower of batch norms, which is validated as well, and in fp32 (`EXACT`)
+over a T5 of 4 bit of which some layers have no adapter, and over a family of 4 bit whose tower
+keeps an image's shape."""
+EXACT = ("t5-qlora", "shapes-qlora")
 FEW = LORA_TUNE.replace("all-linear", "[q, v]")
 NORMS = "{kind: timm, name: resnet10t, image_size: 32}"
 COMBINED: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -142,9 +147,9 @@ def recipe(folder: Path, name: str, model: str, *, size: int, **changes: Any) ->
 
 
 def half(folder: Path, name: str, model: str, **changes: Any) -> Recipe:
-    """As `recipe` over a saved model, with LoRA, or all of it; all but the T5 are in bf16."""
+    """As `recipe` over a saved model, with LoRA, or all of it."""
     kind = "seq2seq" if model == "t5-qlora" else "causal"
-    precision = "fp32" if kind == "seq2seq" else "bf16"
+    precision = "fp32" if model in EXACT else "bf16"
     text = tiny_text(kind, folder / "messages.jsonl", folder / name, precision)
     if kind == "seq2seq":
         text = with_tune(text, FEW)
@@ -157,6 +162,10 @@ def half(folder: Path, name: str, model: str, **changes: Any) -> Recipe:
         rows = {"kind": "file", "path": str(folder / "messages.jsonl")}
         text = with_tower(text, NORMS)
         changes = {"train__cache_features": False, "data__validation": [rows], **changes}
+    if model == "shapes-qlora":
+        family = folder / "families" / "mistral3"
+        text = with_pretrained(text, family, "mistral3", ", llm: {quantize: nf4}")
+        return parsed(text, **{**ONE_STEP, "train__cache_features": False, **changes})
     packed = {"decoder-qlora": ", quantize: nf4", "t5-qlora": ", quantize: fp4"}
     text = with_llm(text, folder / f"base-{kind}", kind, packed.get(model, ""))
     return parsed(text, **{**ONE_STEP, **changes})
@@ -168,6 +177,7 @@ def save_bases(folder: Path) -> None:
     save_llm(folder / "base-causal", "causal", rows, hidden_size=64, intermediate_size=128)
     sizes: dict[str, Any] = {"d_model": 64, "d_kv": 32, "d_ff": 128, "dropout_rate": 0.0}
     save_llm(folder / "base-seq2seq", "seq2seq", rows, **sizes)
+    save_mistral3(folder / "families" / "mistral3")
 
 
 def in_stages(
@@ -343,7 +353,7 @@ def test_in_half_precision_two_ranks_take_nearly_the_gradient_of_one(
     by_engine = {
         engine: load_file(trained / f"{model}-{engine}.safetensors") for engine in HALF[model]
     }
-    exact = model == "t5-qlora"
+    exact = model in EXACT
     for engine, value in by_engine.items():
         # Products of other shapes, unfused under ZeRO-3 and FSDP, are rounded elsewhere; ZeRO-2 and
         # less do what DDP does.

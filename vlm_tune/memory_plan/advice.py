@@ -51,6 +51,8 @@ def changes(
     for stage in (2,) if recipe.model.llm.quantize == "int8" else (2, 3):
         if zero < stage:
             yield f"DeepSpeed ZeRO-{stage} on {ranks} processes", none, None, stage
+    if packs and zero < 3:
+        yield f"the LLM's weights in nf4 and ZeRO-3 on {ranks} processes", none, "nf4", 3
 
 
 def _halved(train: TrainSection) -> dict[str, Any]:

@@ -185,6 +185,19 @@ def test_what_a_native_model_does_not_take_is_left_out_with_the_reason() -> None
     assert "the recipe takes LoRA" in missing["finetuning_type"]
 
 
+@pytest.mark.parametrize(("key", "value"), [("fsdp", "full_shard"), ("deepspeed", "zero3")])
+def test_weights_in_4_bit_are_sharded_and_those_in_8_bit_are_not(key: str, value: str) -> None:
+    four, eight = (
+        named("template", "llava", "some/model-hf", quantization_bit=bits, **{key: value})
+        for bits in (4, 8)
+    )
+    assert four.recipe.engine.kind == key and key not in reasons(four)
+    assert "int8 weights can't be sharded" in reasons(eight)[key]
+    assert eight.recipe.engine.kind == {"fsdp": "auto", "deepspeed": "deepspeed"}[key]
+    stages = [written.recipe.engine.model_dump().get("stage") for written in (four, eight)]
+    assert stages == {"fsdp": [None, None], "deepspeed": [3, 2]}[key]
+
+
 def test_bounds_of_pixels_are_for_processors_that_take_them() -> None:
     both = {"MAX_PIXELS": 602112, "max_pixels": 401408, "min_pixels": 3136}
     written = named("model_type", "qwen2_5_vl", "some/model", **both)
