@@ -220,6 +220,69 @@ def write_instructblip(folder: Path) -> None:
     BlipImageProcessor(size={"height": 224, "width": 224}).save_pretrained(folder)
 
 
+def write_blip2_opt(folder: Path) -> None:
+    """Writes the configs of BLIP-2 with OPT-2.7B."""
+    from transformers import Blip2Config, BlipImageProcessor
+
+    text = {
+        "model_type": "opt",
+        "hidden_size": 2560,
+        "word_embed_proj_dim": 2560,
+        "ffn_dim": 10240,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 50304,
+    }
+    Blip2Config(text_config=text).save_pretrained(folder)
+    BlipImageProcessor(size={"height": 224, "width": 224}).save_pretrained(folder)
+
+
+def write_granite_vision(folder: Path) -> None:
+    """Writes the configs of Granite Vision 3.3 2B, with fewer shapes of images."""
+    from transformers import LlavaNextConfig, LlavaNextImageProcessorPil
+
+    text = {
+        "model_type": "granite",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 16384,
+        "vocab_size": 49156,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.015625,
+        "logits_scaling": 8.0,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    }
+    grids = [[384, 768], [768, 384], [768, 768], [384, 1152], [1152, 384]]
+    LlavaNextConfig(
+        text_config=text,
+        vision_config=vision,
+        vision_feature_layer=[-24, -20, -12, -1],
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=grids,
+        tie_word_embeddings=True,
+    ).save_pretrained(folder)
+    square = {"height": 384, "width": 384}
+    LlavaNextImageProcessorPil(
+        size=square,
+        crop_size=square,
+        image_grid_pinpoints=grids,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    ).save_pretrained(folder)
+
+
 RECIPES = {"llava-1.5-7b-qlora": write_llava, "instructblip-flan-t5-xl-lora": write_instructblip}
 
 

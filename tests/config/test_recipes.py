@@ -13,6 +13,8 @@ import torch
 
 from benchmarks.plan_time import (
     YI_34B,
+    write_blip2_opt,
+    write_granite_vision,
     write_instructblip,
     write_internvl,
     write_llava,
@@ -202,6 +204,33 @@ def test_llava_onevision_0_5b_builds_and_tunes_at_its_real_shape(tmp_path: Path)
         "connector.*": (1152 + 1) * 896 + (896 + 1) * 896 + 896,
         "llm.*": 24 * 16 * layer,
     }
+
+
+def test_granite_vision_2b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
+    """SigLIP So/14 at 384 pixels, features of four layers, Granite 2B, and a row's end."""
+    write_granite_vision(tmp_path)
+    recipe = load_recipe(
+        RECIPES / "granite-vision-2b-lora.yaml", {"model.pretrained": str(tmp_path)}
+    )
+    model, measured = bare_model(recipe)
+    assert (measured, model.processor.spec.tokens_per_image) == ((729, 4 * 1152), 729)
+    layer = 2 * (2048 + 2048) + 2 * (2048 + 512) + 3 * (2048 + 8192)
+    assert trained(tuned(model, recipe)) == {
+        "tower.*": 0,
+        "connector.*": (4 * 1152 + 1) * 2048 + (2048 + 1) * 2048 + 2048,
+        "llm.*": 40 * 16 * layer,
+    }
+
+
+def test_blip2_opt_2_7b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:
+    """EVA-CLIP's ViT-g/14 at 224 pixels, 32 queries, OPT-2.7B."""
+    write_blip2_opt(tmp_path)
+    recipe = load_recipe(RECIPES / "blip2-opt-2.7b-lora.yaml", {"model.pretrained": str(tmp_path)})
+    model, measured = bare_model(recipe)
+    assert (measured, model.processor.spec.tokens_per_image) == ((257, 1408), 32)
+    counts = trained(tuned(model, recipe))
+    assert counts["llm.*"] == 32 * 16 * (4 * (2560 + 2560) + 2 * (2560 + 10240))
+    assert counts["tower.*"] == 0 and counts["connector.*"] > 100_000_000
 
 
 def test_instructblip_flan_t5_xl_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> None:

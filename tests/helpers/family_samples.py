@@ -10,7 +10,12 @@ from typing import Any, Protocol
 from tests.helpers.chat_samples import TEXTS, turns
 from tests.helpers.gemma_samples import save_gemma3, save_paligemma
 from tests.helpers.shaped_samples import save_mistral3, save_pixtral
-from tests.helpers.tiled_samples import save_internvl, save_llava_next, save_llava_onevision
+from tests.helpers.tiled_samples import (
+    save_granite_vision,
+    save_internvl,
+    save_llava_next,
+    save_llava_onevision,
+)
 from tests.helpers.transformers_parity import pictures, processor_of, their_inputs
 from tests.helpers.vlm_samples import save_idefics3, save_llava
 from vlm_tune.data.chat.template import load_template
@@ -89,6 +94,7 @@ class Sample:
         frames: the numbers of frames of the rows of `write_rows`.
         turns: a row of several turns and images, as (role, text) pairs, if it takes one.
         inputs: what its own processor makes of a row.
+        scale: the factor from the logits of transformers' class to those of the LLM's own class.
     """
 
     save: Callable[..., Any]
@@ -97,6 +103,7 @@ class Sample:
     frames: tuple[int, ...] = (1, 2, 1, 0)
     turns: tuple[tuple[str, str], ...] = ()
     inputs: Inputs = their_inputs
+    scale: float = 1.0
 
     def our_name(self, name: str) -> str:
         """Our name of a tensor of theirs."""
@@ -132,6 +139,13 @@ SEVERAL_TURNS = (
 TILED = {
     "llava_next": Sample(
         save_llava_next, "llava_mistral", TOWER | LINEAR | NEWLINE | LANGUAGE, (3, 6, 3, 0)
+    ),
+    "granite_vision": Sample(
+        save_granite_vision,
+        "granite_vision",
+        TOWER | LINEAR | NEWLINE | LANGUAGE,
+        (3, 6, 3, 0),
+        scale=1 / 4,
     ),
     # 3 x 2 tiles, shrunk, and the whole; two images seen whole; one of one tile, and the whole.
     "llava_onevision": Sample(

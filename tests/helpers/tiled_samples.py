@@ -152,21 +152,76 @@ def llava_next_tokenizer() -> Any:
     return tokenizer
 
 
-def save_llava_next(folder: Path, *, tied: bool = False, **changes: Any) -> Any:
-    """A tiny LLaVA-NeXT with its processor; a frame has 4 x 4 tokens."""
+GRANITE_TEMPLATE = (
+    "{{ '<|system|>\\nA chat between a curious user and an artificial intelligence assistant. The"
+    " assistant gives helpful, detailed, and polite answers to the user\\'s questions.\\n' }}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>\\n' }}"
+    "{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'user' %}{{ '\\n' }}{% else %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+"""A chat template of the format that transformers' page on Granite Vision shows, with llama.cpp's
+system text."""
+
+
+@cache
+def granite_tokenizer() -> Any:
+    """A tokenizer that adds no special token, with the image's."""
+    rows = [Conversation("", turns(text, text)) for text in TEXTS]
+    tokenizer = train_tokenizer(rows, 420, load_template("granite_vision"))
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    return tokenizer
+
+
+def save_granite_vision(folder: Path, *, tied: bool = True) -> Any:
+    """A tiny Granite Vision 3: a LLaVA-NeXT with a SigLIP, features of three layers, and a Granite.
+
+    The projector has no biases; Granite's multipliers are far from neutral.
+    """
+    language = {
+        "model_type": "granite",
+        **LLAMA,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 4.0,
+    }
+    return save_llava_next(
+        folder,
+        granite=True,
+        tied=tied,
+        vision_config={"model_type": "siglip_vision_model", **CLIP, "patch_size": 8}
+        | {"vision_use_head": False},
+        text_config=language,
+        vision_feature_layer=[-3, 1, -1],
+        vision_feature_select_strategy="full",
+        multimodal_projector_bias=False,
+    )
+
+
+def save_llava_next(
+    folder: Path, *, tied: bool = False, granite: bool = False, **changes: Any
+) -> Any:
+    """A tiny LLaVA-NeXT with its processor; a frame has 4 x 4 tokens.
+
+    With `granite` its tokenizer and chat template are Granite Vision's.
+    """
     import transformers
 
-    tokenizer = llava_next_tokenizer()
+    tokenizer = granite_tokenizer() if granite else llava_next_tokenizer()
     ids = {
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
     torch.manual_seed(3)
-    language = {"model_type": "mistral", **LLAMA, **ids, "vocab_size": len(tokenizer) + 3}
+    mistral = {"model_type": "mistral", **LLAMA, "sliding_window": None}
+    language = changes.pop("text_config", mistral)
+    sizes = {"vocab_size": len(tokenizer) + 3, "max_position_embeddings": 512}
     settings: dict[str, Any] = {
         "vision_config": {"model_type": "clip_vision_model", **CLIP, "patch_size": 8},
-        "text_config": language | {"sliding_window": None, "max_position_embeddings": 512},
+        "text_config": language | ids | sizes,
         "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
         "image_grid_pinpoints": PINPOINTS,
         "tie_word_embeddings": tied,
@@ -183,9 +238,9 @@ def save_llava_next(folder: Path, *, tied: bool = False, **changes: Any) -> Any:
         images,
         tokenizer,
         patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_NEXT_TEMPLATE,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=0 if granite else 1,
+        chat_template=GRANITE_TEMPLATE if granite else LLAVA_NEXT_TEMPLATE,
     )
     processor.save_pretrained(folder)
     return theirs

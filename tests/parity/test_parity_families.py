@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,12 @@ class Taken(NamedTuple):
         return batch_of(self.model, self.examples)
 
 
+def scale_logits(scale: float, _module: Any, _arguments: Any, output: Any) -> Any:
+    """A forward hook: the outputs of a whole model with its LLM's own scale of logits."""
+    output.logits = output.logits * scale
+    return output
+
+
 def take(sample: Sample, folder: Path, **options: Any) -> Taken:
     """A family's tiny checkpoint, taken over."""
     rows_file = folder / "rows.jsonl"
@@ -71,7 +78,9 @@ def take(sample: Sample, folder: Path, **options: Any) -> Taken:
             row = {"messages": messages, "images": ["high.png", "small.png"]}
             file.write(json.dumps(row) + "\n")
     theirs = sample.save(folder / "vlm", **options)
+    theirs.register_forward_hook(partial(scale_logits, sample.scale))
     text = tiny_text("causal", rows_file, folder / "run")
+    text = text.replace("max_length: 128", "max_length: 256")
     recipe = with_pretrained(text, folder / "vlm", sample.template)
     model = built(parsed(recipe)).eval()
     rows = rows_of(parsed(recipe))

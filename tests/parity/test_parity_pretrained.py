@@ -37,10 +37,11 @@ from tests.helpers.vlm_samples import (
 )
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.types import IGNORE_INDEX, Conversation
+from vlm_tune.exporting import export
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.model.families.blip import QFORMER_LAYER
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.pretrained.connector_weights import QFORMER_LAYER
 
 Tiny = Callable[..., str]
 SYSTEM = (
@@ -162,6 +163,28 @@ def test_a_llava_with_class_token_another_layer_and_new_key_names(
         batch.labels != IGNORE_INDEX
     ]
     assert largest(model.llm.supervised_logits(model.embed(batch), batch), expected) <= 1e-5
+
+
+def test_a_llava_with_features_of_several_layers_and_no_biases(
+    tiny_recipe: Tiny, color_rows: Path, tmp_path: Path
+) -> None:
+    """And it comes out again as one, with the blocks that its features need."""
+    wide(color_rows, "What is this?")
+    text = tiny_recipe("causal")
+    folder = tmp_path / "llava"
+    changes = {"vision_feature_layer": [-2, 1, -3], "multimodal_projector_bias": False}
+    theirs = save_llava(folder, rows_of(parsed(text)), **changes)
+    model, rows = model_and_rows(with_pretrained(text, folder, "vicuna"))
+    assert model.config.model.tower.layer == [-2, -3, -3]
+    same_as_llava(model, theirs, folder, rows)
+    model.save_pretrained(tmp_path / "model")
+    report = export(tmp_path / "model", tmp_path / "exported", dtype="fp32")
+    assert report.difference is not None and report.allowed is not None
+    assert report.difference <= report.allowed and report.same_text
+    written = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert written["vision_feature_layer"] == [-1, -2, -2]
+    assert not written["multimodal_projector_bias"]
+    assert written["vision_config"]["num_hidden_layers"] == 2
 
 
 @pytest.mark.parametrize("tower", [False, True])

@@ -95,6 +95,33 @@ def test_transformers_tower_gives_the_hidden_state_of_its_layer(
         assert largest(pooled(pixels)[:, :1], hidden[layer][:, :1]) <= 1e-5
 
 
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2"])
+@torch.no_grad()
+def test_features_of_several_layers_are_joined_by_channel(family: str, tmp_path: Path) -> None:
+    """In the order of the list, the class token's too; blocks after the last one are left out."""
+    theirs = transformers_model(family, tmp_path)
+    layers = [-2, -3, -2]
+    config = TransformersTower(kind="transformers", name=str(tmp_path), layer=layers)
+    before = FAMILIES[family][3]
+    class_token = before > 0
+    ours = build_tower(config.model_copy(update={"class_token": class_token})).eval()
+    pixels = noise(2, 3, 32, 32)
+    normalised = pixels.float() * ours.scale - ours.offset
+    hidden = theirs(pixel_values=normalised, output_hidden_states=True).hidden_states
+    expected = torch.cat([hidden[layer] for layer in layers], dim=-1)
+    assert ours.measure() == (16 + class_token, 3 * 32)
+    patches = torch.cat(
+        [expected[:, :1] if class_token else expected[:, :0], expected[:, before:]], 1
+    )
+    assert largest(ours(pixels), patches) <= 1e-5
+    pooled = build_tower(config.model_copy(update={"grid": 2})).eval()
+    assert pooled(pixels).shape == (2, 4, 3 * 32)
+    with pytest.raises(ModelError, match=r"there is no layer -40"):
+        build_tower(config.model_copy(update={"layer": [-1, -40]}))
+    with pytest.raises(ModelError, match="final_norm is for one"):
+        build_tower(config.model_copy(update={"final_norm": True}))
+
+
 def test_pixels_are_normalised_as_the_checkpoint_says(tmp_path: Path) -> None:
     for family, mean in (("clip", 0.48145466), ("siglip", 0.5), ("dinov2", 0.485)):
         transformers_model(family, tmp_path / family)

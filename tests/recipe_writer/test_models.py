@@ -10,9 +10,10 @@ import pytest
 from tests.helpers.gemma_samples import save_gemma3, save_paligemma
 from tests.helpers.native_models import Kind, native_model
 from tests.helpers.tiled_samples import save_llava_onevision
-from tests.helpers.vlm_samples import save_idefics3
+from tests.helpers.vlm_samples import save_blip, save_idefics3
 from vlm_tune.config.model import ModelSection
 from vlm_tune.config.native import NativeModel
+from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import RecipeError
 from vlm_tune.recipe_writer import fit as fitting
 from vlm_tune.recipe_writer.choose import (
@@ -162,6 +163,18 @@ def test_questions_share_an_image_where_the_model_lets_them(shares: bool, tmp_pa
     draft = draft_of(choice, CPU, FACTS, 1)
     assert draft.values["data.template"] == ("gemma3" if shares else "paligemma")
     assert draft.values.get("data.group") == ("image" if shares else None)
+
+
+def test_questions_share_no_image_where_the_q_former_reads_them(tmp_path: Path) -> None:
+    """BLIP-2's does not, InstructBLIP's does; the chat format is that of the LLM."""
+    rows = [Conversation("row", (Message("user", ("What is it?",)),))]
+    formats = []
+    for kind, language in (("blip-2", "opt"), ("instructblip", "llama"), ("instructblip", "t5")):
+        folder = tmp_path / f"{kind} {language}"
+        save_blip(folder, rows, kind, language)  # type: ignore[arg-type]
+        draft = draft_of(named_model(str(folder), None), CPU, FACTS, 1)
+        formats.append((draft.values["data.template"], draft.values.get("data.group")))
+    assert formats == [("blip2_opt", "image"), ("instructblip", None), ("blip2", None)]
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl", "lfm2_vl"])

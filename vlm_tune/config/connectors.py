@@ -42,6 +42,7 @@ class MlpConnector(Projector):
 
     kind: Literal["mlp"]
     depth: Annotated[int, Field(ge=2, le=8)] = 2
+    bias: bool = Field(default=True, description="whether the linear layers have biases")
     newline: bool = NEWLINE
 
 

@@ -131,6 +131,9 @@ class OpenClipTower(Tower):
     class_token: bool = CLASS_TOKEN
 
 
+Layer = Annotated[int, Field(ge=-1024, le=-1)]
+
+
 class TransformersTower(Tower):
     """A vision tower from transformers: CLIP, SigLIP, DINOv2, or a vision-language model's own.
 
@@ -145,11 +148,10 @@ class TransformersTower(Tower):
         default=None,
         description="a vision-language model that holds the tower's weights, if `name` does not",
     )
-    layer: int = Field(
+    layer: Layer | Annotated[list[Layer], Field(min_length=2, max_length=64)] = Field(
         default=-2,
-        ge=-1024,
-        le=-1,
-        description="hidden state that is used, counted from the end (LLaVA: -2)",
+        description="hidden state that is used, counted from the end (LLaVA: -2); several are "
+        "joined by channel (Granite Vision: [-24, -20, -12, -1])",
     )
     final_norm: bool = Field(
         default=False,
@@ -166,6 +168,11 @@ class TransformersTower(Tower):
         description="maximum patches of an image, with a NaFlex tower (SigLIP 2), which "
         "preserves the aspect ratio; the tower's own by default",
     )
+
+    @property
+    def layers(self) -> list[int]:
+        """The hidden states that are used, in the order in which they are joined."""
+        return self.layer if isinstance(self.layer, list) else [self.layer]
 
 
 class TimmTower(Tower):

@@ -40,8 +40,8 @@ def export(
     """Exports a run, a checkpoint or a merged folder for another library.
 
     - `format="transformers"`: a model that plain transformers opens, of the class that it started
-      from (LLaVA-NeXT, LLaVA-OneVision, Idefics3, SmolVLM, InternVL, Gemma 3, PaliGemma,
-      `kind: native`), or else a `LlavaForConditionalGeneration`.
+      from (BLIP-2, InstructBLIP, LLaVA-NeXT, LLaVA-OneVision, Idefics3, SmolVLM, InternVL, Gemma 3,
+      PaliGemma, `kind: native`), or else a `LlavaForConditionalGeneration`.
     - `format="adapter"`: the LLM's adapter as a PEFT folder, with the connector and the tower's
       changes beside it.
     - `format="gguf"`: the two files that llama.cpp reads.

@@ -14,6 +14,7 @@ from vlm_tune.config.towers import Tower
 from vlm_tune.data.images.decode import decode_image, encoded_bytes
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.errors import ModelError
+from vlm_tune.exporting.blip_layout import BLIP2, INSTRUCTBLIP
 from vlm_tune.exporting.card import described_parts, model_card
 from vlm_tune.exporting.gemma3_layout import GEMMA3
 from vlm_tune.exporting.hf_layout import Target, vision_of, written_model
@@ -55,6 +56,8 @@ PIXEL = 1e-3
 
 
 TARGETS = {
+    "blip_2_vision_model": BLIP2,
+    "instructblip_vision_model": INSTRUCTBLIP,
     "idefics3_vision": IDEFICS3,
     "smolvlm_vision": SMOLVLM,
     "internvl_vision": INTERNVL,
@@ -113,16 +116,16 @@ def export_transformers(
     source = find_single(path)
     config = read_config(source, base)
     check_prompt(source)
-    text = text_config(source, config) if config.llm.kind == "causal" else None
+    text = text_config(source, config)
     target = target_of(config)
-    _check_target(target, config, text)
+    _check_target(target, config, text if config.llm.kind == "causal" else None)
     check_output(output, path)
     parameters = count_parameters(text, config)
     # The model is merged and compared in fp32.
     check_room(parameters, output, DTYPES[dtype or config.precision].itemsize, copies=1)
     model, merged = whole_model(path, source, output, dtype, base)
     dtype = model.config.precision
-    expected = expected_of(path, model) if verify else None
+    expected = expected_of(path, model, target.comparable) if verify else None
     cast_parameters(model, DTYPES[dtype])
 
     def write(folder: Path) -> tuple[ExportReport, str]:
@@ -211,8 +214,15 @@ def compared(
                 f"transformers' own model fails on the row {quoted(row.id)}, which the export is "
                 f"compared by: {reason_of(error)}; --no-verify leaves the comparison out"
             ) from None
-    exported = torch.cat(logits)[:, : expected.logits.shape[1]]
+    exported = torch.cat(logits)[:, : expected.logits.shape[1]] * _own_scale(model)
     return check_answers(expected, exported, texts, tolerance)
+
+
+def _own_scale(model: VisionLanguageNetwork) -> float:
+    """The factor from the logits of the model's layout to those of the LLM's own class."""
+    language: Any = model.llm.model
+    scaled = language.config.model_type in target_of(model.config).scaled
+    return (model.llm.rule.scale or 1.0) if scaled and model.llm.rule else 1.0
 
 
 def messages_of(row: Conversation, *, prompt: bool = False) -> list[dict[str, Any]]:
@@ -249,16 +259,22 @@ def _their_logits(
     """
     image_token = theirs.config.image_token_id
     (example,) = model.processor.examples(row)
-    inputs = their_inputs(processor, model, messages_of(row), prompt=False)
+    # The answer of an encoder-decoder is none of its input.
+    apart = model.llm.layout == "seq2seq"
+    inputs = their_inputs(processor, model, messages_of(row, prompt=apart), prompt=False)
     ids = (
         torch.from_numpy(example.input_ids)
         .long()
         .masked_fill(torch.from_numpy(example.image_mask), image_token)
         .tolist()
     )
-    check_ids(row, [*ids, int(example.labels[-1])], inputs["input_ids"][0, : len(ids) + 1].tolist())
+    ended = [] if apart else [int(example.labels[-1])]
+    check_ids(row, [*ids, *ended], inputs["input_ids"][0, : len(ids) + 1].tolist())
     if example.media:
         _check_pixels(inputs["pixel_values"], model, example)
+    if apart:
+        labels = torch.from_numpy(example.labels).long().to(model.device)
+        return theirs(**inputs, labels=labels[None]).logits[0].float()
     return (
         theirs(**inputs)
         .logits[0, : len(ids)]
@@ -271,7 +287,9 @@ def _their_answer(
     theirs: Any, processor: Any, model: VisionLanguageNetwork, row: Conversation
 ) -> str:
     inputs = their_inputs(processor, model, messages_of(row, prompt=True), prompt=True)
-    ids = theirs.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
+    # An encoder-decoder's answer begins with its start token.
+    start = 1 if model.llm.layout == "seq2seq" else inputs["input_ids"].shape[1]
+    ids = theirs.generate(**inputs, max_new_tokens=16)[0, start:]
     return AnswerReader(model.processor, ()).answer(ids.tolist(), None).text
 
 
@@ -346,6 +364,6 @@ def transformers_card(
             f"merged adapters: {', '.join(report.merged) or 'none'}",
             f"{report.parameters:,} parameters in {report.dtype}; {verified}",
         ],
-        ("python", EXAMPLE.format(folder=report.output)),
+        ("python", (target.example or EXAMPLE).format(folder=report.output)),
         path,
     )

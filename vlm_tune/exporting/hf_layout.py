@@ -12,6 +12,7 @@ from torch import nn
 
 from vlm_tune.data.chat.processor_jinja import processor_jinja
 from vlm_tune.data.images.decode import ImageProcessor
+from vlm_tune.data.types import Conversation
 from vlm_tune.errors import ModelError
 from vlm_tune.model.language.causal import CausalLLM
 from vlm_tune.model.language.logits import HeadRule
@@ -37,6 +38,11 @@ class Target:
             and a dtype, and gives it with the weights of its parts.
         image_token: the token whose id stands in an image's slots.
         inputs: makes a processor's inputs of messages, where its chat template takes prompts alone.
+        comparable: gives what transformers' model takes of a row, to compare by; None for a row
+            that it does not take. By default it takes every row.
+        scaled: transformers' types of LLMs whose own class scales logits, where the layout's does
+            not: its logits are compared times that scale.
+        example: the code that a model card shows, if not that of a chat template.
     """
 
     name: str
@@ -45,6 +51,9 @@ class Target:
     empty: Callable[[VisionLanguageNetwork, int, torch.dtype], tuple[Any, Weights]]
     image_token: str = IMAGE_TOKEN
     inputs: Callable[[Any, Sequence[dict[str, Any]]], Any] | None = None
+    comparable: Callable[[Conversation], Conversation | None] | None = None
+    scaled: tuple[str, ...] = ()
+    example: str | None = None
 
 
 def vision_of(model: VisionLanguageNetwork) -> tuple[VisionTower, ImageProcessor]:
@@ -142,10 +151,10 @@ def _make_room(language: Any, token: int) -> None:
         layer.weight.data[rows:] = layer.weight.data[:rows].float().mean(0).to(layer.weight.dtype)
 
 
-def decoder_reasons(text: Any, layout: str) -> list[str]:
+def decoder_reasons(text: Any, layout: str, scaled: Sequence[str] = ()) -> list[str]:
     """The reasons why a decoder can't be that of a `layout`, from its transformers config.
 
-    `text` is None for an encoder-decoder.
+    `text` is None for an encoder-decoder. Decoders of the types `scaled` may scale logits.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -170,7 +179,7 @@ def decoder_reasons(text: Any, layout: str) -> list[str]:
     rule = "" if llm.rule is None else f" ({llm.rule})"
     return applying(
         (
-            llm.rule != HeadRule(),
+            llm.rule != HeadRule() and not (name in scaled and llm.rule and llm.rule.scale),
             f"its language model, a {name}, scales, caps or shifts its logits{rule}, which "
             f"{layout} does not",
         ),

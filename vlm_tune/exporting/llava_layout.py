@@ -178,7 +178,8 @@ def _llava_model(
         # connector.
         projector_hidden_act="linear" if linear else "gelu",
         vision_feature_select_strategy=_strategy(model.tower, has_class),
-        vision_feature_layer=-1,
+        vision_feature_layer=written_layers(model.tower),
+        multimodal_projector_bias=has_bias(model),
         dtype=dtype,
     )
     with torch.device("meta"):
@@ -205,6 +206,17 @@ def _projector_state(connector: nn.Module) -> dict[str, torch.Tensor]:
         f"{PROJECTOR[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": value
         for key, value in state
     }
+
+
+def written_layers(tower: MediaTower) -> int | list[int]:
+    """The layers of a written tower that features are taken from, counted from its end."""
+    joined = tower.joined if isinstance(tower, TransformersVision) else [-1]
+    return joined if len(joined) > 1 else -1
+
+
+def has_bias(model: VisionLanguageNetwork) -> bool:
+    """Whether the layers of a model's projector have biases."""
+    return getattr(model.config.model.connector, "bias", True)
 
 
 def vision_weights(tower: MediaTower) -> tuple[Any, dict[str, torch.Tensor]]:

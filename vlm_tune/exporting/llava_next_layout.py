@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from vlm_tune.exporting.hf_layout import (
     vision_of,
     written_tokenizer,
 )
-from vlm_tune.exporting.llava_layout import bidirectional_reasons, vision_weights
+from vlm_tune.exporting.llava_layout import (
+    bidirectional_reasons,
+    has_bias,
+    vision_weights,
+    written_layers,
+)
+from vlm_tune.model.families.llava_next import SCALED, STRATEGIES
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.quoting import applying
 
@@ -30,16 +37,22 @@ CONNECTOR = {
 
 
 def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
-    return joined_reasons(config, text, "LLaVA-NeXT", "clip_vision_model", "a CLIP")
+    towers = tuple(STRATEGIES)
+    return joined_reasons(config, text, "LLaVA-NeXT", towers, "a CLIP or SigLIP", SCALED)
 
 
 def joined_reasons(
-    config: VisionLanguageConfig, text: Any, name: str, vision_type: str, tower_name: str
+    config: VisionLanguageConfig,
+    text: Any,
+    name: str,
+    vision_types: Sequence[str],
+    tower_name: str,
+    scaled: Sequence[str] = (),
 ) -> list[str]:
     """The reasons why a model that joins tiles can't be of the layout `name`, from configs alone.
 
-    `text` is as in `Target.reasons`. The layout's tower is of transformers' type `vision_type`,
-    `tower_name` in words.
+    `text` is as in `Target.reasons`. The layout's tower is of one of transformers' `vision_types`,
+    `tower_name` in words. `scaled` is as in `decoder_reasons`.
     """
     tower = config.model.tower
     assert isinstance(tower, Tower)  # by `target_of`
@@ -51,7 +64,7 @@ def joined_reasons(
     return [
         *applying(
             (
-                not isinstance(tower, TransformersTower) or vision != vision_type,
+                not isinstance(tower, TransformersTower) or vision not in vision_types,
                 f"its tower is not {tower_name} of transformers, as {name}'s is",
             ),
             (
@@ -65,7 +78,7 @@ def joined_reasons(
                 "newline: true",
             ),
         ),
-        *decoder_reasons(text, name),
+        *decoder_reasons(text, name, scaled),
         *bidirectional_reasons(config),
     ]
 
@@ -96,8 +109,8 @@ def _processor(model: VisionLanguageNetwork) -> Any:
         ),
         tokenizer,
         patch_size=vision.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy=STRATEGIES[vision.model_type],
+        num_additional_image_tokens=int(vision.model_type == "clip_vision_model"),
         image_token=IMAGE_TOKEN,
         chat_template=tokenizer.chat_template,
     )
@@ -117,8 +130,9 @@ def _model(
         image_grid_pinpoints=pinpoints(model),
         image_seq_length=model.processor.spec.tokens_per_image,
         projector_hidden_act="gelu",
-        vision_feature_select_strategy="default",
-        vision_feature_layer=-1,
+        vision_feature_select_strategy=STRATEGIES[vision.model_type],
+        vision_feature_layer=written_layers(model.tower),
+        multimodal_projector_bias=has_bias(model),
         tie_word_embeddings=language.config.tie_word_embeddings,
         dtype=dtype,
     )
@@ -150,4 +164,4 @@ def joined_weights(
     }
 
 
-LLAVA_NEXT = Target("LLaVA-NeXT", _reasons, _processor, _model)
+LLAVA_NEXT = Target("LLaVA-NeXT", _reasons, _processor, _model, scaled=SCALED)

@@ -16,7 +16,7 @@ from vlm_tune.exporting.hf_layout import (
     vision_of,
     written_tokenizer,
 )
-from vlm_tune.exporting.llava_layout import vision_weights
+from vlm_tune.exporting.llava_layout import has_bias, vision_weights, written_layers
 from vlm_tune.exporting.llava_next_layout import joined_reasons, joined_weights, pinpoints
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 from vlm_tune.quoting import applying
@@ -28,7 +28,7 @@ def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     tower = config.model.tower
     assert isinstance(tower, Tower)  # by `target_of`
     return [
-        *joined_reasons(config, text, "LLaVA-OneVision", "siglip_vision_model", "a SigLIP"),
+        *joined_reasons(config, text, "LLaVA-OneVision", ("siglip_vision_model",), "a SigLIP"),
         *applying(
             (
                 tower.resize != "pad",
@@ -94,7 +94,8 @@ def _model(
         image_grid_pinpoints=pinpoints(model),
         projector_hidden_act="gelu",
         vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
+        vision_feature_layer=written_layers(model.tower),
+        multimodal_projector_bias=has_bias(model),
         vision_aspect_ratio=_ratio(model),
         tie_word_embeddings=language.config.tie_word_embeddings,
         dtype=dtype,

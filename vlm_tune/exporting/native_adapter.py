@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,18 @@ from vlm_tune.model.weights import read_safetensors, write_safetensors
 Tensors = dict[str, torch.Tensor]
 TOWER_TRAINED = "the tower is trained too, and the adapter is that of the language model"
 WORDS_ADDED = "the checkpoint lacks rows for model.llm.added_tokens"
-NEWLINE_TRAINED = (
-    "connector.newline is trained too, and PEFT's adapters have no place for a single parameter: "
-    'begin tune with {match: "connector.newline", how: frozen}'
-)
 """The reasons why what was trained over a whole model is no adapter."""
+SINGLE = {"connector.newline": "newline", "connector.queries": "query_tokens"}
+"""The connector's parameters that are in no module of their own, and their names in a checkpoint's
+connector: the token for rows' ends, and a Q-Former's queries."""
+
+
+def single_trained(name: str) -> str:
+    """The reason why an adapter has no place for a trained parameter of `SINGLE`."""
+    return (
+        f"{name} is trained too, and PEFT's adapters have no place for a single parameter: "
+        f'begin tune with {{match: "{name}", how: frozen}}'
+    )
 
 
 def write_native_adapter(
@@ -62,7 +70,7 @@ def write_native_adapter(
         raise ModelError(f"{WORDS_ADDED}: use merge, or --format transformers")
     config = read_json(source / ADAPTERS["llm"] / "adapter_config.json")
     lora = _renamed(vlm, read_safetensors(source / ADAPTERS["llm"] / "adapter_model.safetensors"))
-    whole = _renamed(vlm, _without_newline(vlm, _trained_whole(source)))
+    whole = _renamed(vlm, _without_single(vlm, _trained_whole(source)))
     config |= {
         "base_model_name_or_path": vlm.name,
         # By full names: the tower's layers have the same last names as the LLM's.
@@ -74,14 +82,15 @@ def write_native_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
     tensors = {f"{PREFIX}{name}": value for name, value in {**lora, **whole}.items()}
     write_safetensors(tensors, folder / "adapter_model.safetensors")
-    target_of(model.config).processor(model).save_pretrained(folder)
+    target = target_of(model.config)
+    target.processor(model).save_pretrained(folder)
     pin_tokenizer(folder)
     report = ExportReport(
         "", "adapter", "fp32", [], sum(map(torch.numel, tensors.values())), None, None
     )
     if not verify:
         return report
-    expected = expected_of(path, model)
+    expected = expected_of(path, model, target.comparable)
     allowed = expected.tolerance("fp32")
     difference = compared(_over_checkpoint(folder, vlm), folder, model, expected, allowed)
     return replace(
@@ -106,16 +115,18 @@ def _trained_whole(source: Path) -> Tensors:
     return tensors
 
 
-def _without_newline(vlm: Vlm, tensors: Tensors) -> Tensors:
-    """The tensors without the token for rows' ends, which is a parameter of no module of its own.
+def _without_single(vlm: Vlm, tensors: Tensors) -> Tensors:
+    """The tensors without the parameters of `SINGLE`.
 
-    Raises `ModelError` if it is not the checkpoint's.
+    Raises `ModelError` if one is not the checkpoint's.
     """
-    newline = tensors.pop("connector.newline", None)
-    if newline is not None:
-        untrained = part_tensors(vlm, "connector")["newline"]
-        if not torch.equal(newline.float(), untrained.float()):
-            raise ModelError(f"{NEWLINE_TRAINED}, or use merge, or --format transformers")
+    for name, theirs in SINGLE.items():
+        trained = tensors.pop(name, None)
+        if trained is None:
+            continue
+        untrained = part_tensors(vlm, "connector")[theirs].reshape(trained.shape)
+        if not torch.equal(trained.float(), untrained.float()):
+            raise ModelError(f"{single_trained(name)}, or use merge, or --format transformers")
     return tensors
 
 
@@ -127,8 +138,9 @@ def _renamed(vlm: Vlm, tensors: Tensors) -> Tensors:
 def _native(vlm: Vlm, name: str) -> str:
     """The whole model's name of a tensor of the LLM, or of the connector after `connector.`."""
     for ours, theirs in vlm.family.modules.items():
-        if name.startswith(ours):
-            return theirs + name[len(ours) :]
+        match = re.match(re.escape(ours).replace(r"\*", r"(\d+)"), name)
+        if match:
+            return theirs.replace("*", "".join(match.groups())) + name[match.end() :]
     raise ModelError(
         f"{name} has no place in {vlm.family.name}: use merge, or --format transformers"
     )

@@ -17,9 +17,10 @@ from vlm_tune.errors import ModelError
 from vlm_tune.exporting.card import model_card
 from vlm_tune.exporting.merge import check_output
 from vlm_tune.exporting.native_adapter import (
-    NEWLINE_TRAINED,
+    SINGLE,
     TOWER_TRAINED,
     WORDS_ADDED,
+    single_trained,
     write_native_adapter,
 )
 from vlm_tune.exporting.native_model import write_adapter_over_native
@@ -48,10 +49,6 @@ BESIDE = (
     "chat_template.jinja",
 )
 """Files and folders that are copied with an adapter, if the model's folder has them."""
-
-
-NEWLINE = "connector.newline"
-"""The name of the connector's token for rows' ends."""
 CONNECTOR_NOTE = (
     "a server of adapters, such as vLLM, loads the LLM's LoRA alone, and not the connector in "
     "modules_to_save: serve a merged model instead, as `vlm-tune export --format transformers` "
@@ -81,7 +78,7 @@ def adapter_reasons(recipe: Recipe, config: VisionLanguageConfig) -> list[str]:
         ),
         (whole and any(rule.how != "frozen" for rule in tower), TOWER_TRAINED),
         (whole and config.llm.words, WORDS_ADDED),
-        (whole and _trains_newline(recipe, config), NEWLINE_TRAINED),
+        *((whole and _trains(recipe, config, one), single_trained(one)) for one in SINGLE),
     )
 
 
@@ -146,14 +143,15 @@ def export_adapter(
     return commit_export(output, write if vlm is None else write_native)
 
 
-def _trains_newline(recipe: Recipe, config: VisionLanguageConfig) -> bool:
-    """Whether the connector has a token for rows' ends, and a stage trains it."""
+def _trains(recipe: Recipe, config: VisionLanguageConfig, name: str) -> bool:
+    """Whether the connector has a parameter of this name, and a stage trains it."""
     first = (
-        next((rule for rule in stage.tune if fnmatch.fnmatchcase(NEWLINE, rule.match)), None)
+        next((rule for rule in stage.tune if fnmatch.fnmatchcase(name, rule.match)), None)
         for _, stage in recipe.resolved_stages()
     )
-    has_one = getattr(config.model.connector, "newline", False)
-    return has_one and any(rule is not None and rule.trains_base for rule in first)
+    # The section has an option of the parameter's name: a flag, or a number.
+    has_one = getattr(config.model.connector, name.removeprefix("connector."), None)
+    return bool(has_one) and any(rule is not None and rule.trains_base for rule in first)
 
 
 def _is_part(name: str) -> bool:

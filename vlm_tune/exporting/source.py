@@ -148,11 +148,12 @@ def text_config(source: Path, config: VisionLanguageConfig) -> Any:
 
 
 def count_parameters(text: Any, config: VisionLanguageConfig) -> int:
-    """The number of a decoder model's parameters without adapters, from configs alone."""
-    from transformers import AutoModelForCausalLM
+    """The number of a model's parameters without adapters, from configs alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    factory = AutoModelForSeq2SeqLM if text.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        language = AutoModelForCausalLM.from_config(text)
+        language = factory.from_config(text)
         tower = build_tower(config.model.tower, config.tower_rebuild)
         connector = build_connector(
             config.model.connector,
@@ -178,8 +179,15 @@ def check_prompt(source: Path) -> None:
 # --- answers --------------------------------------------------------------------------------------
 
 
-def expected_of(path: Path, model: VisionLanguageNetwork) -> Expected:
-    """The model's logits and answers for probe rows, computed in fp32 with its current weights."""
+def expected_of(
+    path: Path,
+    model: VisionLanguageNetwork,
+    comparable: Callable[[Conversation], Conversation | None] | None = None,
+) -> Expected:
+    """The model's logits and answers for probe rows, computed in fp32 with its current weights.
+
+    `comparable` gives what is compared of a row, if anything; by default it is the row.
+    """
     cast_parameters(model, torch.float32)
     controls = model.processor.encoder.controls_in
     # Rows whose text spells a control token are left out: a plain tokenizer makes it that token,
@@ -191,6 +199,8 @@ def expected_of(path: Path, model: VisionLanguageNetwork) -> Expected:
             controls(part) for m in row.messages for part in m.parts if isinstance(part, str)
         )
     ]
+    if comparable is not None:
+        rows = [cut for row in rows if (cut := comparable(row)) is not None]
     rows = rows or [plain_probe(model)]
     logits, texts = observe(model, rows)
     return Expected(

@@ -169,15 +169,20 @@ def named_model(model: str, tower: str | None) -> ModelChoice:
         causal = config.get("model", {}).get("llm", {}).get("kind") == "causal"
         whole = _whole(model, template, causal, "named by --model")
         cuts = config.get("model", {}).get("tower", {}).get("split") is not None
-        shares = config.get("model", {}).get("llm", {}).get("bidirectional") != "prompt"
-        return replace(whole, size="small", splits=cuts, shares=shares)
+        connector = config.get("model", {}).get("connector", {})
+        reads = connector.get("kind") == "fusion" or bool(connector.get("text"))
+        sees = config.get("model", {}).get("llm", {}).get("bidirectional") == "prompt"
+        return replace(whole, size="small", splits=cuts, shares=not (reads or sees))
     stored = stored_config(model) or {}
     vlm = vlm_of(model, stored)
     if vlm is not None:
         _refuse_tower(model, tower)
         causal = is_causal(vlm)
         whole = _whole(model, whole_template(vlm), causal, "named by --model")
-        whole = replace(whole, shares=vlm.family.bidirectional != "prompt")
+        _, connector, _ = vlm.family.parts(vlm)
+        # InstructBLIP's connector reads the question; PaliGemma's image sees it.
+        sees = vlm.family.bidirectional == "prompt"
+        whole = replace(whole, shares=not (getattr(connector, "text", False) or sees))
         tokens = _own_tokens(vlm)
         return whole if tokens is None else replace(whole, **tokens, splits=True)
     if stored.get("model_type") in native_types():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm_tune.config.connectors import MlpConnector
+from vlm_tune.config.towers import TransformersTower
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.types import Media
 from vlm_tune.exporting.gguf.projector import (
@@ -48,6 +49,14 @@ def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
         ),
         (not mlp, f"its connector is of kind {connector.kind}"),
         (depth != 2, f"its connector has {depth} layers"),
+        (
+            isinstance(connector, MlpConnector) and not connector.bias,
+            "its connector has no biases (model.connector.bias)",
+        ),
+        (
+            isinstance(tower, TransformersTower) and len(tower.layers) > 1,
+            "its features are those of several layers (model.tower.layer)",
+        ),
     )
     return [*tower_reasons(config), *layers, *bidirectional_reasons(config)]
 

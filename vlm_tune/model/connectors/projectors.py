@@ -170,7 +170,7 @@ class Mlp(Connector):
     def __init__(self, config: MlpConnector, width: int, llm_width: int) -> None:
         super().__init__()
         self.norm = entry(config, width)
-        self.layers = mlp(width, llm_width, config.depth)
+        self.layers = mlp(width, llm_width, config.depth, config.bias)
         self.newline = row_end(config.newline, llm_width)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

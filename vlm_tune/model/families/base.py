@@ -56,8 +56,10 @@ class Family:
         language: gives transformers' config of a model's LLM.
         by_language: the chat format by transformers' type of the LLM, where no control token tells.
         modules: the whole model's names of modules in memory, by the beginnings of ours: of the
-            LLM's in its own class, and of the connector's after `connector.`. An adapter can be
-            exported over models of a family that has them.
+            LLM's in its own class, and of the connector's after `connector.`. A `*` stands for a
+            layer's number. An adapter can be exported over models of a family that has them.
+        scaled: transformers' types of LLMs whose own class scales logits, as models of the family
+            were trained, where the whole model's class does not.
         bidirectional: which tokens of its LLM see each other both ways, if any do
             (`model.llm.bidirectional`).
     """
@@ -70,6 +72,7 @@ class Family:
     modules: Mapping[str, str] = field(default_factory=dict)
     bidirectional: Literal["images", "prompt"] | None = None
     by_language: Mapping[str, str] = field(default_factory=dict)
+    scaled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,19 @@ def square_images(vlm: Vlm, side: int) -> dict[str, Any]:
         )
     input_size = sides.pop()
     return {"resize": how} | ({} if input_size == side else {"image_size": input_size})
+
+
+def counted_layers(vlm: Vlm, depth: int) -> int | list[int]:
+    """The layers of a tower of `depth` blocks whose features a model takes, from the end."""
+
+    def counted(layer: int) -> int:
+        return layer if layer < 0 else layer - depth - 1
+
+    layer = whole_config(vlm).vision_feature_layer
+    if isinstance(layer, int):
+        return counted(layer)
+    layers = [counted(each) for each in layer]
+    return layers if len(layers) > 1 else layers[0]
 
 
 def language_names(vlm: Vlm, config: Any) -> dict[str, str]:

@@ -81,5 +81,47 @@ LAYOUT = Layout(
 )
 DECODERS = {"opt": "blip2_opt", "llama": "instructblip"}
 """The chat formats of models over a decoder, by its type."""
-BLIP2 = Family("BLIP-2", ("blip2",), LAYOUT, _blip, _language, by_language=DECODERS)
-INSTRUCTBLIP = Family("InstructBLIP", ("blip2",), LAYOUT, _blip, _language, by_language=DECODERS)
+ENCODER_DECODERS = ("blip2",)
+"""Those of models over an encoder-decoder."""
+QFORMER_LAYER = {
+    "attention.query": "attention.attention.query",
+    "attention.key": "attention.attention.key",
+    "attention.value": "attention.attention.value",
+    "attention.out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "cross.query": "crossattention.attention.query",
+    "cross.key": "crossattention.attention.key",
+    "cross.value": "crossattention.attention.value",
+    "cross.out": "crossattention.output.dense",
+    "cross_norm": "crossattention.output.LayerNorm",
+    "feed.0": "intermediate_query.dense",
+    "feed.2": "output_query.dense",
+    "feed_norm": "output_query.LayerNorm",
+    "text_feed.0": "intermediate.dense",
+    "text_feed.2": "output.dense",
+    "text_norm": "output.LayerNorm",
+}
+"""The names of a Q-Former layer's modules here, and in transformers."""
+LANGUAGE = {
+    f"{beginning}.": f"language_model.{beginning}."
+    for beginning in ("model", "lm_head", "shared", "encoder", "decoder")
+}
+AROUND = {
+    "connector.project.": "language_projection.",
+    "connector.words.": "qformer.embeddings.word_embeddings.",
+    "connector.positions.": "qformer.embeddings.position_embeddings.",
+}
+LAYERS = {
+    f"connector.layers.*.{ours}.": f"qformer.encoder.layer.*.{theirs}."
+    for ours, theirs in QFORMER_LAYER.items()
+}
+
+
+def _family(name: str, norm: str) -> Family:
+    """A family whose whole model has the norm of the Q-Former's input at this name."""
+    modules = LANGUAGE | AROUND | LAYERS | {"connector.norm.": norm}
+    return Family(name, ENCODER_DECODERS, LAYOUT, _blip, _language, modules, by_language=DECODERS)
+
+
+BLIP2 = _family("BLIP-2", "qformer.layernorm.")
+INSTRUCTBLIP = _family("InstructBLIP", "qformer.embeddings.layernorm.")

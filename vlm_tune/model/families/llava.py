@@ -12,6 +12,7 @@ from vlm_tune.model.families.base import (
     Layout,
     Vlm,
     VlmParts,
+    counted_layers,
     decoder_config,
     refuse,
     square_images,
@@ -32,15 +33,13 @@ def _llava(vlm: Vlm) -> VlmParts:
     """The parts of a LLaVA-1.5 in transformers' layout; unsupported variants raise `ModelError`."""
     whole = whole_config(vlm)
     vision = whole.vision_config
-    layer = whole.vision_feature_layer
     strategy = whole.vision_feature_select_strategy
-    if not isinstance(layer, int):
-        refuse(vlm, f"features of the layers {layer} joined (vision_feature_layer)", "one layer")
-    if not getattr(whole, "multimodal_projector_bias", True):
-        refuse(vlm, "a projector without biases (multimodal_projector_bias)", "one with them")
+    bias = getattr(whole, "multimodal_projector_bias", True)
     act = whole.projector_hidden_act
     if act not in ("gelu", "linear"):
         refuse(vlm, f"a projector with {act} (projector_hidden_act)", "gelu")
+    if act == "linear" and not bias:
+        refuse(vlm, "a linear projector without biases (multimodal_projector_bias)", "biases")
     has_class = vision.model_type == "clip_vision_model"
     if not has_class and strategy == "default":
         refuse(
@@ -52,12 +51,12 @@ def _llava(vlm: Vlm) -> VlmParts:
     connector = (
         LinearConnector(kind="linear", weights=vlm.name)
         if act == "linear"
-        else MlpConnector(kind="mlp", weights=vlm.name)
+        else MlpConnector(kind="mlp", bias=bias, weights=vlm.name)
     )
     tower = TransformersTower(
         kind="transformers",
         name=vlm.name,
-        layer=layer if layer < 0 else layer - vision.num_hidden_layers - 1,
+        layer=counted_layers(vlm, vision.num_hidden_layers),
         class_token=has_class and strategy == "full",
         **square_images(vlm, vision.image_size),
     )

@@ -1,10 +1,12 @@
-"""LLaVA-NeXT (LLaVA-1.6): a CLIP, an MLP, a learned token for rows' ends, a decoder.
+"""LLaVA-NeXT (LLaVA-1.6): a CLIP or SigLIP, an MLP, a learned token for rows' ends, a decoder.
 
 An image is seen whole and as tiles, which are joined without the padding around the image
 (`vlm_tune/data/media_slots.py`).
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from vlm_tune.config.connectors import MlpConnector
 from vlm_tune.config.towers import LlavaNextSplit, TransformersTower
@@ -14,6 +16,7 @@ from vlm_tune.model.families.base import (
     Vlm,
     VlmParts,
     check_scaling,
+    counted_layers,
     decoder_config,
     image_processor,
     refuse,
@@ -22,21 +25,23 @@ from vlm_tune.model.families.base import (
 from vlm_tune.model.families.llava import LLAVA, MODULES
 
 BICUBIC = 3
+STRATEGIES: dict[str, Literal["default", "full"]] = {
+    "clip_vision_model": "default",
+    "siglip_vision_model": "full",
+}
+"""Which of a tower's tokens are features, by its type: all but the class token, where it has one.
+"""
 
 
 def _parts(vlm: Vlm) -> VlmParts:
     """The parts of a LLaVA-NeXT; unsupported variants raise `ModelError`."""
     whole = whole_config(vlm)
     vision = whole.vision_config
-    layer = whole.vision_feature_layer
-    if not isinstance(layer, int):
-        refuse(vlm, f"features of the layers {layer} joined (vision_feature_layer)", "one layer")
-    if vision.model_type != "clip_vision_model":
-        refuse(vlm, f"a tower of type {vision.model_type}", "clip_vision_model")
+    if vision.model_type not in STRATEGIES:
+        refuse(vlm, f"a tower of type {vision.model_type}", " or ".join(STRATEGIES))
     expected = {
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": STRATEGIES[vision.model_type],
         "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
     }
     for key, value in expected.items():
         if getattr(whole, key) != value:
@@ -44,10 +49,13 @@ def _parts(vlm: Vlm) -> VlmParts:
     tower = TransformersTower(
         kind="transformers",
         name=vlm.name,
-        layer=layer if layer < 0 else layer - vision.num_hidden_layers - 1,
+        layer=counted_layers(vlm, vision.num_hidden_layers),
         split=LlavaNextSplit(kind="llava_next", grids=_grids(vlm, vision.image_size)),
     )
-    return tower, MlpConnector(kind="mlp", newline=True, weights=vlm.name), "causal"
+    connector = MlpConnector(
+        kind="mlp", bias=whole.multimodal_projector_bias, newline=True, weights=vlm.name
+    )
+    return tower, connector, "causal"
 
 
 def _grids(vlm: Vlm, side: int) -> list[list[int]]:
@@ -75,6 +83,9 @@ def grids_of(vlm: Vlm, pinpoints: list[list[int]], side: int) -> list[list[int]]
     return [[width // side, height // side] for height, width in pinpoints]
 
 
+SCALED = ("granite",)
+"""Granite Vision was trained with the logits of Granite's own class, which vLLM and llama.cpp
+compute too; transformers' LLaVA-NeXT leaves the scale out, so greedy text is the same."""
 LAYOUT = Layout(
     LLAVA.layout.tower,
     r"^(?:model\.)?(?:multi_modal_projector\.|(?=image_newline$))",
@@ -88,5 +99,6 @@ LLAVA_NEXT = Family(
     _parts,
     decoder_config,
     MODULES,
-    by_language={"mistral": "llava_mistral"},
+    by_language={"mistral": "llava_mistral", "granite": "granite_vision"},
+    scaled=SCALED,
 )

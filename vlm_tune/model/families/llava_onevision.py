@@ -15,6 +15,7 @@ from vlm_tune.model.families.base import (
     Vlm,
     VlmParts,
     check_scaling,
+    counted_layers,
     decoder_config,
     image_processor,
     refuse,
@@ -30,15 +31,11 @@ def _parts(vlm: Vlm) -> VlmParts:
     """The parts of a LLaVA-OneVision; unsupported variants raise `ModelError`."""
     whole = whole_config(vlm)
     vision = whole.vision_config
-    layer = whole.vision_feature_layer
-    if not isinstance(layer, int):
-        refuse(vlm, f"features of the layers {layer} joined (vision_feature_layer)", "one layer")
     if vision.model_type != "siglip_vision_model":
         refuse(vlm, f"a tower of type {vision.model_type}", "siglip_vision_model")
     expected = {
         "vision_feature_select_strategy": "full",
         "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
     }
     for key, value in expected.items():
         if getattr(whole, key) != value:
@@ -46,11 +43,14 @@ def _parts(vlm: Vlm) -> VlmParts:
     tower = TransformersTower(
         kind="transformers",
         name=vlm.name,
-        layer=layer if layer < 0 else layer - vision.num_hidden_layers - 1,
+        layer=counted_layers(vlm, vision.num_hidden_layers),
         resize="pad",
         split=_split(vlm, vision.image_size),
     )
-    return tower, MlpConnector(kind="mlp", newline=True, weights=vlm.name), "causal"
+    connector = MlpConnector(
+        kind="mlp", bias=whole.multimodal_projector_bias, newline=True, weights=vlm.name
+    )
+    return tower, connector, "causal"
 
 
 def _split(vlm: Vlm, side: int) -> LlavaOnevisionSplit:

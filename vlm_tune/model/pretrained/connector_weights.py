@@ -13,32 +13,13 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.connectors.projectors import Linear, Mlp
 from vlm_tune.model.connectors.qformer import QFormer
 from vlm_tune.model.families.base import part_tensors
-from vlm_tune.model.families.blip import QFORMER_TOKENIZER
+from vlm_tune.model.families.blip import QFORMER_LAYER, QFORMER_TOKENIZER
 from vlm_tune.model.families.registry import family_names, find_vlm
 from vlm_tune.model.weights import load_into, read_safetensors, safetensors_shapes
 from vlm_tune.paths import is_file
 from vlm_tune.quoting import quoted, reason_of
 
 Tensors = dict[str, torch.Tensor]
-QFORMER_LAYER = {
-    "attention.query": "attention.attention.query",
-    "attention.key": "attention.attention.key",
-    "attention.value": "attention.attention.value",
-    "attention.out": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "cross.query": "crossattention.attention.query",
-    "cross.key": "crossattention.attention.key",
-    "cross.value": "crossattention.attention.value",
-    "cross.out": "crossattention.output.dense",
-    "cross_norm": "crossattention.output.LayerNorm",
-    "feed.0": "intermediate_query.dense",
-    "feed.2": "output_query.dense",
-    "feed_norm": "output_query.LayerNorm",
-    "text_feed.0": "intermediate.dense",
-    "text_feed.2": "output.dense",
-    "text_norm": "output.LayerNorm",
-}
-"""The names of a Q-Former layer's modules here, and in transformers."""
 QFORMER_STEM = {
     "qformer.layernorm": "norm",
     "qformer.embeddings.layernorm": "norm",

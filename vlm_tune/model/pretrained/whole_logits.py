@@ -18,7 +18,8 @@ def check_whole_logits(llm: Llm | NativeLlm, language: LanguageModel) -> None:
     """Checks that an LLM by itself makes the logits that it makes inside the whole model.
 
     The LLM's own class may scale or cap logits, or scale embeddings of ids, where the class of the
-    whole model does not: Granite's does, LLaVA's does not. No weights are read.
+    whole model does not: Granite's does, LLaVA's does not. No weights are read. A scale of the
+    LLM's own is right where the model was trained with it (`Family.scaled`).
 
     Args:
         llm: the recipe's section `model.llm`.
@@ -38,7 +39,15 @@ def check_whole_logits(llm: Llm | NativeLlm, language: LanguageModel) -> None:
     with torch.device("meta"):
         whole = AutoModelForImageTextToText.from_config(whole_config(vlm))
     cap_logits(whole)
-    rule = head_rule(whole, [whole.model], whole.get_output_embeddings())
+    # BLIP-2 has the LLM with its head inside, and its logits are the LLM's own.
+    rule = (
+        head_rule(whole, [whole.model], whole.get_output_embeddings())
+        if hasattr(whole, "model")
+        else language.rule
+    )
+    scaled = language.model.config.model_type in vlm.family.scaled
+    if scaled and language.rule is not None and language.rule.scale and language.factor == 1:
+        return
     if language.rule is None or language.rule != rule or language.factor != 1:
         raise ModelError(
             f"model.pretrained: {quoted(vlm.name)} has a {type(language.model).__name__} inside, "

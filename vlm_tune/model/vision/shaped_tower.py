@@ -138,8 +138,16 @@ def rotated(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) ->
     return states * cosines + torch.cat([-second, first], dim=-1) * sines
 
 
-def used_blocks(blocks: nn.ModuleList, layer: int) -> nn.ModuleList:
-    """The blocks that `model.tower.layer` needs. Raises `ModelError` for one there is not."""
+def used_blocks(blocks: nn.ModuleList, layer: int | list[int]) -> nn.ModuleList:
+    """The blocks that `model.tower.layer` needs.
+
+    Raises `ModelError` for one there is not, and for several.
+    """
+    if isinstance(layer, list):
+        raise ModelError(
+            f"model.tower.layer: {layer} are several layers, and a tower that keeps an image's "
+            "shape gives those of one"
+        )
     if -layer > len(blocks):
         raise ModelError(
             f"model.tower.layer: the tower has {len(blocks)} blocks, there is no layer {layer}"

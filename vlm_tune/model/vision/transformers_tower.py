@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,15 @@ HALF = (0.5, 0.5, 0.5)
 def _states(model: Any, pixels: torch.Tensor, **options: Any) -> torch.Tensor:
     """The last hidden states [B, N, D] of a vision model."""
     return model(pixel_values=pixels, **options).last_hidden_state
+
+
+def _joined_states(
+    model: Any, pixels: torch.Tensor, places: Sequence[int], **options: Any
+) -> list[torch.Tensor]:
+    """The hidden states [B, N, D] of a vision model at places counted from the end."""
+    states = model(pixel_values=pixels, output_hidden_states=True, **options).hidden_states
+    # A memory plan measures towers of fewer blocks than these.
+    return [states[max(place, -len(states))] for place in places]
 
 
 def _states_of_whole_images(model: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -171,7 +180,11 @@ FAMILIES = {
 
 
 class TransformersVision(VisionTower):
-    """A vision model of transformers, of one of FAMILIES; features are a layer's hidden states."""
+    """A vision model of transformers, of one of FAMILIES; features are a layer's hidden states.
+
+    Those of several layers are joined by channel: `joined` has their places among the hidden states
+    of the blocks that are left, counted from the end.
+    """
 
     def __init__(self, config: TransformersTower, source: dict[str, Any], model: Any) -> None:
         vision = source["vision_config"]
@@ -193,12 +206,23 @@ class TransformersVision(VisionTower):
                 f"model.tower.class_token: a tower of type {vision['model_type']} has none"
             )
         blocks = getattr(model.encoder, family.blocks)
-        if -config.layer > len(blocks):
+        last = max(config.layers)
+        if -min(config.layers) > len(blocks):
             raise ModelError(
                 f"model.tower.layer: the tower has {len(blocks)} blocks, "
-                f"there is no layer {config.layer}"
+                f"there is no layer {min(config.layers)}"
             )
-        setattr(model.encoder, family.blocks, blocks[: len(blocks) + config.layer + 1])
+        if len(config.layers) > 1 and (config.final_norm or family.states is not _states):
+            raise ModelError(
+                f"model.tower.layer: {config.layers} are several layers, and "
+                + (
+                    "final_norm is for one"
+                    if config.final_norm
+                    else f"a tower of type {vision['model_type']} gives those of one"
+                )
+            )
+        setattr(model.encoder, family.blocks, blocks[: len(blocks) + last + 1])
+        self.joined = [layer - last - 1 for layer in config.layers]
         self.norm = getattr(model, family.norm) if config.final_norm else nn.Identity()
         setattr(model, family.norm, nn.Identity())
         drop_unused(model)
@@ -214,7 +238,10 @@ class TransformersVision(VisionTower):
         self.options = {"interpolate_pos_encoding": True} if resized else {}
 
     def maps(self, pixels: torch.Tensor) -> FeatureMaps:
-        hidden = self.norm(self.states(self.model, pixels, **self.options))
+        if len(self.joined) > 1:
+            hidden = torch.cat(_joined_states(self.model, pixels, self.joined, **self.options), -1)
+        else:
+            hidden = self.norm(self.states(self.model, pixels, **self.options))
         # The class token and registers come first.
         patches = hidden[:, hidden.shape[1] - self.side**2 :]
         return [patches.transpose(1, 2).unflatten(2, (self.side, self.side))], hidden[
