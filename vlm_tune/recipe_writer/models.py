@@ -143,16 +143,8 @@ def _whole(name: str, template: str, causal: bool, reason: str) -> ModelChoice:
         how="full",
         learning_rate=2.0e-5,
     )
-    targets: Any = "all-linear" if causal else ["q", "v"]
-    draft.rule(
-        "LoRA keeps what the LLM knows, and needs memory for a hundredth of the weights",
-        match="llm.*",
-        how="lora",
-        r=32,
-        lora_alpha=64,
-        target_modules=targets,
-        learning_rate=2.0e-4,
-    )
+    targets = "all-linear" if causal else ["q", "v"]
+    _lora(draft, 32, targets, 2.0e-4)
     return ModelChoice(name, "large", causal, draft, LARGE_TOKENS)
 
 
@@ -219,15 +211,7 @@ def _native(name: str, model_type: str) -> ModelChoice:
     draft.set("data.template", OWN_TEMPLATE, OWN_REASON)
     _frozen_tower(draft)
     draft.rule("the connector has learned already", match="connector.*", how="frozen")
-    draft.rule(
-        "LoRA keeps what the LLM knows, and needs memory for a hundredth of the weights",
-        match="llm.*",
-        how="lora",
-        r=32,
-        lora_alpha=64,
-        target_modules="all-linear",
-        learning_rate=2.0e-4,
-    )
+    _lora(draft, 32, "all-linear", 2.0e-4)
     return ModelChoice(
         name,
         "large",
@@ -355,15 +339,8 @@ def under_tower(
         how="full",
         learning_rate=1.0e-3 if large else 1.5e-3,
     )
-    draft.rule(
-        "LoRA keeps what the LLM knows, and needs memory for a hundredth of the weights",
-        match="llm.*",
-        how="lora",
-        r=16,
-        lora_alpha=32,
-        target_modules="all-linear" if kind == "causal" else ["q", "v"],
-        learning_rate=2.0e-4 if large else 6.0e-4,
-    )
+    targets = "all-linear" if kind == "causal" else ["q", "v"]
+    _lora(draft, 16, targets, 2.0e-4 if large else 6.0e-4)
     size: Size = "large" if large else "small"
     return ModelChoice(name, size, kind == "causal", draft, tower.tokens)
 
@@ -372,6 +349,18 @@ def _frozen_tower(draft: Draft) -> None:
     heard = draft.values.get("model.tower", {}).get("kind") == "audio"
     known = "speech" if heard else "images"
     draft.rule(f"the tower knows {known} already", match="tower.*", how="frozen")
+
+
+def _lora(draft: Draft, r: int, target_modules: str | list[str], rate: float) -> None:
+    draft.rule(
+        "LoRA keeps what the LLM knows, and needs memory for a hundredth of the weights",
+        match="llm.*",
+        how="lora",
+        r=r,
+        lora_alpha=2 * r,
+        target_modules=target_modules,
+        learning_rate=rate,
+    )
 
 
 def tower_section(tower: str | None, large: bool) -> tuple[dict[str, Any], str]:

@@ -31,10 +31,10 @@ from tests.helpers.tiny_models import (
     wake_adapters,
     with_tune,
 )
+from tests.helpers.transformers_parity import write_rows
 from tests.helpers.vlm_samples import Blip, save_blip, with_pretrained
 from tests.model.pretrained.test_idefics3 import OTHER_PATHS, PLAIN
 from tests.model.pretrained.test_tiled import trained
-from tests.parity.test_parity_idefics3 import write_rows
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.packing import pack_layout
 from vlm_tune.data.prepare.run import prepare

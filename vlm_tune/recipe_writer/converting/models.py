@@ -74,8 +74,8 @@ def set_model(
     model_type = declared if config is None else str(config.get("model_type"))
     if vlm is not None or (config is None and model_type in (None, *FAMILIES)):
         guessed = vlm is None and model_type is None and template is None and name != LLAVA
-        own = _family_template(vlm, model_type, template)
-        _set_whole(conversion, key, name, vlm, own, guessed=guessed)
+        chat_format = _family_template(vlm, model_type, template)
+        _set_whole(conversion, key, name, vlm, chat_format, guessed=guessed)
     elif model_type in native_types():
         _set_native(conversion, key, name, model_type, read=config is not None)
     elif declared in (None, TEXT) and "vision_config" not in (config or {}):
