@@ -24,6 +24,7 @@ from tests.helpers.tiny_models import built, parsed, with_tower
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.exporting import export, hf_export, merge, source
 from vlm_tune.exporting.gguf import export as gguf
+from vlm_tune.exporting.gguf import verification
 from vlm_tune.exporting.gguf.writer import read_fields
 from vlm_tune.exporting.hf_export import verify_transformers
 from vlm_tune.exporting.source import Expected, count_parameters, expected_of, text_config
@@ -411,7 +412,7 @@ def test_fault_54_a_gguf_with_another_tokenizer_is_found(
             fields = read_fields(path)
             return {**fields, key: change(fields[key])}
 
-        monkeypatch.setattr(gguf, "read_fields", altered)
+        monkeypatch.setattr(verification, "read_fields", altered)
         with pytest.raises(ModelError, match="other token ids"):
             export(run, tmp_path / "gguf", format="gguf")
     assert [path.name for path in tmp_path.iterdir() if "gguf" in path.name] == []
