@@ -170,7 +170,7 @@ def test_choices_have_bars_with_their_probabilities(
         visited.images(1)
         visited.set(Temperature="0.5", Most_tokens="3")
         visited.button("Choices").click()
-        visited.page.get_by_label("Choices, one a line").fill("\n".join(["", *choices, "red "]))
+        visited.page.get_by_label("Choices, one per line").fill("\n".join(["", *choices, "red "]))
         (answer,) = visited.ask(QUESTION)
         percentages = shown(answer)
         assert percentages == pytest.approx(offline.probabilities, abs=6e-4)

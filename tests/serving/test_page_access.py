@@ -78,7 +78,7 @@ def test_axe_finds_nothing(chromium: Browser, url: str, red: Path, form: str, sc
         visited.images(1)
         visited.button("Compare two models").click()
         visited.button("Choices").click()
-        page.get_by_label("Choices, one a line").fill("red\nblue")
+        page.get_by_label("Choices, one per line").fill("red\nblue")
         assert violations(visited) == []
         visited.ask(QUESTION, answers=2)
         page.route(REQUESTS, fail)

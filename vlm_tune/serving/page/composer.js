@@ -110,7 +110,7 @@ function FileButton({ icon, label, onFiles, camera }) {
 
 function ChoiceField({ text, onText }) {
   return html`<div class="choice-field">
-    <label for="choices">Choices, one a line: each gets its probability</label>
+    <label for="choices">Choices, one per line: each gets its probability</label>
     <textarea id="choices" rows="3" value=${text} onInput=${(event) => onText(event.target.value)}
     ></textarea>
   </div>`;

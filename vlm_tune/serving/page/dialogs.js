@@ -52,7 +52,7 @@ function Settings({ state, store, onClose }) {
         )}
       </div>
     </fieldset>
-    <p class="hint">They hold for the next question. Empty fields leave it to the server.
+    <p class="hint">They apply from the next question on. Empty fields use the server's defaults.
       Chats and settings stay in this browser.</p>
   <//>`;
 }
@@ -65,11 +65,11 @@ function Key({ dialog }) {
   };
   return html`<${Dialog} title="API key" onClose=${() => dialog.answer("")}>
     <form onSubmit=${submit}>
-      <p>${dialog.refused ? "The server refused this key." : "This server wants an API key."}</p>
+      <p>${dialog.refused ? "The server refused this key." : "This server needs an API key."}</p>
       <label>Key<input type="password" autocomplete="current-password" required value=${key}
         onInput=${(event) => setKey(event.target.value)} /></label>
       <p class="hint">It is remembered until this tab is closed.</p>
-      <button class="primary">Go on</button>
+      <button class="primary">Continue</button>
     </form>
   <//>`;
 }
@@ -79,7 +79,7 @@ function Code({ dialog, onClose }) {
   const { turns, column } = dialog;
   const text = snippet(language, turns, column, Boolean(preferences.key));
   const pictured = turns.some((turn) => turn.pictures.length);
-  return html`<${Dialog} title="Ask this by code" onClose=${onClose}>
+  return html`<${Dialog} title="Code for this question" onClose=${onClose}>
     <fieldset><legend class="hidden">Language</legend>
       <div class="segments">
         ${LANGUAGES.map(
@@ -105,7 +105,7 @@ function Enlarged({ dialog, onClose }) {
 
 function Clear({ state, store, onClose }) {
   return html`<${Dialog} title="Delete all chats?" onClose=${onClose}>
-    <p>${state.chats.length} chats and their images are deleted from this browser, for good.</p>
+    <p>${state.chats.length} chats and their images are deleted from this browser permanently.</p>
     <div class="actions">
       <button type="button" onClick=${onClose}>Keep them</button>
       <button type="button" class="danger" onClick=${() => store.clear()}>Delete all</button>
