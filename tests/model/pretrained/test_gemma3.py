@@ -235,7 +235,7 @@ def test_attention_that_can_not_be_quick_says_why(recipe: str) -> None:
         report = running(model.llm, torch.bfloat16, torch.device(device))
         assert BOTH_WAYS in str(report), device
     flex = recipe.replace("pretrained:", "llm: {attention: flex}, pretrained:")
-    with pytest.raises(ModelError, match="see each other both ways"):
+    with pytest.raises(ModelError, match="attend to each other in both directions"):
         built(parsed(flex))
 
 

@@ -159,7 +159,7 @@ def test_what_was_trained_is_written_as_what_it_was(recipe: str, tmp_path: Path)
     text = (tmp_path / "run" / "recipe.yaml").read_text()
     exports = possible_exports(parsed(text))
     assert exports["transformers"] is None
-    assert "see each other both ways" in str(exports["gguf"])
+    assert "attend to each other in both directions" in str(exports["gguf"])
     report = export(tmp_path / "run", tmp_path / "exported", dtype="fp32")
     assert report.difference is not None and report.allowed is not None and report.same_text
     assert report.difference <= report.allowed and report.rows == 4
