@@ -262,7 +262,7 @@ def test_a_task_has_to_be_named_and_rows_have_to_be_of_one(
         find_single(run, "shape")
     with pytest.raises(ModelError, match="leave out the task"):
         find_single(find_single(run, "color"), "color")
-    with pytest.raises(DataError, match="none of the model's tasks: color, other"):
+    with pytest.raises(DataError, match="not one of the model's tasks: color, other"):
         evaluate(run, data=base / "messages.jsonl")
 
 

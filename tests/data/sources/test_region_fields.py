@@ -145,10 +145,10 @@ def test_a_rejected_box_that_is_the_chosen_one_is_an_error(tmp_path: Path) -> No
         ({"points": [[1, 2]]}, "0 boxes and 1 <bbox> mark"),
         ({"objects": {"ref": ["a"]}}, "0 boxes and 1 <bbox> mark"),
         ({"box": [1, 2, 3, 4], "bbox": [1, 2, 3, 4]}, "both `box` and `bbox`"),
-        ({"objects": [1]}, "`objects` is an object of `ref` and `bbox`"),
+        ({"objects": [1]}, "`objects` must be an object of `ref` and `bbox`"),
         ({"objects": {"bbox": 5}}, "`objects.bbox` must be a list"),
         ({"objects": {"bbox": [[1, 2, 3, 4]], "bbox_type": "cm"}}, "is not one of real, norm1"),
-        ({"objects": {"bbox": [[1, 2, 3, 4]], "image_id": [2]}}, "none of the row's 1 images"),
+        ({"objects": {"bbox": [[1, 2, 3, 4]], "image_id": [2]}}, "not one of the row's 1 images"),
         ({"objects": {"bbox": [[1, 2, 3, 4]], "image_id": []}, "box": [1, 2, 3, 4]}, "boxes in"),
         ({"objects": {"bbox": [[1, 2, 3, 4]], "image_id": [0, 0]}}, "1 bbox and 2 image_id"),
         (

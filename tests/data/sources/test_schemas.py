@@ -412,7 +412,7 @@ BAD = {
     "answer not a candidate": (
         {"image": "a.png", "candidates": ["a"], "answer": "b"},
         "retrieval",
-        "none of the 1 candidates",
+        "not one of the 1 candidates",
     ),
     "no language": (
         {"image": "a.png", "translation": "b"},
