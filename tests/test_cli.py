@@ -171,7 +171,7 @@ def test_a_missing_recipe_and_bad_choices_are_told(
     assert call_main(monkeypatch, "sft", "no-such") == 2
     assert "no-such: no such recipe file" in capsys.readouterr().err
     assert call_main(monkeypatch, "eval", "x", "--split", "train") == 2
-    assert "none of test, validation" in capsys.readouterr().err
+    assert "not one of test, validation" in capsys.readouterr().err
     assert call_main(monkeypatch, "sft", "demo", "--set", "seed=x") == 2
     assert "--set seed=x: seed: input should be a valid integer" in capsys.readouterr().err
 
