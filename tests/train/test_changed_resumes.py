@@ -259,7 +259,7 @@ def test_a_run_that_is_extended_puts_its_old_result_aside(tiny_recipe: Callable[
     assert not (run / "result.json").exists() and not (run / "report.html").exists()
     assert json.loads((run / "earlier_result.json").read_text()) == before
     assert any(
-        "continues: its earlier result is earlier_result.json" in event["text"]
+        "continues: its earlier result is in earlier_result.json" in event["text"]
         for event in events(run, "note")
     )
     sft(longer, resume=True)

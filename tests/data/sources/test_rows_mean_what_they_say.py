@@ -421,9 +421,9 @@ def test_an_answer_that_can_be_read_in_two_ways_is_refused_until_told(
     ("more", "message"),
     [
         ({"answer": 2}, "`answer` 2 is not one of the 2 choices by text, letter or place from 0"),
-        ({"answer": -1}, "`answer` -1 is none"),
-        ({"answer": "C"}, "`answer` 'C' is none"),
-        ({"answer": True}, "`answer` true is none"),
+        ({"answer": -1}, "`answer` -1 is not one"),
+        ({"answer": "C"}, "`answer` 'C' is not one"),
+        ({"answer": True}, "`answer` true is not one"),
         ({"answer": None, "label": None}, "no `answer`"),
         ({"choices": ["x", "x"], "answer": 0}, "the right choice 'x' comes twice"),
         ({"choices": ["x", None]}, "no text `choices`"),

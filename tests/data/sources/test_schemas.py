@@ -401,12 +401,12 @@ BAD = {
     "label out of range": (
         {"image": "a.png", "label": 2, "choices": ["a", "b"]},
         "classify",
-        "`label` 2 is none",
+        "`label` 2 is not one",
     ),
     "label true": (
         {"image": "a.png", "label": True, "choices": ["a", "b"]},
         "classify",
-        "`label` true is none",
+        "`label` true is not one",
     ),
     "no choices": ({"image": "a.png", "label": "a"}, "classify", "no list `choices`"),
     "answer not a candidate": (
