@@ -163,18 +163,17 @@ def named_model(model: str, tower: str | None) -> ModelChoice:
         cuts = config.get("model", {}).get("tower", {}).get("split") is not None
         connector = config.get("model", {}).get("connector", {})
         reads = connector.get("kind") == "fusion" or bool(connector.get("text"))
-        sees = config.get("model", {}).get("llm", {}).get("bidirectional") == "prompt"
-        return replace(whole, size="small", splits=cuts, shares=not (reads or sees))
+        reads |= config.get("model", {}).get("llm", {}).get("bidirectional") == "prompt"
+        return replace(whole, size="small", splits=cuts, shares=not reads)
     stored = stored_config(model) or {}
     vlm = vlm_of(model, stored)
     if vlm is not None:
         _refuse_tower(model, tower)
-        causal = is_causal(vlm)
-        whole = _whole(model, whole_template(vlm), causal, "named by --model")
-        _, connector, _ = vlm.family.parts(vlm)
+        _, connector, kind = vlm.family.parts(vlm)
+        whole = _whole(model, whole_template(vlm), kind == "causal", "named by --model")
         # InstructBLIP's connector reads the question; PaliGemma's image sees it.
-        sees = vlm.family.bidirectional == "prompt"
-        whole = replace(whole, shares=not (getattr(connector, "text", False) or sees))
+        reads = getattr(connector, "text", False) or vlm.family.bidirectional == "prompt"
+        whole = replace(whole, shares=not reads)
         tokens = _own_tokens(vlm)
         return whole if tokens is None else replace(whole, **tokens, splits=True)
     if stored.get("model_type") in native_types():
@@ -262,11 +261,6 @@ def _own_tokens(vlm: Vlm) -> dict[str, int] | None:
     if isinstance(split, LlavaOnevisionFrames):
         return {"image_tokens": split.most_joined(tower.image_size) * frame, "among_tokens": frame}
     return {"image_tokens": split.most(tower.image_size) * frame}
-
-
-def is_causal(vlm: Vlm) -> bool:
-    """Whether the LLM of a vision-language model is a decoder, by the model's config."""
-    return vlm.config.get("text_config", {}).get("model_type") != "t5"
 
 
 def language_width(config: Any) -> int:
