@@ -337,7 +337,7 @@ def site(error: BaseException) -> str:
 PLACE = re.compile(
     r"(:\d+|\brow \d|\brows \d|--\w|\w[\w-]*\.[\w.]+|/|\bimages? \d|\brequest "
     r"\d|\bmessage \d|\bstep \d|\bstage\b"
-    r"|^\.{1,2}:|^\S+: no such |'[^']+'|\b[a-z_]+\b:|^[a-z_]+ (is|takes) )"
+    r"|^\.{1,2}:|^\S+: no such |'[^']+'|\b[a-z_]+\b:|^[a-z_]+ (is|takes|must) )"
 )
 
 

@@ -72,7 +72,7 @@ class _Block:
         weights = scores.masked_fill_(~self.seen, unseen).softmax(-1)
         blind = ~self.seen.any(-1)
         if bool(blind.any()):
-            weights[:, :, blind] = 0
+            weights.masked_fill_(blind[:, None], 0)
         return weights.flatten(1, 2)
 
 
