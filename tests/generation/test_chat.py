@@ -183,7 +183,7 @@ def test_an_image_is_whatever_holds_one(tmp_path: Path) -> None:
         ),
         ({"prompt": "a", "images": [np.zeros((0, 5, 3), np.uint8)]}, r"got \[0, 5, 3\]"),
         ({"prompt": "a", "images": [Image.new("RGB", (0, 5))]}, r"an image of 0x5 pixels has none"),
-        ("half \udcff", "half a surrogate pair"),
+        ("half \udcff", "half of a surrogate pair"),
     ],
 )
 def test_what_is_no_request_is_refused_by_its_number(request_: Any, message: str) -> None:

@@ -199,7 +199,7 @@ def test_a_trained_embedding_table_is_scored_too(tiny_recipe: Recipes) -> None:
         (["a", "a"], "two or more different strings"),
         (["a", " "], "list of non-empty strings"),
         ([["a", "b"]], "1 lists of choices for 2 requests"),
-        ([["a", "b"], "ab"], "choices must be a list of strings"),
+        ([["a", "b"], "ab"], "choices must be a list of non-empty strings"),
         (["\ud800", "b"], "a choice must be valid Unicode text, got half a surrogate pair"),
     ],
 )

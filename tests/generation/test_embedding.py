@@ -69,7 +69,7 @@ def test_the_command_writes_the_vectors(
     np.testing.assert_allclose(written["texts"], texts, atol=1e-6)
     Path("empty.txt").touch()
     for arguments, problem in {
-        (): "name images",
+        (): "name image files",
         ("none.png",): "image 1: no image file",
         ("--texts", "none.txt"): "can't be read",
         ("--texts", "empty.txt"): "has no line",

@@ -106,7 +106,7 @@ def test_a_tokenizer_without_sentinels_is_an_error(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "causal"}, "encoder-decoders"),
+        ({"kind": "causal"}, "needs an encoder-decoder"),
         ({"data__group": "image"}, "group: none"),
         ({"data__packing": True}, "packing: false"),
         ({"evaluate__best": "exact_match"}, "by its loss"),

@@ -229,7 +229,7 @@ def test_base64_without_a_header_is_an_image(folder: Path) -> None:
         ),
         (
             [{"text": "a"}],
-            "a part must be text, image, image_url, video, audio or input_audio, got nothing "
+            "a part is text, image, image_url, video, audio or input_audio, not nothing "
             "(null)",
         ),
         ([{"type": "y" * 500}], f"got '{'y' * QUOTED}'... (500 characters)"),

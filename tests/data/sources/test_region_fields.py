@@ -133,9 +133,9 @@ def test_a_rejected_box_that_is_the_chosen_one_is_an_error(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"box": [1, 2, 3]}, "a box is [x1, y1, x2, y2], got [1, 2, 3]"),
-        ({"box": [1, 2, "3", 4]}, "a box is [x1, y1, x2, y2]"),
-        ({"box": [1, 2, float("nan"), 4]}, "a box is [x1, y1, x2, y2]"),
+        ({"box": [1, 2, 3]}, "a box must be [x1, y1, x2, y2], got [1, 2, 3]"),
+        ({"box": [1, 2, "3", 4]}, "a box must be [x1, y1, x2, y2]"),
+        ({"box": [1, 2, float("nan"), 4]}, "a box must be [x1, y1, x2, y2]"),
         ({"box": [3, 2, 1, 4]}, "is empty, or its corners are swapped"),
         ({"box": [1, 2, 1, 4]}, "is empty, or its corners are swapped"),
         ({"box": [1, 2, 90, 4]}, "of an image of 80x40 is outside of it"),
@@ -198,7 +198,7 @@ def test_a_phrase_whose_box_is_no_list_says_so(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, error = read_all([open_source(FileSource(kind="file", path=str(path)), seed=0)])
     assert isinstance(error, DataError) and error.kind == "box"
-    assert error.message == "`box` is [x1, y1, x2, y2] or a list of them, got '1 2 3 4'"
+    assert error.message == "`box` must be [x1, y1, x2, y2] or a list of them, got '1 2 3 4'"
 
 
 def test_a_box_of_a_clip_is_a_box_without_an_image(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_what_a_native_model_does_not_take_is_left_out_with_the_reason() -> None
     assert set(missing) == {"finetuning_type", "fsdp"}
     other = named("template", "qwen3_5", "some/model", packing=True)
     assert not other.recipe.data.packing
-    assert "reads one sample per row" in reasons(other)["packing"]
+    assert "reads one sample a row" in reasons(other)["packing"]
     assert "weights are not sharded" in missing["fsdp"]
     assert "the recipe takes LoRA" in missing["finetuning_type"]
 

@@ -308,8 +308,8 @@ def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator
     if kind not in PART_KINDS:
         unsupported = isinstance(kind, str)
         message = (
-            f"turn {place}: a part must be text, image, image_url, video, audio or input_audio, "
-            f"got {quoted(kind)}"
+            f"turn {place}: a part is text, image, image_url, video, audio or input_audio, "
+            f"not {quoted(kind)}"
         )
         raise DataError(message, kind="unsupported" if unsupported else "field")
     if not is_empty(text):
