@@ -1,10 +1,10 @@
 """DPO, GRPO and further instruction tuning from one base, compared on easy-VQA's test part.
 
-Run: python -m benchmarks.preference_gains [--seeds 0 1 2] [--steps 60] [--only sft dpo]
+Run: python -m benchmarks.preference_gains [--seeds 0 1 2] [--steps 60 240] [--only sft dpo]
 
 The first two stages of recipes/easyvqa-grpo.yaml make a base for each seed: a small T5 after 45
 steps of instruction tuning. From there each way trains the same weights on the same questions, with
-as many to a step, for `--steps` steps (`grpo` for those of its recipe):
+as many to a step, for each of `--steps` (`grpo` for those of its recipe):
 
     sft      the right answers
     wrong    answers of which a share is wrong (`--wrong`), as those of hasty annotators
@@ -12,8 +12,9 @@ as many to a step, for `--steps` steps (`grpo` for those of its recipe):
     grpo     sampled answers, rewarded where they are right
 
 Of `sft`, `wrong` and `dpo` the learning rate is the best of three on the validation part, chosen
-with the first seed. Prints the paired differences of exact match on the test part, with 95%
-intervals by image. A run that has ended in `--folder` is taken as it is.
+for each seed and number of steps. Prints the paired differences of exact match on the test part,
+with 95% intervals by image; a run is named by its way, seed, steps and rate. A run that has ended
+in `--folder` is taken as it is.
 """
 
 from __future__ import annotations
@@ -95,22 +96,19 @@ def hasty_rows(wrong: float, seed: int = 0) -> Iterator[dict[str, str]]:
         yield {"image": f"{image}.png", "question": question, "answer": written}
 
 
-def best_rate(way: str, base: Recipe, folder: Path, steps: int) -> float:
-    """The learning rate after which most validation questions are answered right."""
+def best_run(way: str, base: Recipe, folder: Path, steps: int) -> Path:
+    """A way's run from a base, at the rate after which it answers most validation questions."""
     from vlm_tune import evaluate
 
+    if way == "grpo":
+        return finished_run(way_recipe(way, base, 0.0, folder / f"grpo-{base.seed}", steps), way)
     scores = {}
     for rate in RATES:
-        output = folder / run_name(way, base, rate, steps)
+        output = folder / f"{way}-{base.seed}-{steps}-{rate:g}"
         run = finished_run(way_recipe(way, base, rate, output, steps), command(way))
-        scores[rate] = evaluate(run, base, split="validation").accuracy
-        print(f"{way} at {rate:g}: validation {scores[rate]:.2%}", flush=True)
+        scores[run] = evaluate(run, base, split="validation").accuracy
+        print(f"{run.name}: validation {scores[run]:.2%}", flush=True)
     return max(scores, key=scores.__getitem__)
-
-
-def run_name(way: str, base: Recipe, rate: float, steps: int) -> str:
-    """The folder's name of a run."""
-    return f"{way}-{base.seed}" if way == "grpo" else f"{way}-{base.seed}-{steps}-{rate:g}"
 
 
 def command(way: str) -> str:
@@ -118,25 +116,24 @@ def command(way: str) -> str:
     return "sft" if way == "wrong" else way
 
 
-def line(name: str, first: Path, second: Path) -> str:
+def line(first: Path, second: Path) -> str:
     """The paired comparison of two runs as a row of the table."""
     names = (first.name, second.name)
     pair = compare(read_answers(first), read_answers(second), names=names, metrics=["exact_match"])
     entry = pair.metrics["exact_match"]
-    return (
-        f"| {name} | {entry['first']['value']:.2%} | {entry['second']['value']:.2%} | "
-        "{difference:+.2%} ({difference_low:+.2%} to {difference_high:+.2%}) | {p:.4f} |".format(
-            **entry
-        )
+    difference = "{difference:+.2%} ({difference_low:+.2%} to {difference_high:+.2%})".format(
+        **entry
     )
+    scores = f"{entry['first']['value']:.2%} | {entry['second']['value']:.2%}"
+    return f"| {names[0]} | {names[1]} | {scores} | {difference} | {entry['p']:.4f} |"
 
 
-def table(seed: int, base: Path, runs: dict[str, Path]) -> list[str]:
-    """A seed's rows: each way beside the base, and each other one beside instruction tuning."""
-    lines = [line(f"{seed}: the base, {way}", base, run) for way, run in runs.items()]
+def table(base: Path, runs: dict[str, Path]) -> list[str]:
+    """A base's rows: each way beside the base, and each other one beside instruction tuning."""
+    lines = [line(base, run) for run in runs.values()]
     for tuned in ("sft", "wrong"):
         lines += [
-            line(f"{seed}: {tuned}, {way}", runs[tuned], run)
+            line(runs[tuned], run)
             for way, run in runs.items()
             if tuned in runs and way in ("dpo", "grpo")
         ]
@@ -147,7 +144,9 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60, help="of all ways but grpo (default: 60)")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[60, 240], help="of all ways but grpo"
+    )
     parser.add_argument("--wrong", type=float, default=0.4, help="share of wrong answers")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--folder", type=Path, help="where runs are written")
@@ -158,25 +157,23 @@ def main() -> None:
     (folder / "wrong.jsonl").write_text(rows)
     bases = [base_recipe(seed, folder / f"base-{seed}") for seed in options.seeds]
     lines = compared(bases, folder, options.only, options.steps)
-    print("| seed: first, second | first | second | difference | p |\n|---|---|---|---|---|")
+    print("| first | second | exact match | of the second | difference | p |")
+    print("|---|---|---|---|---|---|")
     print("\n".join(lines))
 
 
-def compared(bases: Sequence[Recipe], folder: Path, ways: Sequence[str], steps: int) -> list[str]:
-    """Trains every way from every base; returns the rows of the table."""
-    lines = []
-    rates: dict[str, float] = {}
+def compared(
+    bases: Sequence[Recipe], folder: Path, ways: Sequence[str], numbers: Sequence[int]
+) -> list[str]:
+    """Trains every way from every base for each number of steps; returns the rows of the table."""
+    lines: list[str] = []
     for base in bases:
-        runs = {}
         base_run = finished_run(base)
-        for way in ways:
-            if way not in rates and way != "grpo":
-                rates[way] = best_rate(way, base, folder, steps)
-            rate = rates.get(way, 0.0)
-            output = folder / run_name(way, base, rate, steps)
-            runs[way] = finished_run(way_recipe(way, base, rate, output, steps), command(way))
-        lines += table(base.seed, base_run, runs)
-        print("\n".join(table(base.seed, base_run, runs)), flush=True)
+        for steps in numbers:
+            runs = {way: best_run(way, base, folder, steps) for way in ways}
+            rows = [row for row in table(base_run, runs) if row not in lines]
+            print("\n".join(rows), flush=True)
+            lines += rows
     return lines
 
 
