@@ -229,10 +229,9 @@ def test_base64_without_a_header_is_an_image(folder: Path) -> None:
         ),
         (
             [{"text": "a"}],
-            "a part is text, image, image_url, video, audio or input_audio, not nothing "
-            "(null)",
+            "a part is text, image, image_url, video, audio or input_audio, got nothing (null)",
         ),
-        ([{"type": "y" * 500}], f"not '{'y' * QUOTED}'... (500 characters)"),
+        ([{"type": "y" * 500}], f"got '{'y' * QUOTED}'... (500 characters)"),
     ],
 )
 def test_an_odd_content_is_named_in_few_words(folder: Path, content: Any, message: str) -> None:

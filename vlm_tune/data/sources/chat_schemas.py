@@ -309,7 +309,7 @@ def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator
         unsupported = isinstance(kind, str)
         message = (
             f"turn {place}: a part is text, image, image_url, video, audio or input_audio, "
-            f"not {quoted(kind)}"
+            f"got {quoted(kind)}"
         )
         raise DataError(message, kind="unsupported" if unsupported else "field")
     if not is_empty(text):
