@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from PIL import Image
 
 from tests.helpers.tiny_models import built, parsed
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
+from vlm_tune.config.load import load_recipe
 from vlm_tune.config.train import EvaluateSection
+from vlm_tune.data.prepare.run import conversations
+from vlm_tune.data.sources.easy_vqa import shape_box
 from vlm_tune.data.sources.registry import read_path
 from vlm_tune.evaluation import answering, predict
 from vlm_tune.evaluation.assessment import assess
@@ -21,8 +25,10 @@ from vlm_tune.evaluation.predict import write_answers
 from vlm_tune.evaluation.registry import METRICS
 from vlm_tune.evaluation.rewards import Sample, reward_functions
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.model.build import build_processor
 from vlm_tune.model.checkpoint import save_model
 from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.resources import resource_folder
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +121,24 @@ def test_rewards_are_of_pixels_too(folder: Path, model: VisionLanguageModel) -> 
 def test_the_metrics_are_those_that_recipes_name() -> None:
     settings = EvaluateSection(metrics=["point_in_box", "point_accuracy"])
     assert settings.metrics is not None and set(settings.metrics) <= METRICS.keys()
+
+
+def test_the_recipes_answers_fit_their_limit_and_say_where_the_shapes_are() -> None:
+    """Boxes in whole pixels of a small frame, read back to pixels of the images."""
+    recipe = load_recipe(resource_folder("recipes") / "easyvqa-grounding.yaml")
+    rows = list(islice(conversations(recipe.data, recipe.data.test, recipe.seed), 300))
+    processor = build_processor(recipe, rows)
+    ious = []
+    for row in rows:
+        (example,) = processor.examples(row)
+        assert example.supervised <= recipe.evaluate.max_new_tokens
+        text = processor.decode(example.labels[example.labels >= 0].tolist())
+        (region,) = processor.grounding.read(text, (64, 64))
+        box = np.array(shape_box(Path(str(row.media[0].source))))
+        read = np.array(region.coordinates)
+        both = np.minimum(read[2:], box[2:]) - np.maximum(read[:2], box[:2])
+        overlap = both.clip(0).prod()
+        ious.append(overlap / ((read[2:] - read[:2]).prod() + (box[2:] - box[:2]).prod() - overlap))
+    # Half of a frame's pixel is one of an image's, on each side.
+    assert min(ious) > 0.5
+    assert sum(ious) / len(ious) > 0.88
