@@ -79,6 +79,7 @@ def _language(tokenizer: Any, text: Literal["mistral", "ministral3"]) -> dict[st
         "bos_token_id": tokenizer.bos_token_id,
     }
     sizes = {**LLAMA, **ids, "vocab_size": len(tokenizer) + 3, "max_position_embeddings": 512}
+    sizes["rms_norm_eps"] = 1e-5  # as in all of Mistral's
     positions = {"rope_parameters": YARN} if text == "ministral3" else {"sliding_window": None}
     return {"model_type": text, **sizes, "head_dim": 16, **positions}
 

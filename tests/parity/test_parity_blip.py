@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from tests.helpers.tiny_models import batch_of, built, largest, parsed, rows_of
-from tests.helpers.vlm_samples import QUERIES, Blip, save_blip, with_pretrained
 from tests.helpers.transformers_parity import ids_of, write_rows
+from tests.helpers.vlm_samples import QUERIES, Blip, save_blip, with_pretrained
 from tests.parity.test_parity_pretrained import blip_name, our_step, same_gradients, their_step
 from vlm_tune.data.types import IGNORE_INDEX, Conversation
 from vlm_tune.generation.answering import answer_prompts

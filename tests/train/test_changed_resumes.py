@@ -122,7 +122,8 @@ def test_changed_data_is_refused_by_file_and_taken_when_accepted(
     saved = run.joinpath("recipe.yaml").read_text(), run.joinpath("data.json").read_text()
     edit(color_rows, how)
     with pytest.raises(
-        DataError, match=r"(?s)started with.*data\.train .*messages\.jsonl.*8 rows.*--accept-changes"
+        DataError,
+        match=r"(?s)started with.*data\.train .*messages\.jsonl.*8 rows.*--accept-changes",
     ) as error:
         sft(recipe, resume=True)
     assert error.value.exit_code == 3

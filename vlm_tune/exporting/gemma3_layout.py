@@ -23,12 +23,16 @@ TOKENS = {
 """Gemma 3's tokens of images, by the names that its tokenizer has for them."""
 
 
-def part_reasons(config: VisionLanguageConfig) -> list[str]:
-    """The reasons why a model's parts can't be those of a Gemma 3, its decoder apart."""
+def gemma3_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
+    """The reasons why a model can't be a Gemma 3, from configs alone.
+
+    `text` is the LLM's transformers config, None for an encoder-decoder.
+    """
     tower = config.model.tower
     assert isinstance(tower, Tower)  # an audio tower does not cut images
     connector = config.model.connector
     vision = config.tower_rebuild.get("vision_config", {})
+    model_type = None if text is None else text.model_type
     split = getattr(tower.split, "kind", None)
     eps = connector.eps if isinstance(connector, Gemma3Connector) else None
     return applying(
@@ -47,23 +51,14 @@ def part_reasons(config: VisionLanguageConfig) -> list[str]:
             "3 has one for both",
         ),
         (
+            model_type != "gemma3_text",
+            f"its language model is of type {model_type}, Gemma 3's gemma3_text",
+        ),
+        (
             config.llm.bidirectional != "images",
             "tokens of an image see earlier ones alone (model.llm.bidirectional)",
         ),
     )
-
-
-def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
-    model_type = None if text is None else text.model_type
-    return [
-        *part_reasons(config),
-        *applying(
-            (
-                model_type != "gemma3_text",
-                f"its language model is of type {model_type}, Gemma 3's gemma3_text",
-            )
-        ),
-    ]
 
 
 def _processor(model: VisionLanguageNetwork) -> Any:
@@ -127,4 +122,4 @@ def _model(
     }
 
 
-GEMMA3 = Target("Gemma 3", _reasons, _processor, _model, TOKENS["image_token"])
+GEMMA3 = Target("Gemma 3", gemma3_reasons, _processor, _model, TOKENS["image_token"])

@@ -30,31 +30,36 @@ TOKENS = ("start_image_token", "end_image_token", "context_image_token", "video_
 PROJECTOR = {"norm": "layer_norm", "layers.0": "linear_1", "layers.2": "linear_2"}
 
 
-def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
+def part_reasons(config: VisionLanguageConfig) -> list[str]:
+    """The reasons why a model's tower or connector can't be those of an InternVL, from configs."""
     tower = config.model.tower
     assert isinstance(tower, Tower)  # by `target_of`
     connector = config.model.connector
     fits = isinstance(connector, PixelShuffleConnector) and (
         (connector.depth, connector.bias, connector.norm) == (2, True, True)
     )
-    return [
-        *applying(
-            (
-                not isinstance(tower, TransformersTower) or not tower.final_norm,
-                "its tower's features are taken before the last norm, InternVL's after it "
-                "(model.tower.final_norm)",
-            ),
-            (tower.grid is not None, "its tower pools to a grid (model.tower.grid)"),
-            (
-                not isinstance(tower.split, InternVLSplit),
-                "it does not cut images as InternVL does (model.tower.split)",
-            ),
-            (
-                not fits,
-                "its connector is not InternVL's: a pixel shuffle, a norm and two linear layers "
-                "with biases",
-            ),
+    return applying(
+        (
+            not isinstance(tower, TransformersTower) or not tower.final_norm,
+            "its tower's features are taken before the last norm, InternVL's after it "
+            "(model.tower.final_norm)",
         ),
+        (tower.grid is not None, "its tower pools to a grid (model.tower.grid)"),
+        (
+            not isinstance(tower.split, InternVLSplit),
+            "it does not cut images as InternVL does (model.tower.split)",
+        ),
+        (
+            not fits,
+            "its connector is not InternVL's: a pixel shuffle, a norm and two linear layers "
+            "with biases",
+        ),
+    )
+
+
+def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
+    return [
+        *part_reasons(config),
         *decoder_reasons(text, "InternVL"),
         *bidirectional_reasons(config),
     ]

@@ -32,7 +32,8 @@ PROJECTOR = {
 """The names of the connector's modules here, and in transformers."""
 
 
-def _tower_reasons(config: VisionLanguageConfig, name: str) -> list[str]:
+def tower_reasons(config: VisionLanguageConfig, name: str) -> list[str]:
+    """The reasons why a model's tower can't be that of a Pixtral or a Mistral 3, by its `name`."""
     tower = config.model.tower
     vision = config.tower_rebuild.get("vision_config", {}).get("model_type")
     return applying(
@@ -48,7 +49,7 @@ def _mistral3_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     connector = config.model.connector
     eps = getattr(text, "rms_norm_eps", None)
     return [
-        *_tower_reasons(config, "Mistral 3"),
+        *tower_reasons(config, "Mistral 3"),
         *applying(
             (
                 isinstance(connector, PatchMergerConnector) and connector.eps != eps,
@@ -65,7 +66,7 @@ def _pixtral_reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     connector = config.model.connector
     fits = isinstance(connector, MlpConnector) and (connector.depth, connector.norm) == (2, False)
     return [
-        *_tower_reasons(config, "Pixtral"),
+        *tower_reasons(config, "Pixtral"),
         *applying((not fits, "its connector is not Pixtral's, an MLP of two layers without norm")),
         *decoder_reasons(text, "Pixtral"),
         *bidirectional_reasons(config),

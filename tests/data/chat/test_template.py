@@ -343,6 +343,18 @@ def test_gemma_3_has_empty_lines_around_images_that_llama_cpp_marks(
         assert rendered.endswith(f"<start_of_turn>user\n{written}<end_of_turn>\n")
 
 
+@pytest.mark.parametrize("behind", ["What?", "\nWhat?"])
+def test_internvl_has_a_line_end_behind_images_that_llama_cpp_marks(behind: str) -> None:
+    jinja = processor_jinja(load_template("internvl"), None, "<__media__>", "<__media")
+    parts = ["<__media_aB3__>", behind, "<__media_aB3__>"]
+    for turn in ([{"type": "text", "text": part} for part in parts], "".join(parts)):
+        rendered = tokenizer("chatml", "bpe").apply_chat_template(
+            [{"role": "user", "content": turn}], chat_template=jinja, tokenize=False
+        )
+        written = "user\n<__media_aB3__>\nWhat?<__media_aB3__>\n<|im_end|>\n"
+        assert rendered.endswith(written)
+
+
 def test_a_text_that_only_begins_as_a_marker_stays_as_it_is() -> None:
     jinja = processor_jinja(load_template("gemma3"), None, "<__media__>", "<__media", "\n\n")
     rendered = tokenizer("chatml", "bpe").apply_chat_template(

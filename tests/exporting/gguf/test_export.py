@@ -15,7 +15,15 @@ from tests.helpers.export_samples import llava_text, photos, saved_model, tower_
 from tests.helpers.tiny_models import cli, parsed, rows_of, save_llm, with_llm, with_tower
 from vlm_tune.exporting import export
 from vlm_tune.exporting.gguf.language import decoder_reasons
-from vlm_tune.exporting.gguf.tokenizer import MARKER, SPLITS, _steps, read_tokenizer
+from vlm_tune.exporting.gguf.tokenizer import (
+    ASCII_CASES,
+    MARKER,
+    SPLITS,
+    TEKKEN,
+    _steps,
+    read_tokenizer,
+    split_notes,
+)
 from vlm_tune.exporting.gguf.writer import read_fields, read_tensors
 from vlm_tune.model.checkpoint import load_model
 
@@ -244,3 +252,34 @@ def test_splits_are_recognised_by_what_they_do() -> None:
         )
         is None
     )
+
+
+def test_tekkens_split_is_that_of_llama_cpp_but_for_cases_and_accents_beyond_ascii() -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    def pieces(pattern: str, text: str) -> list[str]:
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        return [piece for piece, _ in split.pre_tokenize_str(text)]
+
+    for text in (
+        "What's inTheImage?  A1b2\n\n\tend",
+        "naïve café, ÄÖÜ",
+        "日本 🙂 ../x\r\n",
+        "HTTPServer",
+    ):
+        assert pieces(TEKKEN, text) == pieces(ASCII_CASES, text)
+    for text in ("éÉcole", "e\u0301a"):
+        assert pieces(TEKKEN, text) != pieces(ASCII_CASES, text)
+    described = {
+        "pre_tokenizer": json.loads(
+            pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(Regex(TEKKEN), "isolated"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            ).__getstate__()
+        ),
+        "model": {"type": "BPE", "ignore_merges": True},
+    }
+    (note,) = split_notes(described)
+    assert "a capital that is not A to Z" in note

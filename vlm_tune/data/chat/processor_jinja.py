@@ -37,9 +37,10 @@ def processor_jinja(
     edge = _quoted(around)
     shown = f"({edge} + {shown} + {edge})" if around else shown
     system = template.default_system if system is None else system
-    text, whole = _shown_texts(template, around and marker)
+    spaced = marker if around or template.after_image else None
+    text, whole = _shown_texts(template, spaced)
     lines = [
-        *(_macro_of_spaced(marker, around, bool(template.strip)) if around and marker else []),
+        *(_macro_of_spaced(template, spaced, around) if spaced else []),
         "{%- macro content(message) -%}",
         f"{{%- if message['content'] is string -%}}{{{{- {whole} -}}}}",
         "{%- else -%}{%- for part in message['content'] -%}",
@@ -80,7 +81,7 @@ def processor_jinja(
 def _shown_texts(template: ChatTemplate, mark: str | None) -> tuple[str, str]:
     """The Jinja expressions of a text in a list, and of a content that is one text.
 
-    In the latter, images that begin with `mark` are marked, if not empty or None.
+    In the latter, texts that begin with `mark` stand for images, if it is given.
     """
     text = "part['text']"
     whole = f"message['content']{' | trim' if template.strip else ''}"
@@ -155,23 +156,27 @@ def _macros_of_parts(is_image: str, shown: str, whole: str, text: str, between: 
     ]
 
 
-def _macro_of_spaced(marker: str, around: str, strip: bool) -> list[str]:
-    """The Jinja macro of a text in which images are marked, with `around` before and after each.
+def _macro_of_spaced(template: ChatTemplate, marker: str, around: str) -> list[str]:
+    """The Jinja macro of a text in which images are marked, with what stands around them.
 
     llama.cpp's server joins the parts of a turn with images to one such text. A mark begins with
     `marker` and ends with `MARK_ENDS`.
     """
     edge = _quoted(around)
+    start = _quoted(marker)
     ending = _quoted(MARK_ENDS)
-    trim = " | trim" if strip else ""
+    after = _quoted(template.after_image)
+    trim = " | trim" if template.strip else ""
     return [
         "{%- macro spaced(text) -%}",
-        f"{{%- for section in text.split({_quoted(marker)}) -%}}",
+        f"{{%- for section in text.split({start}) -%}}",
         f"{{%- if loop.first -%}}{{{{- section{trim} -}}}}",
         f"{{%- elif {ending} in section -%}}{{%- set halves = section.split({ending}) -%}}",
-        f"{{{{- {edge} + {_quoted(marker)} + halves[0] + {ending} + {edge} -}}}}",
-        f"{{{{- halves[1:] | join({ending}){trim} -}}}}",
-        f"{{%- else -%}}{{{{- {_quoted(marker)} + section -}}}}{{%- endif -%}}",
+        f"{{%- set behind = halves[1:] | join({ending}) -%}}",
+        f"{{{{- {edge} + {start} + halves[0] + {ending} + {edge} -}}}}",
+        f"{{%- if not behind.startswith({after}) -%}}{{{{- {after} -}}}}{{%- endif -%}}",
+        f"{{{{- behind{trim} -}}}}",
+        f"{{%- else -%}}{{{{- {start} + section -}}}}{{%- endif -%}}",
         "{%- endfor -%}",
         "{%- endmacro -%}",
     ]

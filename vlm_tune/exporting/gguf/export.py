@@ -44,7 +44,7 @@ from vlm_tune.version import __version__
 
 HELD = (
     "llama.cpp holds a decoder, two linear layers with GELU between them, and one CLIP or SigLIP "
-    "ViT without its class token; or an Idefics3, a SmolVLM or a Gemma 3"
+    "ViT without its class token; or an Idefics3, SmolVLM, Gemma 3, InternVL, Pixtral or Mistral 3"
 )
 
 
@@ -128,7 +128,7 @@ def write_files(files: Files, model: VisionLanguageNetwork, dtype: str) -> None:
         around=projector_of(model.config).around,
     )
     write_gguf(files.language, name, describe, decoder_tensors(language), dtype)
-    write_mmproj(files.mmproj, model, model.config.precision)
+    write_mmproj(files.mmproj, model, dtype)
 
 
 # --- the card -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from vlm_tune.config.connectors import Gemma3Connector
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.images.gemma3_frames import Gemma3Frames
 from vlm_tune.data.types import Media
-from vlm_tune.exporting.gemma3_layout import part_reasons
+from vlm_tune.exporting.gemma3_layout import gemma3_reasons
 from vlm_tune.exporting.gguf.projector import IMAGE_SLOT, Projector, clip_names, missing_tokens
 from vlm_tune.exporting.llava_layout import vision_weights
 from vlm_tune.model.connectors.gemma3 import Gemma3Projector
@@ -33,7 +33,7 @@ def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
     tokens = connector.grid**2 if isinstance(connector, Gemma3Connector) else 0
     window = getattr(text, "sliding_window", None) or tokens
     return [
-        *part_reasons(config),
+        *gemma3_reasons(config, text),
         *applying(
             (
                 tokens > window,
@@ -82,7 +82,7 @@ def _describe(writer: GGUFWriter, vision: Any, model: VisionLanguageNetwork) -> 
     writer.add_uint32("clip.vision.projector.scale_factor", side // model.connector.grid)
 
 
-def _connector(model: VisionLanguageNetwork) -> dict[str, torch.Tensor]:
+def _connector(model: VisionLanguageNetwork, dtype: str) -> dict[str, torch.Tensor]:
     connector = model.connector
     assert isinstance(connector, Gemma3Projector)
     return {

@@ -102,26 +102,12 @@ def _describe(writer: GGUFWriter, vision: Any, model: VisionLanguageNetwork) -> 
     writer.add_uint32("clip.vision.preproc_image_size", images.split.longest_edge)
 
 
-def _connector(model: VisionLanguageNetwork) -> dict[str, torch.Tensor]:
+def _connector(model: VisionLanguageNetwork, dtype: str) -> dict[str, torch.Tensor]:
     return connector_tensors(model.connector, {"layers.0": "mm.model.fc"})
 
 
 def _features(mmproj: Mmproj, pixels: torch.Tensor) -> torch.Tensor:
-    return mmproj.linear("mm.model.fc", shuffled(mmproj, mmproj.encode(pixels)))
-
-
-def shuffled(mmproj: Mmproj, hidden: torch.Tensor) -> torch.Tensor:
-    """States [N, D] joined to [N / f², f² D], by llama.cpp's steps (`build_patch_merge_permute`).
-
-    It joins f tokens of a row, then f rows.
-    """
-    factor = mmproj.vision["projector.scale_factor"]
-    side = mmproj.vision["image_size"] // mmproj.vision["patch_size"]
-    width = hidden.shape[-1]
-    joined = hidden.reshape(side, side // factor, factor * width)
-    by_column = joined.transpose(0, 1)
-    squares = by_column.reshape(side // factor, side // factor, factor * factor * width)
-    return squares.transpose(0, 1).flatten(0, 1)
+    return mmproj.linear("mm.model.fc", mmproj.shuffled(mmproj.encode(pixels)))
 
 
 def _image_ids(

@@ -156,15 +156,15 @@ def decoder_tensors(language: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if stored_name == "output.weight" and tied:
             continue  # llama.cpp uses the embedding if there is no head
         if name in ROTATED_IN_PAIRS and ".attn_q." in stored_name:
-            tensor = _paired(tensor, text.num_attention_heads)
+            tensor = paired(tensor, text.num_attention_heads)
         elif name in ROTATED_IN_PAIRS and ".attn_k." in stored_name:
-            tensor = _paired(tensor, text.num_key_value_heads)
+            tensor = paired(tensor, text.num_key_value_heads)
         elif name == "gemma3" and stored_name.endswith("norm.weight"):
             tensor = tensor.float() + 1  # transformers adds 1 in every forward
         yield stored_name, tensor
 
 
-def _paired(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+def paired(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorders a projection's rows [H * D, ...] for rotated pairs: i and i + D/2 side by side."""
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 

@@ -97,7 +97,7 @@ def _describe(writer: GGUFWriter, vision: Any, model: VisionLanguageNetwork) -> 
     writer.add_array("clip.vision.feature_layer", [vision.num_hidden_layers])
 
 
-def _connector(model: VisionLanguageNetwork) -> dict[str, torch.Tensor]:
+def _connector(model: VisionLanguageNetwork, dtype: str) -> dict[str, torch.Tensor]:
     return connector_tensors(model.connector, CONNECTOR)
 
 

@@ -21,8 +21,10 @@ GELUS = ("gelu", "gelu_pytorch_tanh", "gelu_new")
 ACTIVATIONS = (*GELUS, "quick_gelu", "silu")
 
 
-def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
-    """Writes the tower and the connector.
+def write_mmproj(path: Path, model: VisionLanguageNetwork, language_dtype: str) -> None:
+    """Writes the tower and the connector in the model's precision.
+
+    `language_dtype` is the precision of the language model's file.
 
     Raises `ModelError` for an activation, a norm or a width that llama.cpp does not support.
     """
@@ -38,10 +40,11 @@ def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
             "llama.cpp would swap the two layers of the tower's MLPs, which are equally wide"
         )
     norm: Any = getattr(model.connector, "norm", None)
-    if getattr(norm, "eps", vision.layer_norm_eps) != vision.layer_norm_eps:
+    eps = vision.layer_norm_eps if projector.norm_eps is None else projector.norm_eps
+    if getattr(norm, "eps", eps) != eps:
         raise ModelError(
-            f"mmproj has one epsilon for all norms, the connector's is {norm.eps}, the tower's "
-            f"{vision.layer_norm_eps}"
+            f"the connector's norm adds {norm.eps}, and llama.cpp's {eps} for a tower whose norms "
+            f"add {vision.layer_norm_eps}"
         )
 
     def describe(writer: GGUFWriter) -> None:
@@ -65,9 +68,9 @@ def write_mmproj(path: Path, model: VisionLanguageNetwork, dtype: str) -> None:
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         yield from _tower_tensors(vision.num_hidden_layers, state)
-        yield from projector.connector(model).items()
+        yield from projector.connector(model, language_dtype).items()
 
-    write_gguf(path, "clip", describe, tensors(), dtype)
+    write_gguf(path, "clip", describe, tensors(), model.config.precision)
 
 
 def _tower_tensors(

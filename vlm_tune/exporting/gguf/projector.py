@@ -1,7 +1,6 @@
 """The projectors of llama.cpp's mmproj files, in what they differ.
 
-Shapes: S side of an image, N tokens of the tower, D its width, T tokens of an image, E width of the
-LLM.
+Shapes: T tokens of an image, E width of the LLM, L tokens of a row.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm_tune.data.chat.processor import Processor
-from vlm_tune.data.types import Media
+from vlm_tune.data.types import Example, Media
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
 
 if TYPE_CHECKING:
@@ -40,12 +39,16 @@ class Projector:
         vision: gives a tower's transformers config, and its tensors by names that the package gguf
             knows.
         describe: adds the metadata that other projectors do not have.
-        connector: gives the tensors of a model's connector, by their names in an mmproj file.
+        connector: gives the tensors of a model's connector, by their names in an mmproj file, for
+            a precision of the language model's file.
         features: computes an image's tokens [T, E] of its pixels uint8[3, H, W].
         image_ids: gives the ids of an image, with `IMAGE_SLOT` for its own tokens, from the file's
             tokenizer and metadata of images, the image, and the model's processor.
         around: text of the chat format before and after an image.
         both_ways: whether llama.cpp lets the tokens of an image see each other both ways.
+        row_end: the control token between the rows of an image's tokens, whose embedding the
+            mmproj file has.
+        norm_eps: what llama.cpp's norm in the connector adds; None for what the tower's norms add.
     """
 
     name: str
@@ -54,11 +57,21 @@ class Projector:
     notes: Callable[[VisionLanguageNetwork], list[str]]
     vision: Callable[[Any], tuple[Any, dict[str, torch.Tensor]]]
     describe: Callable[[GGUFWriter, Any, VisionLanguageNetwork], None]
-    connector: Callable[[VisionLanguageNetwork], dict[str, torch.Tensor]]
+    connector: Callable[[VisionLanguageNetwork, str], dict[str, torch.Tensor]]
     features: Callable[[Mmproj, torch.Tensor], torch.Tensor]
     image_ids: Callable[[Any, dict[str, Any], Media, Processor], list[int]]
     around: str = ""
     both_ways: bool = False
+    row_end: str | None = None
+    norm_eps: float | None = None
+
+    def image_places(self, example: Example, processor: Processor) -> torch.Tensor:
+        """Which tokens of an example llama.cpp takes from the mmproj file, bool[L]."""
+        shown = torch.from_numpy(example.image_mask)
+        if self.row_end is None:
+            return shown
+        ends = processor.encoder.control(self.row_end)
+        return shown | (torch.from_numpy(example.input_ids) == ends)
 
 
 def clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,9 @@ from typing import Any
 from vlm_tune.config.towers import Tower
 from vlm_tune.exporting.gguf.gemma3_projector import GEMMA3
 from vlm_tune.exporting.gguf.idefics3_projector import IDEFICS3
+from vlm_tune.exporting.gguf.internvl_projector import INTERNVL
 from vlm_tune.exporting.gguf.mlp_projector import MLP
+from vlm_tune.exporting.gguf.pixtral_projector import PIXTRAL
 from vlm_tune.exporting.gguf.projector import Projector
 from vlm_tune.model.vlm import VisionLanguageConfig
 
@@ -15,13 +17,13 @@ PROJECTORS: dict[str, Projector] = {
     "whole": MLP,
     "idefics3": IDEFICS3,
     "gemma3": GEMMA3,
+    "internvl": INTERNVL,
+    "pixtral": PIXTRAL,
 }
 """The projectors by the kind of a model's images, see `image_kind`."""
 
 ROW_ENDS = "llama.cpp joins the tiles of an image without the learned tokens for rows' ends"
 REFUSED = {
-    "internvl": "llama.cpp puts an InternVL's class token behind the patches, where its positions "
-    "count it first, and so sees images otherwise than in training",
     "llava_next": ROW_ENDS,
     "llava_onevision": ROW_ENDS,
 }
@@ -32,10 +34,13 @@ As of the llama.cpp in llama-cpp-python 0.3.36 (`tools/mtmd/models`).
 
 
 def image_kind(config: VisionLanguageConfig) -> str:
-    """How a model sees images: `model.tower.split.kind`, or else "whole"."""
+    """How a model sees images: `model.tower.split.kind`, "pixtral" by its tower, or "whole"."""
     tower = config.model.tower
     split = tower.split if isinstance(tower, Tower) else None
-    return "whole" if split is None else split.kind
+    if split is not None:
+        return split.kind
+    shaped = config.tower_rebuild.get("vision_config", {}).get("model_type") == "pixtral"
+    return "pixtral" if shaped else "whole"
 
 
 def projector_of(config: VisionLanguageConfig) -> Projector:

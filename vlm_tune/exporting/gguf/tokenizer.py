@@ -14,6 +14,7 @@ from vlm_tune.exporting.gguf.sentencepiece import (
     is_pieces,
     pieces_reasons,
 )
+from vlm_tune.quoting import applying
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -27,12 +28,24 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace("{1,3}", "")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ASCII_CASES = (
+    r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+"
+    r"|[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""llama.cpp's pattern for `TEKKEN`, in which only ASCII letters have cases, and marks are none."""
 SPLITS: dict[str, tuple[tuple[tuple[str, Any], ...], bool]] = {
     "gpt-2": ((("bytes", True),), False),
     "smollm": ((("digits", True), ("bytes", True)), False),
     "llama-bpe": ((("split", LLAMA3), ("bytes", False)), True),
     "dbrx": ((("split", LLAMA3), ("bytes", False)), False),
     "qwen2": ((("split", QWEN2), ("bytes", False)), False),
+    "tekken": ((("split", TEKKEN), ("bytes", False)), True),
 }
 """llama.cpp's pre-tokenizers by name: the steps that split a text before merging, and whether a
 piece that is in the vocabulary as a whole is not merged (`ignore_merges`)."""
@@ -60,6 +73,17 @@ def _steps(part: dict[str, Any] | None) -> tuple[tuple[str, Any], ...] | None:
 def _name(described: dict[str, Any]) -> str | None:
     key = _steps(described["pre_tokenizer"]), described["model"].get("ignore_merges", False)
     return next((name for name, known in SPLITS.items() if known == key), None)
+
+
+def split_notes(described: dict[str, Any]) -> list[str]:
+    """Where llama.cpp splits texts otherwise than a tokenizer.json's pre-tokenizer."""
+    return applying(
+        (
+            not is_pieces(described) and _name(described) == "tekken",
+            "llama.cpp splits words otherwise whose accents are characters of their own, and those "
+            "in which a capital that is not A to Z follows a small letter",
+        )
+    )
 
 
 def tokenizer_reasons(tokenizer: Any, rows: int, template: ChatTemplate) -> list[str]:
@@ -170,7 +194,9 @@ def read_tokenizer(fields: dict[str, Any]) -> Any:
     builders = {
         "bytes": lambda regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex),
         "digits": lambda single: pre_tokenizers.Digits(individual_digits=single),
-        "split": lambda pattern: pre_tokenizers.Split(Regex(pattern), "isolated"),
+        "split": lambda pattern: pre_tokenizers.Split(
+            Regex(ASCII_CASES if pattern == TEKKEN else pattern), "isolated"
+        ),
     }
     backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [builders[kind](value) for kind, value in steps]

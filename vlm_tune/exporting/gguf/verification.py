@@ -21,7 +21,7 @@ from vlm_tune.exporting.gguf.mmproj_reading import Mmproj
 from vlm_tune.exporting.gguf.projector import IMAGE_SLOT
 from vlm_tune.exporting.gguf.projectors import projector_of
 from vlm_tune.exporting.gguf.sentencepiece import described_of, pieces_notes
-from vlm_tune.exporting.gguf.tokenizer import MARKER, read_tokenizer
+from vlm_tune.exporting.gguf.tokenizer import MARKER, read_tokenizer, split_notes
 from vlm_tune.exporting.gguf.writer import as_stored, read_fields, read_tensors
 from vlm_tune.exporting.source import EXACT, Expected, check_answers, check_ids
 from vlm_tune.exporting.verify import largest_difference, observe
@@ -58,8 +58,12 @@ class Verified:
 
 def notes_of(model: VisionLanguageNetwork) -> list[str]:
     """Where llama.cpp's handling of images and text deviates from how the model was trained."""
-    pieces = pieces_notes(described_of(model.processor.tokenizer))
-    return [*projector_of(model.config).notes(model), *pieces]
+    tokenizer = described_of(model.processor.tokenizer)
+    return [
+        *projector_of(model.config).notes(model),
+        *pieces_notes(tokenizer),
+        *split_notes(tokenizer),
+    ]
 
 
 def verify_gguf(
@@ -162,12 +166,8 @@ def _check_texts(
             file_ids += image_ids(tokenizer, mmproj.vision, media, processor)
             file_ids += tokenizer.encode(piece, add_special_tokens=False)
         (example,) = processor.examples(row)
-        ids = (
-            torch.from_numpy(example.input_ids)
-            .long()
-            .masked_fill(torch.from_numpy(example.image_mask), IMAGE_SLOT)
-            .tolist()
-        )
+        places = mmproj.projector.image_places(example, processor)
+        ids = torch.from_numpy(example.input_ids).long().masked_fill(places, IMAGE_SLOT).tolist()
         check_ids(row, [*ids, int(example.labels[-1])], file_ids[: len(ids) + 1])
 
 
@@ -222,11 +222,9 @@ class Reader:
 
     def _inputs(self, example: Example, mmproj: Mmproj) -> dict[str, Any]:
         """The embeddings of an example, and the attention masks that differ from a decoder's."""
-        ids, shown = (
-            torch.from_numpy(one).to(self.model.device)
-            for one in (example.input_ids, example.image_mask)
-        )
-        embeds = self.theirs.get_input_embeddings()(ids.long())
+        ids = torch.from_numpy(example.input_ids).long().to(self.model.device)
+        shown = mmproj.projector.image_places(example, self.model.processor).to(ids.device)
+        embeds = self.theirs.get_input_embeddings()(ids)
         if example.media:
             images = [mmproj.features(self.model.processor.images(each)) for each in example.media]
             embeds[shown] = torch.cat(images).to(embeds.device)
