@@ -196,6 +196,7 @@ class Evaluation(StageEvent):
     by_source: dict[str, dict[str, Any]] | None = None
     metrics: dict[str, dict[str, Any]] | None = None
     skipped: dict[str, str] | None = None
+    modality: str | None = None
 
     @property
     def figures(self) -> dict[str, float | None]:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import vlm_tune
+from tests.helpers.audio_samples import hearing_recipe, write_tone_rows
 from tests.helpers.tiny_models import parsed
 from vlm_tune.api import evaluate, sft
 from vlm_tune.data.prepare.job import PartName
@@ -406,3 +407,28 @@ def test_the_test_part_is_scored_in_part_or_not_at_all(
         and "accuracy" not in run.result
         and not (run.folder / "answers.jsonl").exists()
     )
+
+
+@pytest.mark.parametrize("modality", ["audio", "video"])
+def test_a_run_on_clips_or_videos_is_validated_and_scored(
+    modality: str, tiny_recipe: Callable[..., str], color_rows: Path, tmp_path: Path
+) -> None:
+    """Its scores say what they are about, in the log and in the result."""
+    if modality == "audio":
+        text = hearing_recipe("causal", write_tone_rows(tmp_path), tmp_path / "run")
+        path = tmp_path / "clips.jsonl"
+    else:
+        text = tiny_recipe("causal")
+        path = color_rows.with_name("videos.jsonl")
+        video = color_rows.with_name("frames")
+        video.mkdir()
+        for image in color_rows.parent.glob("*.png"):
+            (video / image.name).write_bytes(image.read_bytes())
+        row = {"question": "what?", "answer": "colors", "video": "frames"}
+        path.write_text("".join(json.dumps(row | {"id": str(place)}) + "\n" for place in range(4)))
+    source = [{"kind": "file", "path": str(path)}]
+    parts = {f"data__{name}": source for name in ("train", "validation", "test")}
+    run = sft(parsed(text, **parts, **QUICK, evaluate__samples=0))
+    assert [event["modality"] for event in events(run.folder, "evaluate")] == [modality]
+    assert [event["modality"] for event in events(run.folder, "test")] == [modality]
+    assert json.loads((run.folder / "result.json").read_text())["modality"] == modality
