@@ -1,8 +1,6 @@
 """Memory of each rank by engine: two processes train a 61M-parameter decoder in full, in fp32.
 
-    python -m benchmarks.scale_memory [--processes 2] [--engines ddp zero1 zero2 zero3 fsdp] [--nf4]
-
-With `--nf4` they train LoRA of rank 4 over the same decoder, whose blocks are in nf4.
+    python -m benchmarks.scale_memory [--processes 2] [--engines ddp zero1 zero2 zero3 fsdp]
 
 The figures are bytes allocated by malloc beyond those before the model was built, in MB (10^6
 bytes), for every engine and rank:
@@ -12,9 +10,9 @@ bytes), for every engine and rank:
   optimizer step: weights, gradients, the optimizer's state and the engine's own buffers, without
   activations.
 - `peak`: the peak over both steps, sampled every two milliseconds.
-- `theory`: 4 bytes a trained parameter for weights, gradients, each of Adam's two moments and,
-  under DeepSpeed, the optimizer's own copy of the weights, and the bytes of frozen weights (in nf4
-  9/16 a weight, with the scales); what an engine shards counts once over all ranks.
+- `theory`: 4 bytes a parameter for weights, gradients, each of Adam's two moments and, under
+  DeepSpeed, the optimizer's own copy of the weights; what an engine shards counts once over all
+  ranks.
 """
 
 from __future__ import annotations
@@ -47,32 +45,19 @@ model:
   tower: {{kind: open_clip, config: {{layers: 1, width: 64, head_width: 32, patch_size: 16, \
 image_size: 32}}}}
   connector: {{kind: linear}}
-  llm: {llm}
+  llm: {{kind: causal, scratch: {{model_type: llama, vocab_size: 512, config: {{hidden_size: 640, \
+intermediate_size: 1792,
+    num_hidden_layers: 12, num_attention_heads: 10, num_key_value_heads: 10, \
+max_position_embeddings: 256}}}}}}
 data:
   train: [{{kind: easy_vqa, split: train, limit: 64}}]
   template: chatml
   max_length: 128
-tune: {tune}
+tune: [{{match: "*", how: full}}]
 train: {{steps: 2, batch_size: 2, gradient_accumulation: 2, precision: fp32, cache_features: false}}
 evaluate: {{samples: 0}}
 engine: {engine}
 """
-
-
-SHAPE: dict[str, Any] = {
-    "hidden_size": 640,
-    "intermediate_size": 1792,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 10,
-    "num_key_value_heads": 10,
-    "max_position_embeddings": 256,
-}
-FULL = [{"match": "*", "how": "full"}]
-LORA = [
-    {"match": "tower.*", "how": "frozen"},
-    {"match": "connector.*", "how": "full"},
-    {"match": "llm.*", "how": "lora", "r": 4, "target_modules": "all-linear"},
-]
 
 
 class _Mallinfo(ctypes.Structure):
@@ -163,15 +148,10 @@ def worker(recipe: Path, output: Path) -> None:
             if figures["steps"] < 2:
                 return
             figures["peak"] = peak.taken() - figures["given"]
-            figures.update(parameters=0, frozen=0)
-            for each in engine.inner.parameters():
-                numbers = getattr(each, "ds_numel", each.numel())
-                if each.requires_grad:
-                    figures["parameters"] += numbers
-                    continue
-                figures["frozen"] += numbers * each.element_size()
-                if hasattr(each, "quant_state"):
-                    figures["frozen"] += each.quant_state.absmax.nbytes
+            figures["parameters"] = sum(
+                getattr(parameter, "ds_numel", parameter.numel())
+                for _, parameter in engine._named()
+            )
             output.with_suffix(f".{os.environ['RANK']}.json").write_text(json.dumps(figures))
             engine.accelerator.wait_for_everyone()
             os._exit(0)
@@ -186,51 +166,20 @@ def worker(recipe: Path, output: Path) -> None:
     sft(load_recipe(recipe))
 
 
-def write_decoder(folder: Path) -> None:
-    """Writes the decoder with random weights, and a tokenizer of as many words."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from vlm_tune.data.chat.template import load_template
-    from vlm_tune.model.pretrained.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer([], 512, load_template("chatml"))
-    tokenizer.save_pretrained(folder)
-    LlamaForCausalLM(LlamaConfig(vocab_size=512, **SHAPE)).save_pretrained(folder)
-
-
-def write_recipe(folder: Path, engine: str, *, nf4: bool) -> Path:
-    """Writes the recipe of an engine's run; its language model is in nf4, or from scratch."""
-    llm: dict[str, Any] = {"kind": "causal"}
-    if nf4:
-        write_decoder(folder / "decoder")
-        llm |= {"name": str(folder / "decoder"), "quantize": "nf4"}
-    else:
-        llm["scratch"] = {"model_type": "llama", "vocab_size": 512, "config": SHAPE}
-    path = folder / "recipe.yaml"
-    path.write_text(
-        RECIPE.format(
-            output=folder / "run",
-            engine=json.dumps(ENGINES[engine]),
-            llm=json.dumps(llm),
-            tune=json.dumps(LORA if nf4 else FULL),
-        )
-    )
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
-    parser.add_argument("--nf4", action="store_true", help="LoRA over a decoder in nf4")
     options = parser.parse_args()
     print(f"{'engine':8} {'theory':>8}  {'held, MB by rank':19} {'built':19} {'peak':19}")
     for name in options.engines:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            recipe = write_recipe(folder, name, nf4=options.nf4)
+            (folder / "recipe.yaml").write_text(
+                RECIPE.format(output=folder / "run", engine=json.dumps(ENGINES[name]))
+            )
             code = (
                 "import sys; from vlm_tune.launching import launch; "
                 "sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
@@ -240,7 +189,7 @@ def main() -> None:
                 "-m",
                 "benchmarks.scale_memory",
                 "--worker",
-                str(recipe),
+                str(folder / "recipe.yaml"),
                 str(folder / "found"),
             ]
             subprocess.run(
@@ -252,10 +201,7 @@ def main() -> None:
                 json.loads((folder / f"found.{rank}.json").read_text())
                 for rank in range(options.processes)
             ]
-        each = WHOLE[name] + SHARED[name] / options.processes
-        shards = name in ("zero3", "fsdp")
-        frozen = by_rank[0]["frozen"] / (options.processes if shards else 1)
-        theory = (by_rank[0]["parameters"] * each + frozen) / 1e6
+        theory = by_rank[0]["parameters"] * (WHOLE[name] + SHARED[name] / options.processes) / 1e6
         columns = [
             " ".join(f"{figures[key]:7.0f}" for figures in by_rank)
             for key in ("held", "built", "peak")
