@@ -431,3 +431,9 @@ def test_a_folder_with_control_characters_in_its_name_is_printed_escaped(
     for text in (printed.out, printed.err):
         assert r"a\x9bb\x7f" in text
         assert not set("\x7f\x9b") & set(text)
+
+
+def test_a_row_of_no_source_is_named_alone() -> None:
+    assert str(DataError("no image", row=2)) == "row 2: no image"
+    assert str(DataError("no image", source="rows.jsonl", row=2)) == "rows.jsonl, row 2: no image"
+    assert str(DataError("no image")) == "no image"

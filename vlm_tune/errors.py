@@ -105,7 +105,8 @@ class DataError(VlmTuneError):
         self.kind = kind
         self.content = content
         self.file = file
-        place = self.source + (f", row {self.row}" if row is not None else "")
+        row_place = "" if row is None else f"row {self.row}"
+        place = ", ".join(part for part in (self.source, row_place) if part)
         super().__init__(f"{place}: {self.message}" if place else self.message)
 
 
