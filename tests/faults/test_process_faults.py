@@ -223,7 +223,9 @@ def test_fault_44_single_steps_are_left_out_and_never_marked_best(
     left_out = [step.step for step in trace if step.loss == "nan"]
     assert (
         left_out
-        and [event.step for event in events if isinstance(event, Note) and "left out" in event.text]
+        and [
+            event.step for event in events if isinstance(event, Note) and "is skipped" in event.text
+        ]
         == left_out
     )
     done = json.loads((stage_of(tmp_path / "run") / "done.json").read_text())

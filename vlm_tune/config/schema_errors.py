@@ -144,10 +144,19 @@ def schema_problems(
     """
     problems = []
     reported = {(fault["loc"], fault["type"]) for fault in common}
-    for fault in schema_faults(schema, value):
-        path, parent = _yaml_path(schema, fault["loc"])
+    faults = schema_faults(schema, value)
+    places = [_yaml_path(schema, fault["loc"]) for fault in faults]
+    # A number out of range where a list may stand too is no missing list.
+    wrong_values = {
+        path
+        for fault, (path, _) in zip(faults, places, strict=True)
+        if not fault["type"].endswith("_type")
+    }
+    for fault, (path, parent) in zip(faults, places, strict=True):
         full = (*prefix, *path)
         if (fault["loc"], fault["type"]) in reported and full not in located.values:
+            continue
+        if fault["type"] == "list_type" and path in wrong_values:
             continue
         if fault["type"] == "extra_forbidden":
             message = _unknown_key(full, parent, located.value)

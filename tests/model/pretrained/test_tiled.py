@@ -291,7 +291,7 @@ def assert_plain_equals(
         with torch.no_grad():
             ours = model.llm.supervised_logits(model.embed(batch), batch)
         supervised = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0]
-        other = torch.tensor(theirs)[supervised]
+        other = torch.tensor(theirs)[supervised] * sample.scale
         assert largest(ours, other) <= 1e-5 * max(1.0, float(ours.abs().max()))
 
 
