@@ -899,6 +899,17 @@ def test_the_schema_refuses_what_the_recipe_refuses(override: str) -> None:
             {"tune": [{"match": "llm.*", "how": "prompt"}, {"match": "*", "how": "full"}]},
             "virtual tokens",
         ),
+        (
+            "{kind: fsdp}",
+            {
+                "model.llm.quantize": "nf4",
+                "tune": [
+                    {"match": "llm.*", "how": "lora", "variant": "dora"},
+                    {"match": "*", "how": "full"},
+                ],
+            },
+            "fsdp shards packed weights, whose norm DoRA computes",
+        ),
         ("{kind: deepspeed, stage: 3}", {"tune": 3}, "tune: expected a list, got 3"),
         ("{kind: deepspeed, stage: 4}", {}, "less than or equal to 3"),
         ("{kind: horovod}", {}, "'horovod' is not one of auto, ddp, deepspeed, fsdp"),
@@ -955,3 +966,33 @@ def test_a_written_recipe_overrides_nothing_of_a_checkpoint_that_it_did_not_befo
         again = parse_recipe(dump_recipe(recipe)).model
         assert isinstance(again, PretrainedModel)
         assert again == recipe.model and again.tower.model_fields_set == options
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("0", "model.tower.layer: input should be less than or equal to -1, got 0"),
+        ("[-2, 5]", "model.tower.layer.1: input should be less than or equal to -1, got 5"),
+        ("[-2]", "model.tower.layer: expected 2 or more entries, got 1"),
+    ],
+)
+def test_a_value_of_one_kind_is_no_fault_of_the_other(
+    layer: str, message: str, tmp_path: Path
+) -> None:
+    """Where a number or a list may stand."""
+    path = tmp_path / "r.yaml"
+    path.write_text(SMALL.replace("name: clip}", f"name: clip, layer: {layer}}}"))
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(path)
+    (problem,) = refused.value.problems
+    assert message in problem.message
+
+
+def test_a_text_where_a_list_may_stand_names_both(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"{SMALL}evaluate: {{baselines: probe}}\n")
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(path)
+    messages = [problem.message for problem in refused.value.problems]
+    assert any("expected a list, got 'probe'" in message for message in messages)
+    assert any("not one of auto" in message for message in messages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -113,15 +114,26 @@ def processor(
 def fitting(name: str, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """The turns that a format takes: for one that takes one question, those up to its answer.
 
-    Those of a system are left out for one that has none.
+    Those of a system are left out for one that has none, and texts that end answers in answers.
     """
     template = load_template(name)
+    for end in template.end_texts:
+        messages = tuple(
+            replace(turn, parts=tuple(_without(end, part) for part in turn.parts))
+            if turn.role == "assistant"
+            else turn
+            for turn in messages
+        )
     if not template.system:
         messages = tuple(turn for turn in messages if turn.role != "system")
     if not template.one_question:
         return messages
     question = next(place for place, turn in enumerate(messages) if turn.role == "user")
     return messages[: question + 2]
+
+
+def _without(end: str, part: str | Media) -> str | Media:
+    return part.replace(end, "-") if isinstance(part, str) else part
 
 
 def turns(*texts: str, system: str | None = None, image: bool = False) -> tuple[Message, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +16,7 @@ from vlm_tune.kernels.lora import lora_linear
 from vlm_tune.kernels.loss import losses
 from vlm_tune.kernels.mlp import lora_gated_mlp
 from vlm_tune.kernels.operator import Operator
+from vlm_tune.kernels.traceable import packed_linear
 
 
 def drawn(*shape: int) -> Tensor:
@@ -42,7 +44,13 @@ def head() -> tuple[Any, ...]:
     return drawn(5, 16), torch.randn(9, 16), torch.arange(5), True
 
 
+def packed() -> tuple[Any, ...]:
+    codes, state = quantize_4bit(torch.randn(24, 64), blocksize=64, quant_type="nf4")
+    return drawn(5, 64), [codes, state.absmax], "nf4:64", [24], torch.randn(24)
+
+
 CALLS = {
+    packed_linear: packed,
     lora_linear: lora,
     lora_gated_mlp: gated,
     interval_attention: attention,
@@ -55,9 +63,13 @@ def leaves(arguments: tuple[Any, ...]) -> list[Tensor]:
     return [each for each in flat if isinstance(each, Tensor) and each.requires_grad]
 
 
+def first_of(outputs: Any) -> Tensor:
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
 def passes(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
     """The first output of a call, and the gradients of its arguments."""
-    out = call(*arguments)[0]
+    out = first_of(call(*arguments))
     weights = torch.linspace(-1, 1, out.numel()).view_as(out)
     return [out, *torch.autograd.grad((out * weights).sum(), leaves(arguments))]
 
@@ -95,8 +107,9 @@ def test_without_a_gradient_the_function_runs_alone(
 ) -> None:
     arguments = draw()
     with torch.no_grad():
-        assert torch.equal(operator(*arguments)[0], operator.traced(*arguments)[0])
-        assert not operator(*arguments)[0].requires_grad
+        out = first_of(operator(*arguments))
+        assert torch.equal(out, first_of(operator.traced(*arguments)))
+        assert not out.requires_grad
 
 
 def test_tensors_without_numbers_are_left_to_the_dispatcher() -> None:

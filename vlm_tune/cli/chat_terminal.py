@@ -25,7 +25,7 @@ from vlm_tune.quoting import escaped, escaped_lines, quoted
 COMMANDS = {
     "/image": ("PATH", "add an image to the next question (or drag it here)"),
     "/audio": ("PATH", "add an audio clip to the next question (or drag it here)"),
-    "/reset": ("", "forget the conversation and its images"),
+    "/reset": ("", "forget the conversation and its media"),
     "/system": ("TEXT", "set the system text and continue the conversation"),
     "/temperature": ("NUMBER", "sampling temperature; 0 is greedy"),
     "/save": ("FILE", "write the conversation as a row of data, one line of JSON"),

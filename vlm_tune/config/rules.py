@@ -16,7 +16,7 @@ from vlm_tune.config.objectives import LEAST_IMAGES
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.sharing_rules import sharing_contradictions
 from vlm_tune.config.train import FUNCTION, LOSS, METRICS
-from vlm_tune.config.tune import adds_virtual_tokens
+from vlm_tune.config.tune import adds_dora, adds_virtual_tokens
 from vlm_tune.config.tune_rules import tune_contradictions
 from vlm_tune.config.yaml_source import Path, dotted_name, value_at
 from vlm_tune.errors import Problem, RecipeError
@@ -251,6 +251,14 @@ def _engine_contradictions(raw: Any) -> list[Fault]:
             ("model", "llm", "quantize"),
             f"{name} shards weights, and bitsandbytes has an int8 weight in a state of its "
             "layer, where no engine gathers it; use nf4 or fp4, or deepspeed with stage 2, or ddp",
+        ),
+        (
+            (zero3 or not deepspeed)
+            and value_at(raw, "model", "llm", "quantize")
+            and adds_dora(raw),
+            ("engine",),
+            f"{name} shards packed weights, whose norm DoRA computes from a whole one; use "
+            "variant: lora or rslora, deepspeed with stage 2, or ddp",
         ),
         (
             value_at(raw, "train", "precision") == "fp16",

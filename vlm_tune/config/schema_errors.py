@@ -146,17 +146,24 @@ def schema_problems(
     reported = {(fault["loc"], fault["type"]) for fault in common}
     faults = schema_faults(schema, value)
     places = [_yaml_path(schema, fault["loc"]) for fault in faults]
-    # A number out of range where a list may stand too is no missing list.
-    wrong_values = {
+    # A number out of range is no missing list, and a list with a wrong entry no missing number.
+    out_of_range = {
         path
         for fault, (path, _) in zip(faults, places, strict=True)
-        if not fault["type"].endswith("_type")
+        if fault["type"] in OUT_OF_RANGE
     }
+    in_lists = {
+        path
+        for fault, (path, _) in zip(faults, places, strict=True)
+        if isinstance(fault["input"], list) and fault["type"] in ("too_short", "too_long")
+    } | {path[:-1] for path, _ in places if path and isinstance(path[-1], int)}
     for fault, (path, parent) in zip(faults, places, strict=True):
         full = (*prefix, *path)
         if (fault["loc"], fault["type"]) in reported and full not in located.values:
             continue
-        if fault["type"] == "list_type" and path in wrong_values:
+        if fault["type"] == "list_type" and path in out_of_range:
+            continue
+        if fault["type"] == "int_type" and isinstance(fault["input"], list) and path in in_lists:
             continue
         if fault["type"] == "extra_forbidden":
             message = _unknown_key(full, parent, located.value)
@@ -167,6 +174,9 @@ def schema_problems(
             problems.append(Problem(located.where(full), f"{dotted_name(full)}: {_wording(fault)}"))
     return problems
 
+
+OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+"""pydantic's types of faults of numbers that are out of their range."""
 
 WORDS = {
     "string_type": "expected text",

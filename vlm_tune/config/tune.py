@@ -111,6 +111,14 @@ def adds_virtual_tokens(raw: Any) -> bool:
     return any(rule.get("how") in ("prompt", "prefix") for rule in written_rules(raw))
 
 
+def adds_dora(raw: Any) -> bool:
+    """Whether a tuning rule gives the LLM adapters of the variant DoRA."""
+    return any(
+        rule.get("variant") == "dora" and str(rule.get("match")).startswith(("llm", "*"))
+        for rule in written_rules(raw)
+    )
+
+
 def task_rule(rules: Sequence[TuneRule]) -> TuneRule | None:
     """The rule by which tasks have adapters of their own; None where they have the same."""
     return next((rule for rule in rules if rule.by_task), None)

@@ -196,7 +196,7 @@ class _Job:
 
     def picker(self, rows: Sequence[Tree]) -> Picker:
         """The picker of the branches; a row with fewer than others has its last one again."""
-        members = _filled([tree.members for tree in rows])
+        members = filled([tree.members for tree in rows])
         numbers = [[self.draws(place) for place in row] for row in members]
         llm = self.model.llm
         return Picker(
@@ -268,7 +268,7 @@ def continuation_of(
             not given.
         **options: further arguments of `CausalLLM.branches`.
     """
-    leaves = _filled([tree.leaves for tree in rows])
+    leaves = filled([tree.leaves for tree in rows])
     left = model.llm.positions_left(batch)
     new_tokens = decoding.max_new_tokens if left is None else min(decoding.max_new_tokens, left)
     branches = model.llm.branches(
@@ -282,7 +282,7 @@ def continuation_of(
     return Continuation(branches, picker, model.processor.stop_ids, new_tokens, ends)
 
 
-def _filled(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+def filled(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """The rows, filled up with their last element to the length of the longest."""
     most = max(map(len, rows))
     return [[*row, *[row[-1]] * (most - len(row))] for row in rows]

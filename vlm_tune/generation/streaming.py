@@ -14,7 +14,7 @@ import torch
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.types import Example
-from vlm_tune.generation.answering import continuation_of, continues, prompt_rows
+from vlm_tune.generation.answering import continuation_of, continues, filled, prompt_rows
 from vlm_tune.generation.answers import Answer, AnswerReader
 from vlm_tune.generation.constraints import json_constraint
 from vlm_tune.generation.continuing import Continuation
@@ -95,21 +95,21 @@ def _steps(
     # Equal prompts are branches of one row, or rows of one branch each.
     rows = prompt_rows(model, [prompt] * decoding.num_return_sequences, decoding)
     order = [place for tree in rows for place in tree.members]
-    picker = _picker(model, prompt, decoding, [tree.members for tree in rows])
+    picker = _picker(model, prompt, decoding, filled([tree.members for tree in rows]))
     continued = continues(model, decoding)
     left = model.llm.layout == "causal" and not continued
     batch = collate([tree.row for tree in rows], model.processor.spec, fetch=fetch, pad_left=left)
     batch = batch.to(model.device)
     if continued:
         continuation = continuation_of(model, batch, rows, decoding, picker, reader)
+        # A row of fewer answers than another is filled up with copies of its last one.
+        places = [(row, k) for row, tree in enumerate(rows) for k in range(len(tree.members))]
         for count in continuation.run(look_every=1):
-            yield _ordered(continuation.ids[..., :count].flatten(0, 1).tolist(), order)
-        ids = continuation.ids.flatten(0, 1).tolist()
+            written = continuation.ids[..., :count].tolist()
+            yield _ordered([written[row][k] for row, k in places], order)
+        ids = [continuation.ids[place].tolist() for place in places]
         scored = continuation.logprobs
-        branches = len(rows[0].members)
-        logprobs = [
-            None if scored is None else scored[divmod(place, branches)] for place in range(len(ids))
-        ]
+        logprobs = [None if scored is None else scored[place] for place in places]
     else:
         with _in_thread(model, batch, decoding, picker, reader) as turns:
             for written in _written(turns.steps()):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.rules import contradictions
 from vlm_tune.config.train import TrainSection
 
 Change = Callable[[TrainSection], dict[str, Any]]
@@ -47,12 +48,22 @@ def changes(
 
         yield "all of these", all_of_these, "nf4" if packs else None, zero
     ranks = max(processes, 2)
-    # ZeRO-3 can't shard 8-bit weights.
-    for stage in (2,) if recipe.model.llm.quantize == "int8" else (2, 3):
-        if zero < stage:
+    for stage in (2, 3):
+        if zero < stage and _is_allowed(recipe, stage, None):
             yield f"DeepSpeed ZeRO-{stage} on {ranks} processes", none, None, stage
-    if packs and zero < 3:
+    if packs and zero < 3 and _is_allowed(recipe, 3, "nf4"):
         yield f"the LLM's weights in nf4 and ZeRO-3 on {ranks} processes", none, "nf4", 3
+
+
+def _is_allowed(recipe: Recipe, stage: int, quantize: str | None) -> bool:
+    """Whether no rule of recipes forbids a ZeRO stage, with the LLM quantised so if given."""
+    raw = recipe.model_dump(mode="json", exclude_unset=True)
+    changed = raw | {"engine": {"kind": "deepspeed", "stage": stage}}
+    if quantize is not None:
+        llm = (raw["model"].get("llm") or {}) | {"quantize": quantize}
+        changed["model"] = raw["model"] | {"llm": llm}
+    known = contradictions(raw)
+    return all(fault in known for fault in contradictions(changed))
 
 
 def _halved(train: TrainSection) -> dict[str, Any]:

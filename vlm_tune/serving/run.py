@@ -85,7 +85,7 @@ def serve(
         port: the port; 0 takes a free one.
         name: the name under which requests ask for the model; its folder's by default.
         adapters: further runs over the same base, by name; the base is in memory once.
-        limits: what the server accepts; the defaults of `Limits` by default.
+        limits: what the server accepts; `Limits()` by default.
         dtype: bf16, fp16 or fp32; the models' own by default.
         base: as in `merge`, like `accept_other_base`.
         device: as in `VisionLanguageModel.from_pretrained`.

@@ -99,7 +99,8 @@ class Sampler:
             self._noted = True
             names = name_list(self.config.names)
             text = (
-                f"nothing is learned: {names} gave none of the {len(rewards)} completions a reward"
+                f"nothing is learned from rewards: {names} gave none of this process's "
+                f"{len(rewards)} completions one"
             )
             self.report(Note(text, step))
 

@@ -383,3 +383,10 @@ def test_the_processors_chat_template_writes_images_and_the_runs_system_text() -
         + head.format("user")
         + "<image> what {{ is }} 'this'?<|eot_id|>"
     )
+
+
+def test_an_answer_that_contains_its_end_is_refused() -> None:
+    template = load_template("blip2_opt")
+    template.check_ends(Conversation("a", turns("what is it?", "a cat\n")))
+    with pytest.raises(DataError, match="which ends answers in the blip2_opt format"):
+        template.check_ends(Conversation("a", turns("what is it?", "a cat\na dog")))

@@ -14,7 +14,8 @@ from tests.helpers.row_samples import file_source, good, read, write_rows
 from vlm_tune.config.data import EasyVqaSource
 from vlm_tune.data.packing import branch_layout, pack_layout, separate_rows
 from vlm_tune.data.sources.easy_vqa import KINDS, answer_type
-from vlm_tune.data.sources.preferences import shared_prompt
+from vlm_tune.data.sources.media import MediaFinder
+from vlm_tune.data.sources.preferences import preference, shared_prompt, unpaired_preference
 from vlm_tune.data.sources.registry import open_source
 from vlm_tune.data.types import ANSWER_KINDS, IGNORE_INDEX, Conversation, Media
 from vlm_tune.errors import DataError
@@ -179,7 +180,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": [USER], "chosen": [DOG], "rejected": {"text": "a"}},
         "no text or list `rejected` of turns, got",
     ),
-    "the question alone": ({"messages": [DOG], "label": True}, "no `prompt` (or `question`)"),
+    "the answer alone": ({"messages": [DOG], "label": True}, "a prompt and an answer, got 1 turn"),
     "a number": ({"prompt": 3, "chosen": "a", "rejected": "b"}, "`prompt` of turns, got 3"),
     "label": ({"prompt": "q", "completion": "a", "label": "good"}, "`label` must be true or false"),
 }
@@ -274,3 +275,28 @@ def test_easy_vqa_rejects_another_answer_of_the_same_kind() -> None:
         assert answer != other and other in KINDS[answer_type(answer)]
         rejected.add(other)
     assert len(rejected) == 13
+
+
+def test_a_prompts_input_is_read_and_its_history_is_not() -> None:
+    row = {"prompt": "Shorten:", "input": "a long text", "chosen": "a", "rejected": "b"}
+    judged = preference(row, MediaFinder(None))
+    assert judged.messages[0].text == "Shorten:\na long text"
+    with pytest.raises(DataError, match="`history` is not read beside judged answers"):
+        preference({**row, "history": [["a", "b"]]}, MediaFinder(None))
+    with pytest.raises(DataError, match="`input` must be text after a text"):
+        preference({**row, "input": ["a"]}, MediaFinder(None))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER], "label": True}, "must be a prompt and an answer, got 1 turn"),
+        ({"messages": [USER, DOG, USER], "label": True}, r"`messages\[-1\]` must be one turn"),
+        ({"messages": [DOG], "rejected_response": "b"}, "a prompt and an answer, got 1 turn"),
+        ({"messages": [USER, DOG], "rejected_response": ""}, "no text or list `chosen`"),
+    ],
+)
+def test_what_turns_lack_is_named_by_their_own_field(row: dict[str, Any], message: str) -> None:
+    read = unpaired_preference if "label" in row else preference
+    with pytest.raises(DataError, match=message):
+        read(row, MediaFinder(None))

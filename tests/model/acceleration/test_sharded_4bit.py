@@ -24,11 +24,11 @@ from vlm_tune.model.tuning import apply_rules
 WIDTH = 64
 
 
-def layers(kind: str, *, bias: bool = True) -> Any:
+def layers(kind: str, *, bias: bool = True, nested: bool = False) -> Any:
     """Two layers in 4 bits, of which the first has an adapter of PEFT's."""
     torch.manual_seed(1)
     model = nn.Sequential(
-        *(Linear4bit(WIDTH, WIDTH, bias, compress_statistics=False, quant_type=kind) for _ in "ab")
+        *(Linear4bit(WIDTH, WIDTH, bias, compress_statistics=nested, quant_type=kind) for _ in "ab")
     ).to("cpu")
     keep_gradients_of_packed_layers(model)
     config = LoraConfig(target_modules=["0"], init_lora_weights=False, r=4)
@@ -119,3 +119,13 @@ def test_a_plan_counts_fp4_as_nf4(tiny_recipe: Callable[..., str], tmp_path: Pat
         )
     ]
     assert sizes[0] == sizes[1] < sizes[2]
+
+
+def test_scales_that_are_quantised_are_written_out() -> None:
+    """As in a checkpoint with double quantisation, whose scales have scales themselves."""
+    whole, sharded = layers("nf4", nested=True), layers("nf4", nested=True)
+    assert whole[1].weight.quant_state.nested
+    replace_4bit_layers(sharded)
+    assert sharded[1].scales.numel() == 4 * WIDTH * WIDTH // 64
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(sharded[1](x), whole[1](x), rtol=1e-5, atol=1e-5)

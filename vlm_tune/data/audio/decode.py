@@ -23,8 +23,10 @@ STREAMED = (0, 0xFFFFFFFF)
 """Sizes in the header of a WAV file whose length was not known when it was written."""
 
 
-def waveform(media: Media, rate: int) -> np.ndarray:
+def waveform(media: Media, rate: int, longest: float | None = None) -> np.ndarray:
     """The mono waveform float32[samples] of a clip, resampled to `rate` samples a second.
+
+    With `longest`, a clip of more seconds is decoded no further, so that the samples are too many.
 
     Raises `DataError` for formats other than WAV, FLAC, OGG and MP3, distinguished by their first
     bytes, for files that are cut, empty or longer than an hour, and if PyAV is not installed.
@@ -46,9 +48,11 @@ def waveform(media: Media, rate: int) -> np.ndarray:
         with av.open(io.BytesIO(data), format=demuxer, metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise _unreadable(media, "has no sound")
-            samples, decoded = _mono(container, rate, media)
+            samples, decoded = _mono(container, rate, media, longest)
     except (OSError, ValueError, FFmpegError) as error:
         raise _unreadable(media, f"can't be decoded: {reason_of(error)}") from None
+    if longest is not None and len(samples) > longest * rate:
+        return samples
     stated = _flac_samples(data) if demuxer == "flac" else 0
     if decoded < stated:
         raise _unreadable(media, f"is cut: {decoded:,} samples of {stated:,}")
@@ -136,10 +140,10 @@ def _flac_samples(data: bytes) -> int:
     return int.from_bytes(data[21:26], "big") & (1 << 36) - 1
 
 
-def _mono(container: Any, rate: int, media: Media) -> tuple[np.ndarray, int]:
+def _mono(container: Any, rate: int, media: Media, longest: float | None) -> tuple[np.ndarray, int]:
     """The samples float32[samples] of an open file's first audio stream, at the new rate.
 
-    Beside it the number of samples of a channel before.
+    Beside it the number of samples of a channel before. They end soon after `longest` seconds.
     """
     from av import AudioResampler
 
@@ -152,6 +156,8 @@ def _mono(container: Any, rate: int, media: Media) -> tuple[np.ndarray, int]:
         for piece in resampler.resample(frame):
             pieces.append(piece.to_ndarray()[0])
             left -= len(pieces[-1])
+        if longest is not None and left < (MAX_SECONDS - longest) * rate:
+            break
         if left < 0:
             raise _unreadable(media, f"lasts more than {MAX_SECONDS:,} seconds")
     return np.concatenate(pieces) if pieces else np.empty(0, np.float32), decoded

@@ -117,7 +117,8 @@ class AudioProcessor:
         count = -(-length // (self.seconds * RATE))
         if count > self.windows:
             raise DataError(
-                f"{media.name}: lasts {length / RATE:.1f} seconds, and the model takes at most "
+                f"{media.name}: lasts {length / RATE:.1f} seconds or more, and the model takes at "
+                "most "
                 f"{self.windows} x {self.seconds} (model.tower.windows x model.tower.seconds)",
                 kind="audio_long",
             )
@@ -155,7 +156,7 @@ class AudioProcessor:
         for last, samples in tuple(self._last):
             if last == media:
                 return samples
-        samples = waveform(media, RATE)
+        samples = waveform(media, RATE, self.windows * self.seconds)
         self._last[:] = [(media, samples)]
         return samples
 

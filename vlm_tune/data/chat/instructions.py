@@ -50,7 +50,7 @@ Task = Literal[
 
 
 class Instructions(BaseModel):
-    """A instruction set of `data_templates/instructions`: phrasings of one task in one language."""
+    """An instruction set of `data_templates/instructions`: phrasings of a task in a language."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

@@ -202,8 +202,9 @@ class Processor:
         """Examples to train on.
 
         A row of preferences gives one, in which its prompt stands once. Raises `DataError` if one
-        of them has no supervised token.
+        of them has no supervised token, or an answer what ends answers.
         """
+        self.template.check_ends(conversation)
         examples = self._lay_out(conversation, prompt_only=False)
         if conversation.rejected is not None:
             other = replace(

@@ -173,6 +173,23 @@ class ChatTemplate(BaseModel):
                 kind="template",
             )
 
+    def check_ends(self, conversation: Conversation) -> None:
+        """Raises `DataError` for an answer to train on that contains a text by which answers end.
+
+        Generation would stop there, and never write what follows.
+        """
+        for message in conversation.messages:
+            trained = message.trained and message.role == "assistant"
+            answer = message.text.strip() if trained else ""
+            end = next((end for end in self.end_texts if end in answer), None)
+            if end is not None:
+                raise DataError(
+                    f"an answer contains {quoted(end)}, which ends answers in the {self.name} "
+                    "format: shorten it, or name another chat format in data.template",
+                    row=conversation.id,
+                    kind="template",
+                )
+
     def _check_questions(self, messages: Iterable[Message], conversation: Conversation) -> None:
         roles = [message.role for message in messages]
         if self.one_question and roles.count("user") != 1:

@@ -277,7 +277,7 @@ def _work(
         last = chunk.first_row + chunk.rows - 1
         raise DataError(
             f"a process that prepared rows {chunk.first_row} to {last} or after was killed (out "
-            "of memory?); fewer data.workers need less. finished work is kept",
+            "of memory?); fewer data.workers need less; finished work is kept",
             source=maker.readers[source].name,
         ) from None
     finally:

@@ -54,9 +54,12 @@ def preference(row: Row, finder: MediaFinder) -> Judged:
     LLaMA-Factory's: `conversations` or `messages` are the prompt, and each answer is a turn. As
     ms-swift's: `messages` end with the chosen answer, beside `rejected_response`.
     """
+    _refuse_history(row)
     turns = _turns_of(row)
+    names = ("chosen", "rejected")
     if turns is not None and not is_empty(row.get("rejected_response")):
-        prompt, chosen = turns[:-1], turns[-1:]
+        names = (LAST_TURN, "rejected_response")
+        prompt, chosen = _before_last(turns), turns[-1:]
         rejected = _completion(row, "rejected_response")
     else:
         prompt = _prompt_of(row) if turns is None else turns
@@ -73,7 +76,7 @@ def preference(row: Row, finder: MediaFinder) -> Judged:
     messages = _context(prompt, media)
     answers = [
         _one_answer(name, completion, media)
-        for name, completion in (("chosen", chosen), ("rejected", rejected))
+        for name, completion in zip(names, (chosen, rejected), strict=True)
     ]
     # Those with marks are compared once their boxes stand in place of them.
     if not has_marks(answers[0].text):
@@ -92,14 +95,16 @@ def unpaired_preference(row: Row, finder: MediaFinder) -> Judged:
         raise DataError(
             f"`label` must be true or false, got {quoted(row.get('label'))}", kind="field"
         )
+    _refuse_history(row)
     turns = _turns_of(row)
-    prompt = _prompt_of(row) if turns is None else turns[:-1]
+    prompt = _prompt_of(row) if turns is None else _before_last(turns)
     if not prompt:
         raise DataError("no `prompt` (or `question`)", kind="missing_field")
     completion = _completion(row, "completion") if turns is None else turns[-1:]
     media = RowMedia(row, finder)
     messages = _context(prompt, media)
-    messages.append(_one_answer("completion", completion, media))
+    name = "completion" if turns is None else LAST_TURN
+    messages.append(_one_answer(name, completion, media))
     return Judged(with_system(row, with_media(messages, media)), desirable=liked)
 
 
@@ -120,6 +125,19 @@ def shared_prompt(
     return chosen[:same], chosen[same:], rejected[same:]
 
 
+LAST_TURN = "messages[-1]"
+"""The name of the answer that turns end with."""
+
+
+def _before_last(turns: Sequence[Row]) -> Sequence[Row]:
+    """The turns before the answer. Raises `DataError` if there are none."""
+    if len(turns) < 2:
+        raise DataError(
+            f"`messages` must be a prompt and an answer, got {len(turns)} turn", kind="turns"
+        )
+    return turns[:-1]
+
+
 def _turns_of(row: Row) -> Sequence[Row] | None:
     """The role/content turns of `messages` or `conversations`; None if the row has neither."""
     name = next((name for name in ("messages", "conversations") if not is_empty(row.get(name))), "")
@@ -134,15 +152,28 @@ def _role_content(turn: Row) -> Row:
     return {**turn, "role": NAMES.get(str(speaker), speaker), "content": turn["value"]}
 
 
+def _refuse_history(row: Row) -> None:
+    """Raises `DataError` for earlier turns in a field that rows of judged answers do not have."""
+    if not is_empty(row.get("history")):
+        message = "`history` is not read beside judged answers: write its turns into `prompt`"
+        raise DataError(message, kind="unsupported")
+
+
 def _prompt_of(row: Row) -> Any:
-    """The row's `prompt` or `question`; None if it has neither."""
+    """The row's `prompt` or `question`, with its `input` after a text; None if it has neither."""
     prompt = None if is_empty(row.get("prompt")) else row["prompt"]
     question = None if is_empty(row.get("question")) else row["question"]
     if prompt is not None and question is not None:
         raise DataError("both `prompt` and `question`", kind="field")
     if question is not None and not isinstance(question, str):
         raise DataError(f"`question` must be text, got {quoted(question)}", kind="field")
-    return question if prompt is None else prompt
+    whole = question if prompt is None else prompt
+    more = None if is_empty(row.get("input")) else row["input"]
+    if isinstance(whole, str) and isinstance(more, str):  # as Alpaca's rows have it
+        return f"{whole}\n{more}"
+    if more is not None:
+        raise DataError(f"`input` must be text after a text, got {quoted(more)}", kind="field")
+    return whole
 
 
 def _completion(row: Row, name: str) -> str | Sequence[Row]:

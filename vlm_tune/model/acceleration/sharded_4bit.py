@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_blockwise
 from torch import nn
 
 from vlm_tune.kernels.traceable import packed_linear
@@ -30,8 +31,8 @@ class Sharded4bit(nn.Module):
     def __init__(self, layer: Any) -> None:
         """Takes over the weight of bitsandbytes' `Linear4bit`, or of its stand-in without weights.
 
-        Args:
-            layer: the layer; its scales are not quantised.
+        Scales that are quantised, as in a checkpoint with double quantisation, become fp32: those
+        of the stand-in are, and every rank needs as many bytes.
         """
         super().__init__()
         self.in_features: int = layer.in_features
@@ -40,7 +41,10 @@ class Sharded4bit(nn.Module):
         self.packing = f"{state.quant_type}:{state.blocksize}"
         codes = layer.weight.data.as_subclass(torch.Tensor)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        self.scales = nn.Parameter(state.absmax.view(torch.uint8), requires_grad=False)
+        scales = state.absmax
+        if getattr(state, "nested", False):
+            scales = dequantize_blockwise(scales, state.state2) + state.offset
+        self.scales = nn.Parameter(scales.view(torch.uint8), requires_grad=False)
         self.bias: nn.Parameter | None = layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

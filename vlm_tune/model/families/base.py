@@ -208,9 +208,10 @@ def counted_layers(vlm: Vlm, depth: int) -> int | list[int]:
         return layer if layer < 0 else layer - depth - 1
 
     layer = whole_config(vlm).vision_feature_layer
-    if isinstance(layer, int):
-        return counted(layer)
-    layers = [counted(each) for each in layer]
+    written = [layer] if isinstance(layer, int) else layer
+    if not isinstance(written, list) or not all(isinstance(each, int) for each in written or [""]):
+        refuse(vlm, f"the vision_feature_layer {quoted(layer)}", "a number or a list of numbers")
+    layers = [counted(each) for each in written]
     return layers if len(layers) > 1 else layers[0]
 
 

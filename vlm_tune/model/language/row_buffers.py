@@ -153,7 +153,7 @@ class RowBuffers:
             first: The first of its rows, which are consecutive.
             columns: The columns int64[B, S] of its tokens.
             start: The first column that it attends to.
-            filled: The number of columns that are filled from there, as the model is informed.
+            filled: The number of columns from there that the model is given as filled.
             stop: The column after the last one that it attends to.
         """
         self.first = first

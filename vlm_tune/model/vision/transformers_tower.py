@@ -36,7 +36,7 @@ def _states(model: Any, pixels: torch.Tensor, **options: Any) -> torch.Tensor:
     return model(pixel_values=pixels, **options).last_hidden_state
 
 
-def _joined_states(
+def _states_at(
     model: Any, pixels: torch.Tensor, places: Sequence[int], **options: Any
 ) -> list[torch.Tensor]:
     """The hidden states [B, N, D] of a vision model at places counted from the end."""
@@ -239,7 +239,7 @@ class TransformersVision(VisionTower):
 
     def maps(self, pixels: torch.Tensor) -> FeatureMaps:
         if len(self.joined) > 1:
-            hidden = torch.cat(_joined_states(self.model, pixels, self.joined, **self.options), -1)
+            hidden = torch.cat(_states_at(self.model, pixels, self.joined, **self.options), -1)
         else:
             hidden = self.norm(self.states(self.model, pixels, **self.options))
         # The class token and registers come first.
