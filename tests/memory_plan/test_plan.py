@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.connector_kinds import with_connector
 from tests.helpers.tiny_models import (
+    LORA_TUNE,
     built,
     cli,
     parsed,
@@ -517,6 +518,21 @@ def test_nf4_bytes_are_those_of_bitsandbytes(tiny_recipe: TinyRecipe, tmp_path: 
             state = module.weight.quant_state
             assert stand_in.weight.nbytes == module.weight.nbytes
             assert stand_in.scales.nbytes == state.absmax.nbytes
+
+
+def test_dora_over_packed_weights_is_planned_and_not_offered_shards(
+    tiny_recipe: TinyRecipe, tmp_path: Path
+) -> None:
+    """DoRA asks a layer for its whole weight, which the engines that shard have packed."""
+    base = parsed(tiny_recipe("causal", precision="bf16"))
+    folder = save_llm(tmp_path / "llm", "causal", rows_of(base))
+    text = with_llm(tiny_recipe("causal", precision="bf16"), folder, "causal", ", quantize: nf4")
+    dora = parsed(with_tune(text, LORA_TUNE.replace("r: 4,", "r: 4, variant: dora,")))
+    lora = parsed(with_tune(text))
+    states = [plan(recipe, tokens=100).stages[0].memory.optimizer for recipe in (dora, lora)]
+    assert states[0] > states[1]  # DoRA's magnitudes train too
+    stages = [{stage for *_, stage in changes(recipe, 1, 0)} for recipe in (dora, lora)]
+    assert stages == [{0, 2}, {0, 2, 3}]
 
 
 def test_lengths_come_from_the_data_where_it_is_there(tiny_recipe: TinyRecipe) -> None:

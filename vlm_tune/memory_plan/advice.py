@@ -57,13 +57,16 @@ def changes(
 
 def _is_allowed(recipe: Recipe, stage: int, quantize: str | None) -> bool:
     """Whether no rule of recipes forbids a ZeRO stage, with the LLM quantised so if given."""
-    raw = recipe.model_dump(mode="json", exclude_unset=True)
-    changed = raw | {"engine": {"kind": "deepspeed", "stage": stage}}
-    if quantize is not None:
-        llm = (raw["model"].get("llm") or {}) | {"quantize": quantize}
-        changed["model"] = raw["model"] | {"llm": llm}
-    known = contradictions(raw)
-    return all(fault in known for fault in contradictions(changed))
+    for _, part in recipe.resolved_stages():
+        raw = part.model_dump(mode="json", exclude_unset=True)
+        changed = raw | {"engine": {"kind": "deepspeed", "stage": stage}}
+        if quantize is not None:
+            llm = (raw["model"].get("llm") or {}) | {"quantize": quantize}
+            changed["model"] = raw["model"] | {"llm": llm}
+        known = contradictions(raw)
+        if not all(fault in known for fault in contradictions(changed)):
+            return False
+    return True
 
 
 def _halved(train: TrainSection) -> dict[str, Any]:

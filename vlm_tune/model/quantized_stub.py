@@ -61,6 +61,15 @@ class PackedLinear(nn.Linear):
         )
         self.register_buffer("scales", absmax, persistent=False)
 
+    @property
+    def W_q(self) -> torch.Tensor:  # noqa: N802 - the name that PEFT has
+        """The codes, by the name from which PEFT's DoRA knows that a layer has `dequantize`."""
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        """An empty weight [O, I], of the type that the layer was packed from."""
+        return self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output: Any = _Unpacked.apply(input.to(self.dtype), (self.out_features, self.in_features))
         output = output if self.bias is None else output + self.bias
