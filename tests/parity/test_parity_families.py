@@ -178,10 +178,10 @@ def test_text_is_transformers(taken: Taken, beams: int) -> None:
         return
     answers = answer_prompts(model, prompts, decoding, fetch=model.processor.images)
     stops = model.processor.stop_ids
-    # Older releases repeat each image for the beams, and not the row's images in turn.
+    # Older releases repeat each frame for the beams, and not the row's frames in turn.
     mixed_up = "mm_encoder_outputs" not in inspect.signature(theirs.forward).parameters
-    for row, answer in zip(taken.rows, answers, strict=True):
-        if beams > 1 and mixed_up and len(row.media) > 1:
+    for row, example, answer in zip(taken.rows, taken.examples, answers, strict=True):
+        if beams > 1 and mixed_up and len(example.media) > 1:
             continue
         prompt = taken.sample.inputs(taken.folder, row, prompt=True)
         generated = theirs.generate(
