@@ -97,9 +97,8 @@ def _describe(writer: GGUFWriter, vision: Any, model: VisionLanguageNetwork) -> 
     _, images = vision_of(model)
     assert isinstance(model.connector, PixelShuffle)
     assert isinstance(images.split, Idefics3Frames)
-    # By their keys: gguf 0.17.1 has no method for the second one.
-    writer.add_uint32("clip.vision.projector.scale_factor", model.connector.factor)
-    writer.add_uint32("clip.vision.preproc_image_size", images.split.longest_edge)
+    writer.add_vision_projector_scale_factor(model.connector.factor)
+    writer.add_vision_preproc_image_size(images.split.longest_edge)
 
 
 def _connector(model: VisionLanguageNetwork, dtype: str) -> dict[str, torch.Tensor]:
