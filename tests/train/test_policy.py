@@ -153,7 +153,8 @@ def test_a_step_without_any_reward_is_reported_once(tiny_recipe: Callable[..., s
     for step in (1, 2):
         sampler(prompt_batches(model, recipe)[:1], step, compiled=False)
     (note,) = notes
-    assert note.step == 1 and "no_reward gave none of this process's 16 completions one" in note.text
+    assert note.step == 1
+    assert "no_reward gave none of this process's 16 completions one" in note.text
 
 
 def test_check_takes_the_objective(tiny_recipe: Callable[..., str]) -> None:
