@@ -12,11 +12,11 @@ from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.images.gemma3_frames import Gemma3Frames
 from vlm_tune.data.types import Media
 from vlm_tune.exporting.gemma3_layout import gemma3_reasons
-from vlm_tune.exporting.gguf.projector import IMAGE_SLOT, Projector, clip_names, missing_tokens
+from vlm_tune.exporting.gguf.projector import IMAGE_SLOT, Projector, clip_names
 from vlm_tune.exporting.llava_layout import vision_weights
 from vlm_tune.model.connectors.gemma3 import Gemma3Projector
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
-from vlm_tune.quoting import applying, name_list
+from vlm_tune.quoting import applying
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -42,17 +42,6 @@ def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
             )
         ),
     ]
-
-
-def _token_reasons(tokenizer: Any) -> list[str]:
-    missing = missing_tokens(tokenizer, MARKERS)
-    return applying(
-        (
-            missing,
-            f"its tokenizer has no single token for {name_list(missing)}, which llama.cpp puts "
-            "around images",
-        )
-    )
 
 
 def _notes(model: VisionLanguageNetwork) -> list[str]:
@@ -112,7 +101,7 @@ def _image_ids(
 GEMMA3 = Projector(
     name="gemma3",
     reasons=_reasons,
-    token_reasons=_token_reasons,
+    markers=MARKERS,
     notes=_notes,
     vision=_vision,
     describe=_describe,

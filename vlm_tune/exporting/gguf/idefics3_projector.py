@@ -17,14 +17,13 @@ from vlm_tune.exporting.gguf.projector import (
     Projector,
     clip_names,
     connector_tensors,
-    missing_tokens,
 )
 from vlm_tune.exporting.hf_layout import vision_of
 from vlm_tune.exporting.idefics3_layout import part_reasons
 from vlm_tune.exporting.llava_layout import bidirectional_reasons
 from vlm_tune.model.connectors.projectors import PixelShuffle
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
-from vlm_tune.quoting import applying, name_list
+from vlm_tune.quoting import applying
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -65,17 +64,6 @@ def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
             ),
         ),
     ]
-
-
-def _token_reasons(tokenizer: Any) -> list[str]:
-    missing = missing_tokens(tokenizer, MARKERS)
-    return applying(
-        (
-            missing,
-            f"its tokenizer has no single token for {name_list(missing)}, which llama.cpp puts "
-            "around images",
-        )
-    )
 
 
 def _notes(model: VisionLanguageNetwork) -> list[str]:
@@ -141,7 +129,7 @@ def _grid(size: tuple[int, int], longest: int, side: int) -> tuple[int, int]:
 IDEFICS3 = Projector(
     name="idefics3",
     reasons=_reasons,
-    token_reasons=_token_reasons,
+    markers=MARKERS,
     notes=_notes,
     vision=_vision,
     describe=_describe,

@@ -20,14 +20,13 @@ from vlm_tune.exporting.gguf.projector import (
     VISION,
     Projector,
     connector_tensors,
-    missing_tokens,
 )
 from vlm_tune.exporting.hf_layout import vision_of
 from vlm_tune.exporting.internvl_layout import part_reasons
 from vlm_tune.exporting.llava_layout import bidirectional_reasons
 from vlm_tune.model.connectors.projectors import PixelShuffle
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
-from vlm_tune.quoting import applying, name_list
+from vlm_tune.quoting import applying
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -75,17 +74,6 @@ def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
         ),
         *bidirectional_reasons(config),
     ]
-
-
-def _token_reasons(tokenizer: Any) -> list[str]:
-    missing = missing_tokens(tokenizer, MARKERS)
-    return applying(
-        (
-            missing,
-            f"its tokenizer has no single token for {name_list(missing)}, which llama.cpp puts "
-            "around images",
-        )
-    )
 
 
 def _notes(model: VisionLanguageNetwork) -> list[str]:
@@ -155,7 +143,7 @@ def _image_ids(
 INTERNVL = Projector(
     name="internvl",
     reasons=_reasons,
-    token_reasons=_token_reasons,
+    markers=MARKERS,
     notes=_notes,
     vision=_vision,
     describe=_describe,

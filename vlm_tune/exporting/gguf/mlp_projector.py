@@ -114,7 +114,7 @@ def _image_ids(
 MLP = Projector(
     name="mlp",
     reasons=_reasons,
-    token_reasons=lambda tokenizer: [],
+    markers=(),
     notes=_notes,
     vision=_vision,
     describe=_describe,

@@ -20,7 +20,6 @@ from vlm_tune.exporting.gguf.projector import (
     IMAGE_SLOT,
     Projector,
     connector_tensors,
-    missing_tokens,
 )
 from vlm_tune.exporting.gguf.writer import as_stored
 from vlm_tune.exporting.hf_layout import vision_of
@@ -28,7 +27,7 @@ from vlm_tune.exporting.llava_layout import bidirectional_reasons
 from vlm_tune.exporting.mistral3_layout import tower_reasons
 from vlm_tune.model.connectors.patch_merger import PatchMerger
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
-from vlm_tune.quoting import applying, name_list
+from vlm_tune.quoting import applying
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -77,17 +76,6 @@ def _reasons(config: VisionLanguageConfig, text: Any) -> list[str]:
         ),
         *bidirectional_reasons(config),
     ]
-
-
-def _token_reasons(tokenizer: Any) -> list[str]:
-    missing = missing_tokens(tokenizer, ROW_ENDS)
-    return applying(
-        (
-            missing,
-            f"its tokenizer has no single token for {name_list(missing)}, which llama.cpp puts "
-            "behind rows of images",
-        )
-    )
 
 
 def _notes(model: VisionLanguageNetwork) -> list[str]:
@@ -180,7 +168,7 @@ def _image_ids(
 PIXTRAL = Projector(
     name="pixtral",
     reasons=_reasons,
-    token_reasons=_token_reasons,
+    markers=ROW_ENDS,
     notes=_notes,
     vision=_vision,
     describe=_describe,

@@ -14,6 +14,7 @@ import torch
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.types import Example, Media
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
+from vlm_tune.quoting import applying, name_list
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -34,7 +35,7 @@ class Projector:
         name: its type in the files.
         reasons: gives the reasons why it can't hold a model's tower or connector, from the model's
             config and transformers' config of its LLM (None for an encoder-decoder).
-        token_reasons: gives the reasons why a tokenizer lacks what llama.cpp puts around images.
+        markers: the texts that llama.cpp puts around images, each of which must be one token.
         notes: gives where llama.cpp's handling of images deviates from how a model was trained.
         vision: gives a tower's transformers config, and its tensors by names that the package gguf
             knows.
@@ -53,7 +54,7 @@ class Projector:
 
     name: str
     reasons: Callable[[VisionLanguageConfig, Any], list[str]]
-    token_reasons: Callable[[Any], list[str]]
+    markers: tuple[str, ...]
     notes: Callable[[VisionLanguageNetwork], list[str]]
     vision: Callable[[Any], tuple[Any, dict[str, torch.Tensor]]]
     describe: Callable[[GGUFWriter, Any, VisionLanguageNetwork], None]
@@ -64,6 +65,21 @@ class Projector:
     both_ways: bool = False
     row_end: str | None = None
     norm_eps: float | None = None
+
+    def token_reasons(self, tokenizer: Any) -> list[str]:
+        """The reasons why a tokenizer lacks what llama.cpp puts around images."""
+        missing = [
+            repr(marker)
+            for marker in self.markers
+            if len(tokenizer.encode(marker, add_special_tokens=False)) != 1
+        ]
+        return applying(
+            (
+                missing,
+                f"its tokenizer has no single token for {name_list(missing)}, which llama.cpp puts "
+                "around images",
+            )
+        )
 
     def image_places(self, example: Example, processor: Processor) -> torch.Tensor:
         """Which tokens of an example llama.cpp takes from the mmproj file, bool[L]."""
@@ -86,12 +102,3 @@ def connector_tensors(connector: torch.nn.Module, names: dict[str, str]) -> dict
         owner, _, kind = key.rpartition(".")
         tensors[f"{names[owner]}.{kind}"] = tensor
     return tensors
-
-
-def missing_tokens(tokenizer: Any, markers: tuple[str, ...]) -> list[str]:
-    """Those of llama.cpp's texts around images that are not one token each, quoted."""
-    return [
-        repr(marker)
-        for marker in markers
-        if len(tokenizer.encode(marker, add_special_tokens=False)) != 1
-    ]
