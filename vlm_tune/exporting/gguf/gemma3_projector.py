@@ -8,11 +8,9 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from vlm_tune.config.connectors import Gemma3Connector
-from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.images.gemma3_frames import Gemma3Frames
-from vlm_tune.data.types import Media
 from vlm_tune.exporting.gemma3_layout import gemma3_reasons
-from vlm_tune.exporting.gguf.projector import IMAGE_SLOT, Projector, clip_names
+from vlm_tune.exporting.gguf.projector import Projector, clip_names, square_ids
 from vlm_tune.exporting.llava_layout import vision_weights
 from vlm_tune.model.connectors.gemma3 import Gemma3Projector
 from vlm_tune.model.vlm import VisionLanguageConfig, VisionLanguageNetwork
@@ -68,7 +66,7 @@ def _vision(tower: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 def _describe(writer: GGUFWriter, vision: Any, model: VisionLanguageNetwork) -> None:
     assert isinstance(model.connector, Gemma3Projector)
     side = vision.image_size // vision.patch_size
-    writer.add_uint32("clip.vision.projector.scale_factor", side // model.connector.grid)
+    writer.add_vision_projector_scale_factor(side // model.connector.grid)
 
 
 def _connector(model: VisionLanguageNetwork, dtype: str) -> dict[str, torch.Tensor]:
@@ -90,14 +88,6 @@ def _features(mmproj: Mmproj, pixels: torch.Tensor) -> torch.Tensor:
     return normed @ mmproj.tensors["mm.input_projection.weight"]
 
 
-def _image_ids(
-    tokenizer: Any, vision: dict[str, Any], media: Media, processor: Processor
-) -> list[int]:
-    begin, end = (tokenizer.encode(marker, add_special_tokens=False) for marker in MARKERS)
-    side = vision["image_size"] // vision["patch_size"] // vision["projector.scale_factor"]
-    return [*begin, *[IMAGE_SLOT] * side**2, *end]
-
-
 GEMMA3 = Projector(
     name="gemma3",
     reasons=_reasons,
@@ -107,7 +97,7 @@ GEMMA3 = Projector(
     describe=_describe,
     connector=_connector,
     features=_features,
-    image_ids=_image_ids,
+    image_ids=square_ids(MARKERS),
     around=Gemma3Frames.around,
     both_ways=True,
 )

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm_tune.config.towers import InternVLSplit, Tower
-from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.images.split import InternVLFrames
-from vlm_tune.data.types import Media
 from vlm_tune.exporting.gguf.projector import (
-    IMAGE_SLOT,
     VISION,
     Projector,
     connector_tensors,
+    square_ids,
 )
 from vlm_tune.exporting.hf_layout import vision_of
 from vlm_tune.exporting.internvl_layout import part_reasons
@@ -116,7 +114,7 @@ def _positions(embeddings: Any, side: int) -> torch.Tensor:
 
 def _describe(writer: GGUFWriter, vision: Any, model: VisionLanguageNetwork) -> None:
     assert isinstance(model.connector, PixelShuffle)
-    writer.add_uint32("clip.vision.projector.scale_factor", model.connector.factor)
+    writer.add_vision_projector_scale_factor(model.connector.factor)
     writer.add_uint32("clip.vision.preproc_min_tiles", 1)
     writer.add_uint32("clip.vision.preproc_max_tiles", 1)
 
@@ -132,14 +130,6 @@ def _features(mmproj: Mmproj, pixels: torch.Tensor) -> torch.Tensor:
     return mmproj.mlp("mm.model.mlp.1", "mm.model.mlp.3", normed)
 
 
-def _image_ids(
-    tokenizer: Any, vision: dict[str, Any], media: Media, processor: Processor
-) -> list[int]:
-    start, end = (tokenizer.encode(marker, add_special_tokens=False) for marker in MARKERS)
-    side = vision["image_size"] // vision["patch_size"] // vision["projector.scale_factor"]
-    return [*start, *[IMAGE_SLOT] * side**2, *end]
-
-
 INTERNVL = Projector(
     name="internvl",
     reasons=_reasons,
@@ -149,6 +139,6 @@ INTERNVL = Projector(
     describe=_describe,
     connector=_connector,
     features=_features,
-    image_ids=_image_ids,
+    image_ids=square_ids(MARKERS),
     norm_eps=EPS,
 )

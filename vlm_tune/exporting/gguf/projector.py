@@ -102,3 +102,18 @@ def connector_tensors(connector: torch.nn.Module, names: dict[str, str]) -> dict
         owner, _, kind = key.rpartition(".")
         tensors[f"{names[owner]}.{kind}"] = tensor
     return tensors
+
+
+def square_ids(
+    markers: tuple[str, str],
+) -> Callable[[Any, dict[str, Any], Media, Processor], list[int]]:
+    """The `image_ids` of a projector whose images are squares of tokens between two markers."""
+
+    def image_ids(
+        tokenizer: Any, vision: dict[str, Any], media: Media, processor: Processor
+    ) -> list[int]:
+        begin, end = (tokenizer.encode(marker, add_special_tokens=False) for marker in markers)
+        side = vision["image_size"] // vision["patch_size"] // vision["projector.scale_factor"]
+        return [*begin, *[IMAGE_SLOT] * side**2, *end]
+
+    return image_ids
