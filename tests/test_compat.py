@@ -27,6 +27,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -72,6 +73,7 @@ from vlm_tune.compat import (
     sdpa_attention,
     set_attention,
     set_lora_layer,
+    shards_bytes,
     share_compiled_code,
     submodules,
     supports_attention_functions,
@@ -160,6 +162,24 @@ def headers() -> int:
 
 
 # --- torch ----------------------------------------------------------------------------------------
+
+
+@calls("torch")
+def test_parameters_of_bytes_are_sharded_or_refused(tmp_path: Path) -> None:
+    def shard() -> None:
+        join_alone()
+        layer: Any = nn.Linear(2, 2)
+        layer.codes = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        if not shards_bytes():
+            with pytest.raises(RuntimeError):
+                fully_shard(layer, mp_policy=policy)
+            return
+        fully_shard(layer, mp_policy=policy)
+        layer.unshard()
+        assert layer.codes.dtype == torch.uint8 and layer.weight.dtype == torch.bfloat16
+
+    forked(shard, tmp_path)
 
 
 @calls("torch")

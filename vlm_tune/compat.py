@@ -67,6 +67,16 @@ def default_store() -> Store:
     return _get_default_store()
 
 
+def shards_bytes() -> bool:
+    """Whether FSDP2 shards parameters of integers.
+
+    Before 2.12 torch wants gradients of them, and casts them to the type of mixed precision.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    return "is_floating_point" in inspect.getsource(_fsdp_param.FSDPParam.init_dtype_attrs)
+
+
 def is_attention_projection(layer: nn.Module) -> bool:
     """Whether a layer is the output projection of `nn.MultiheadAttention`.
 
@@ -220,16 +230,23 @@ def fp32_layers(model: Any) -> set[str]:
     return set(model._keep_in_fp32_modules or ())
 
 
-def cap_logits(model: Any) -> None:
-    """Makes a PaliGemma cap its logits, as its LLM's config says.
+def omitted_cap(config: Any) -> float | None:
+    """The cap of logits that a PaliGemma of this config omits, None where it caps them.
 
-    transformers leaves the cap out before 5.23.
+    transformers leaves out its LLM's `final_logit_softcapping` before 5.23.
     """
     from transformers import __version__
 
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     release = tuple(int(part) for part in __version__.split(".")[:2])
-    if cap is None or model.config.model_type != "paligemma" or release >= (5, 23):
+    if config.model_type != "paligemma" or release >= (5, 23):
+        return None
+    return getattr(config.get_text_config(), "final_logit_softcapping", None)
+
+
+def cap_logits(model: Any) -> None:
+    """Makes a PaliGemma cap its logits, as its LLM's config says, where it omits that."""
+    cap = omitted_cap(model.config)
+    if cap is None:
         return
 
     def capped(_: Any, __: Any, output: Any) -> Any:

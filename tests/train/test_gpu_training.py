@@ -30,6 +30,7 @@ from tests.helpers.tiny_models import (
     parsed,
     stage_loop,
     tensors_of,
+    with_llm,
     with_tune,
 )
 from vlm_tune import system
@@ -207,6 +208,30 @@ def test_fp16_is_refused_with_an_engine_of_accelerates_that_does_not_scale(
     with pytest.raises(RecipeError, match="fp16 needs loss scaling, which engine fsdp does not do"):
         registry.engine_of(parsed(tiny_recipe("causal", precision="fp16")))
     assert registry.engine_of(parsed(tiny_recipe("causal", precision="fp16"))).kind == "ddp"
+
+
+def test_a_recipe_is_held_against_the_engine_of_accelerates(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a recipe that names the engine is when it is read, and with each of its stages."""
+    text = with_tune(tiny_recipe("causal"), LORA_TUNE)
+    packed = with_llm(text, Path("llm"), "causal", ", quantize: int8")
+    recipe = parsed(packed)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match=r"model\.llm\.quantize: fsdp shards weights"):
+        registry.engine_of(recipe)
+    assert registry.engine_of(recipe).kind == "ddp"
+
+
+def test_packed_weights_are_refused_where_fsdp_can_not_shard_them(
+    tiny_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = with_tune(tiny_recipe("causal"), LORA_TUNE)
+    packed = with_llm(text, Path("llm"), "causal", ", quantize: nf4")
+    recipe = parsed(packed + "engine: {kind: fsdp}\n")
+    monkeypatch.setattr(registry, "shards_bytes", lambda: False)
+    with pytest.raises(RecipeError, match="engine: FSDP2 shards packed weights"):
+        registry.engine_of(recipe)
 
 
 @pytest.mark.parametrize("how", ["no GPU", "accelerate's --cpu"])

@@ -199,6 +199,8 @@ def import_without_unused() -> None:
     sys.modules.update(dict.fromkeys(hidden))  # pyright: ignore[reportArgumentType,reportCallIssue]
     try:
         importlib.import_module("vlm_tune.model.acceleration.install")
+        # It imports bitsandbytes, which older releases of that do with Triton.
+        importlib.import_module("vlm_tune.model.acceleration.sharded_4bit")
     finally:
         for name in hidden:
             del sys.modules[name]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from vlm_tune.compat import shards_bytes
 from vlm_tune.config.engine import AnyEngine, AutoEngine, DdpEngine, DeepSpeedEngine, FsdpEngine
 from vlm_tune.config.recipe import Recipe
+from vlm_tune.config.rules import contradictions
+from vlm_tune.config.yaml_source import dotted_name
 from vlm_tune.errors import Problem, RecipeError
 from vlm_tune.train.accelerator import BACKENDS
 from vlm_tune.train.engines.base import WRAPS, Engine
@@ -43,16 +47,26 @@ def resolve_engine(section: AnyEngine) -> AnyEngine:
 def engine_of(recipe: Recipe) -> AnyEngine:
     """The engine to train the recipe with, as `resolve_engine`.
 
-    Raises `RecipeError` also if the engine of an accelerate config can't train in fp16 and the
-    recipe does.
+    Raises `RecipeError` also for what the engine of an accelerate config can't train, as a recipe
+    that names the engine is refused when it is read, and for packed weights that FSDP2 of the
+    installed torch can't shard.
     """
     section = resolve_engine(recipe.engine)
-    fp16 = any(stage.train.precision == "fp16" for _, stage in recipe.resolved_stages())
-    if fp16 and isinstance(section, DeepSpeedEngine | FsdpEngine):
+    problems: list[Problem] = []
+    if section.kind != recipe.engine.kind:
+        for _, stage in recipe.resolved_stages():
+            named = stage.model_dump(exclude_unset=True) | {"engine": section.model_dump()}
+            faults = contradictions(named)
+            problems += [Problem(dotted_name(path), message) for path, message in faults]
+    packed = getattr(recipe.model.llm, "quantize", None)
+    if packed and isinstance(section, FsdpEngine) and not shards_bytes():
         message = (
-            f"fp16 needs loss scaling, which engine {section.kind} does not do; use bf16 or fp32"
+            "FSDP2 shards packed weights from torch 2.12 on, and this is "
+            f"{torch.__version__}; install a newer torch, or use deepspeed with stage 3, or ddp"
         )
-        raise RecipeError([Problem("train.precision", message)])
+        problems.append(Problem("engine", message))
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
     return section
 
 
