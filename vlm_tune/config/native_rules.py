@@ -16,6 +16,9 @@ from vlm_tune.config.yaml_source import value_at
 TUNED = ("frozen", "full", "norms", "biases", "lora")
 """Kinds of tuning that need no knowledge of the order of a model's blocks."""
 
+FEATURES_NEEDED = ("contrastive", "matching")
+"""Objectives that compare image features, or show a row with another row's."""
+
 
 def native_contradictions(raw: Any) -> list[Fault]:
     """Returns settings that a native model does not take; `raw` holds unchecked values."""
@@ -59,10 +62,15 @@ def _training_faults(raw: Any) -> list[Fault]:
             "cache_features: false",
         ),
         (
-            kind not in (None, "language_modeling"),
+            kind in FEATURES_NEEDED,
             ("objective", "kind"),
-            "a native model trains by objective.kind: language_modeling alone: others need image "
-            "features by themselves, or several answers in a row, which not every model takes",
+            f"a native model is not trained by objective.kind: {kind}, which needs image features "
+            "outside of its forward pass",
+        ),
+        (
+            kind == "span_corruption",
+            ("objective", "kind"),
+            "span_corruption needs an encoder-decoder (T5), and a native model is run as a decoder",
         ),
         (
             value_at(raw, "objective", "image_noise"),

@@ -10,7 +10,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vlm_tune.data.types import ANSWER_KINDS, IGNORE_INDEX, NativeInputs, Prompt
+from vlm_tune.data.types import ANSWER_KINDS, IGNORE_INDEX, Media, NativeInputs, Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +70,7 @@ class Batch:
         views: uint8[U, 3, H, W], the images of `pixels` augmented otherwise, if asked for.
         prompts: The prompts of the rows, where their answers are to be sampled: the batch has
             their examples, and of each row one list of prompts.
+        media_inputs: Of a batch of prompts, what a native model takes of each of their images.
         completions: What was sampled for a batch of prompts.
         slot_tokens: int64[2, P], the connected token that fills each slot: the number of its media
             place, and its own among the tokens of that (`media_slots`); None where they fill
@@ -112,6 +113,7 @@ class Batch:
     objective: str | None = None
     views: torch.Tensor | None = None
     prompts: list[list[Prompt]] = field(init=False, default_factory=list)
+    media_inputs: dict[Media, NativeInputs] = field(init=False, default_factory=dict)
     completions: Completions | None = field(init=False, default=None)
     slots: torch.Tensor = field(init=False)
     supervised_at: torch.Tensor = field(init=False)

@@ -256,7 +256,8 @@ class Join(NamedTuple):
 class InputSpec:
     """Everything that the data side knows about the model.
 
-    Images that keep their shape take up to `tokens_per_image` slots, others exactly these.
+    Images that keep their shape take up to `tokens_per_image` slots, others exactly these. Without
+    `branches` a decoder reads one sample per row: answers to one prompt are rows of their own.
     """
 
     tokens_per_image: int
@@ -265,6 +266,7 @@ class InputSpec:
     pad_id: int
     eos_id: int
     joins: tuple[Join, ...] = ()
+    branches: bool = True
 
 
 @dataclass(frozen=True)

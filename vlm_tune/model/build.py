@@ -48,6 +48,7 @@ from vlm_tune.model.pretrained.native import (
     fit_template,
     load_native_processor,
     native_images,
+    reads_branches,
     recipe_template,
 )
 from vlm_tune.model.pretrained.tokenizer import SPECIALS, load_tokenizer, scratch_tokenizer
@@ -235,10 +236,11 @@ def _processor(
     native = load_native_processor(section, folder) if isinstance(section, NativeSection) else None
     images = media_processor(section, tower) if native is None else native_images(native)
     joins = images.joins if isinstance(images, NativeImages) else ()
+    special = (pad, tokenizer.eos_token_id, joins, reads_branches(section))
     processor = Processor(
         tokenizer=tokenizer,
         template=template,
-        spec=InputSpec(tokens, section.llm.kind, max_length, pad, tokenizer.eos_token_id, joins),
+        spec=InputSpec(tokens, section.llm.kind, max_length, *special),
         images=images,
         system=system,
         words=tuple(section.llm.words),
@@ -397,9 +399,8 @@ def bare_model(
                 make_room(language, len(tokenizer) if tokenizer else rows + len(section.llm.words))
         measured = tower.measure()
         llm, connector, tokens = _connected(section, measured, language)
-    spec = InputSpec(
-        tokens, section.llm.kind, recipe.data.max_length, ids.pad_token_id or 0, ids.eos_token_id
-    )
+    special = (ids.pad_token_id or 0, ids.eos_token_id, (), reads_branches(section))
+    spec = InputSpec(tokens, section.llm.kind, recipe.data.max_length, *special)
     processor: Any = SimpleNamespace(spec=spec, stop_ids=[spec.eos_id])
     config = _planned(recipe, section, tower)
     return VisionLanguageNetwork(config, tower, connector, llm, processor), measured

@@ -35,7 +35,7 @@ def check_fits(llm: LanguageModel, rows: Prepared, rules: Sequence[TuneRule]) ->
         (rule.tokens or TOKENS for rule in rules if rule.how in ("prompt", "prefix")), default=0
     )
     llm.check_length(rows.longest + virtual)
-    if rows.joins:
+    if rows.joins or (rows.store.has_answers and llm.reads_branches):
         llm.check_joined()
 
 

@@ -17,7 +17,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batch import Batch, Completions
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.packing import completed, group_layout, numbered, trees
-from vlm_tune.data.types import CHOSEN, Example, Media, Prompt
+from vlm_tune.data.types import CHOSEN, Example, Media, NativeInputs, Prompt
 from vlm_tune.evaluation.rewards import Sample, reward_functions
 from vlm_tune.events import Note, StageReport
 from vlm_tune.generation.answering import prompt_answers
@@ -34,7 +34,8 @@ class Sampler:
     """Turns a step's batches of prompts into batches of rewarded completions.
 
     The completions of a prompt are branches of one row, and with a decoder those of all prompts of
-    an image, when they are sampled and when they are trained on.
+    an image, when they are sampled and when they are trained on. Where the model reads no branches,
+    each is a row of its own.
     """
 
     def __init__(
@@ -114,12 +115,9 @@ class Sampler:
         def progress(done: int, of: int) -> None:
             self.watch.at(f"the completions of step {step}, {done} of {of} prompts", (step, 0))
 
-        images: dict[Media, torch.Tensor] = {}
+        images: dict[Media, torch.Tensor | NativeInputs] = {}
         for batch in batches:
-            shown = batch.features if batch.pixels is None else batch.pixels
-            for media, place in zip(media_of(batch), places_of(batch), strict=True):
-                assert shown is not None
-                images[media] = shown[place]
+            images |= images_of(batch)
         answers = prompt_answers(
             self.model,
             [prompt.example for prompt in prompts],
@@ -157,11 +155,14 @@ class Sampler:
                 answers += [answer for place in members for answer in of_unit[place][0]]
                 rewards += [of_unit[place][1] for place in members]
             starts = starts[sum(counts) :]
-        sampled = collate(rows, self.model.processor.spec)
-        sampled.media_index = torch.tensor(media_index, dtype=torch.int64)
-        sampled.pixels = batch.pixels
-        sampled.features = batch.features
-        sampled.patch_places = batch.patch_places
+        native = self.model.llm.native
+        fetch = batch.media_inputs.__getitem__ if native else None
+        sampled = collate(rows, self.model.processor.spec, fetch=fetch)
+        if not native:
+            sampled.media_index = torch.tensor(media_index, dtype=torch.int64)
+            sampled.pixels = batch.pixels
+            sampled.features = batch.features
+            sampled.patch_places = batch.patch_places
         sampled.cached = batch.cached
         sampled.task = batch.task
         sampled.loss_weight = batch.loss_weight
@@ -228,6 +229,18 @@ def media_of(batch: Batch) -> list[Media]:
     """The media of a batch of prompts, place by place."""
     prompts = [prompt for unit in batch.prompts for prompt in unit]
     return [media for prompt in prompts for media in prompt.example.media]
+
+
+def images_of(batch: Batch) -> dict[Media, torch.Tensor | NativeInputs]:
+    """What the model takes of each image of a batch of prompts."""
+    if batch.media_inputs:
+        return {media: batch.media_inputs[media] for media in media_of(batch)}
+    shown = batch.features if batch.pixels is None else batch.pixels
+    if shown is None:
+        return {}
+    return {
+        media: shown[place] for media, place in zip(media_of(batch), places_of(batch), strict=True)
+    }
 
 
 def places_of(batch: Batch) -> list[int]:

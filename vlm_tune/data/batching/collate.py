@@ -13,7 +13,7 @@ from vlm_tune.data.batch import Batch
 from vlm_tune.data.images.native import joined_inputs
 from vlm_tune.data.images.patches import patch_places, stacked, token_counts
 from vlm_tune.data.media_slots import slot_tokens
-from vlm_tune.data.packing import numbered_from
+from vlm_tune.data.packing import numbered_from, separate_rows
 from vlm_tune.data.types import IGNORE_INDEX, Example, InputSpec, Media, NativeInputs
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ def collate(
     """Pads examples into one batch; a media item that several rows share is fetched once.
 
     Args:
-        examples: The rows of the batch.
+        examples: The rows of the batch; those of preferences are one or several rows each.
         spec: Layout and padding id of the model.
         fetch: Returns a media item's pixels, or its features if `cached`.
         fetch_for: Used in place of `fetch` for augmented images: each item is fetched once for each
             owner.
         fetch_view: Returns another augmentation of each item, for `Batch.views`.
-        owners: The sample id that each row's images are augmented for; needed with `fetch_for`.
+        owners: The sample id that each example's images are augmented for; with `fetch_for`.
         cached: Whether `fetch` returns features.
         pad_left: Pads on the left, for generation with a decoder.
 
@@ -58,32 +58,42 @@ def collate(
     """
     import torch
 
-    inputs = _Columns([len(example.input_ids) for example in examples], pad_left)
+    groups = [_rows_of(example, spec) for example in examples]
+    rows = [row for group in groups for row in group]
+    inputs = _Columns([len(row.input_ids) for row in rows], pad_left)
     causal = spec.layout == "causal"
-    outputs = inputs if causal else _Columns([len(example.labels) for example in examples])
-    named = owners or [""] * len(examples)
-    index, distinct = _distinct(examples, named)
+    outputs = inputs if causal else _Columns([len(row.labels) for row in rows])
+    owners = owners or [""] * len(groups)
+    named = [owner for owner, group in zip(owners, groups, strict=True) for _ in group]
+    index, distinct = _distinct(rows, named)
     images, native = _fetched(distinct, index, spec, fetch, fetch_for)
     views = _fetched(distinct, index, spec, None, fetch_view)[0] if fetch_view else None
     return Batch(
-        ids=[example.id for example in examples],
-        input_ids=inputs.padded([example.input_ids for example in examples], spec.pad_id),
+        ids=[row.id for row in rows],
+        input_ids=inputs.padded([row.input_ids for row in rows], spec.pad_id),
         attention_mask=torch.from_numpy(inputs.filled),
-        image_mask=inputs.padded([example.image_mask for example in examples], False),
-        labels=outputs.padded([example.labels for example in examples], IGNORE_INDEX),
+        image_mask=inputs.padded([row.image_mask for row in rows], False),
+        labels=outputs.padded([row.labels for row in rows], IGNORE_INDEX),
         media_index=torch.tensor(index, dtype=torch.int64),
         pixels=None if cached else images,
         features=images if cached else None,
-        categories=[example.category for example in examples],
-        questions=sum(example.questions for example in examples),
+        categories=[row.category for row in rows],
+        questions=sum(row.questions for row in rows),
         cached=cached,
         native=native,
         views=views,
         patch_places=patch_places([media for media, _ in distinct]),
-        **_slots(examples, spec),
-        **_joined(examples, inputs, outputs),
-        **_preferences(examples, outputs),
+        **_slots(rows, spec),
+        **_joined(rows, inputs, outputs),
+        **_preferences(examples, groups, outputs),
     )
+
+
+def _rows_of(example: Example, spec: InputSpec) -> Sequence[Example]:
+    """The rows of an example: one for each of its answers if the model reads no branches."""
+    if spec.branches or example.answers is None:
+        return [example]
+    return separate_rows(example)
 
 
 @dataclass(frozen=True)
@@ -163,16 +173,19 @@ def _slots(examples: Sequence[Example], spec: InputSpec) -> dict[str, Any]:
     }
 
 
-def _preferences(examples: Sequence[Example], outputs: _Columns) -> dict[str, Any]:
-    """The fields of `Batch` that only rows of preferences need."""
+def _preferences(
+    examples: Sequence[Example], groups: Sequence[Sequence[Example]], outputs: _Columns
+) -> dict[str, Any]:
+    """The fields of `Batch` that only rows of preferences need; `groups` are examples' rows."""
     import torch
 
     if all(example.answers is None for example in examples):
         return {}
     firsts = np.cumsum([0, *(example.answer_numbers for example in examples)])
     numbers = [
-        -1 if example.answers is None else numbered_from(first, example.answers)
-        for example, first in zip(examples, firsts[:-1].tolist(), strict=True)
+        -1 if row.answers is None else numbered_from(first, row.answers)
+        for group, first in zip(groups, firsts[:-1].tolist(), strict=True)
+        for row in group
     ]
     fields = {"answers": outputs.padded(numbers, -1)}
     if any(example.reference is not None for example in examples):

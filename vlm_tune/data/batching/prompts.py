@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,8 +11,11 @@ from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.batching.loader import Place, Position, PreparedFeed
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.prepare.dataset import Prepared
-from vlm_tune.data.types import Conversation, Prompt
+from vlm_tune.data.types import Conversation, Media, NativeInputs, Prompt
 from vlm_tune.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class PromptFeed(PreparedFeed):
@@ -42,8 +45,17 @@ class PromptFeed(PreparedFeed):
             row = next(share for share in shares if len(share))
             ((unit, *_), *_) = self._epoch(position).units_of(row[:1])
             examples = [self._prompt(self.unit_rows[unit][0]).example]
-        batch = collate(examples, self.spec, fetch=self.fetch, cached=self.cached)
+        fetched: dict[Media, NativeInputs] = {}
+
+        def fetch(media: Media) -> torch.Tensor | NativeInputs:
+            inputs = self.fetch(media)
+            if isinstance(inputs, dict):
+                fetched[media] = inputs
+            return inputs
+
+        batch = collate(examples, self.spec, fetch=fetch, cached=self.cached)
         batch.prompts = prompts
+        batch.media_inputs = fetched
         return batch
 
     def _prompt(self, row: Conversation) -> Prompt:

@@ -140,12 +140,9 @@ class Prepared:
 
     @property
     def joins(self) -> bool:
-        """Whether rows of an image are joined into one example, or examples are packed.
-
-        Or answers of preferences are branches of their prompt.
-        """
+        """Whether rows of an image are joined into one example, or examples are packed."""
         joined = int(self.column("examples")[self.places(self.part)].sum())
-        return self.data.packing or joined > len(self.store.lengths) or self.store.has_answers
+        return self.data.packing or joined > len(self.store.lengths)
 
     @property
     def longest(self) -> int:

@@ -180,12 +180,18 @@ class LanguageModel(nn.Module):
         """The reason why samples can't be joined to one row, None if they can."""
         raise NotImplementedError
 
+    @property
+    def reads_branches(self) -> bool:
+        """Whether answers to one prompt are joined to one row, and not rows of their own."""
+        return True
+
     def check_joined(self) -> None:
         """Raises `ModelError` if samples can't be joined to one row."""
         if self.unjoined:
+            other = "; for preferences, take another model" if self.reads_branches else ""
             raise ModelError(
                 f"rows of {type(self.model).__name__} can't be joined, {self.unjoined}: "
-                "set data.group: none and data.packing: false; for preferences, take another model"
+                f"set data.group: none and data.packing: false{other}"
             )
 
     def room(self, decoding: Decoding, length: int) -> Decoding:

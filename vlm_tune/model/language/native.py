@@ -90,9 +90,13 @@ class NativeLLM(LanguageModel):
     @cached_property
     def unjoined(self) -> str | None:
         reason = joining_reason(self.model, self.body)
-        if reason is None and self.model.config.model_type not in JOINED_TYPES:
+        if reason is None and not self.reads_branches:
             return "its forward pass reads one sample per row"
         return reason
+
+    @property
+    def reads_branches(self) -> bool:
+        return self.model.config.model_type in JOINED_TYPES
 
     @property
     def uncontinued(self) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_tune.config.model import AnySection, NativeLlm, NativeSection
-from vlm_tune.config.native import OWN_TEMPLATE, NativeModel
+from vlm_tune.config.native import JOINED_TYPES, OWN_TEMPLATE, NativeModel
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.towers import NativeTower
 from vlm_tune.data.chat.own_template import (
@@ -84,6 +84,16 @@ def native_config(name: str) -> Any:
             "image-text-to-text model of; kind: native takes those without code of their own"
         )
     return config
+
+
+def reads_branches(section: AnySection) -> bool:
+    """Whether a model may read answers to one prompt as branches of one row.
+
+    Some native models read one sample per row. Raises `ModelError` as `native_config`.
+    """
+    if not isinstance(section, NativeSection):
+        return True
+    return native_config(str(section.llm.name)).model_type in JOINED_TYPES
 
 
 def native_types() -> set[str]:
