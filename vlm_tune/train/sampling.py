@@ -51,6 +51,7 @@ class Sampler:
         `watch` is notified of each batch of answers, and `report` of steps without a reward.
         """
         assert isinstance(recipe.objective, Grpo)
+        images = model.processor.images
         self.model = model
         self.engine = engine
         self.watch = watch
@@ -60,6 +61,8 @@ class Sampler:
         self.layout = model.processor.spec.layout
         self.rewards = reward_functions(recipe.objective)
         self._noted = False
+        # In an answer, a native model would take them for tokens of its images.
+        self._of_images = frozenset(map(model.processor.encoder.control, images.controls))
         self.decoding = Decoding(
             self.config.max_completion_length,
             temperature=self.config.temperature,
@@ -179,6 +182,8 @@ class Sampler:
         return group_layout(examples, self.layout) if examples else numbered(prompt, CHOSEN)
 
     def _trains(self, answer: Answer) -> bool:
+        if not self._of_images.isdisjoint(answer.ids):
+            return False
         return answer.stop_id is not None or not self.config.mask_truncated_completions
 
     def _joined(self, examples: Sequence[Example]) -> list[tuple[Example, list[int]]]:
