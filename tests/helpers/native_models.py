@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tests.helpers.chat_samples import TEXTS
 from tests.helpers.native_families import NEWEST, QWEN, ROPE, TEXT, VISION, qwen_images, shipped
 from tests.helpers.native_tiled import TILED
+from tests.helpers.tiny_recipes import tiny_text
 from tests.helpers.vlm_samples import stir
 
 FAMILIES = NEWEST | TILED
@@ -202,6 +204,18 @@ def with_native(recipe: str, name: Path | str, extra: str = "", template: str = 
     for original in ("flan", "chatml"):
         rest = rest.replace(f"template: {original}\n", f"template: {template}\n")
     return f"{head}\nmodel: {{kind: native, pretrained: {name}{extra}}}{rest}"
+
+
+def native_recipe(folder: Path, kind: Kind) -> Callable[..., str]:
+    """Writes `write_questions` and a tiny model, and returns what makes texts of recipes of it."""
+    write_questions(folder / "messages.jsonl")
+    save_native(folder / "vlm", kind)
+
+    def make(_: str = "causal", output: str = "run") -> str:
+        text = tiny_text("causal", folder / "messages.jsonl", folder / output)
+        return with_native(text.replace("max_length: 128", "max_length: 512"), folder / "vlm")
+
+    return make
 
 
 def write_questions(path: Path) -> None:

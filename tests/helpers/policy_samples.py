@@ -40,8 +40,8 @@ def prompt_batches(model: VisionLanguageModel, recipe: Recipe) -> list[Batch]:
     """The batches of prompts of the recipe's first step."""
     train = prepare(recipe.data, recipe.data.train, model.processor, seed=recipe.seed)
     plan = Plan(train, recipe.data, Sizes.of(recipe.train), recipe.seed)
-    images = model.processor.images
-    feed = PromptFeed(train, plan, model.processor.spec, images, processor=model.processor)
+    fetch = model.processor.images.inputs
+    feed = PromptFeed(train, plan, model.processor.spec, fetch, processor=model.processor)
     return next(feed.windows(Position()))
 
 
