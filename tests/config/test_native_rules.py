@@ -23,7 +23,16 @@ def refused(text: str, **changes: object) -> str:
     [
         ({"data__augment": {"flip": 0.5}}, "data.augment", "augments none"),
         ({"train__cache_features": True}, "train.cache_features", "no features of a cache"),
-        ({"objective": {"kind": "dpo"}}, "objective.kind", "language_modeling alone"),
+        ({"objective": {"kind": "contrastive"}}, "objective.kind", "needs image features"),
+        ({"objective": {"kind": "matching"}}, "objective.kind", "needs image features"),
+        ({"objective": {"kind": "span_corruption"}}, "objective", "needs an encoder-decoder"),
+        (
+            {"objective": [{"kind": "language_modeling"}, {"kind": "contrastive"}]},
+            "objective",
+            "needs image features",
+        ),
+        ({"objective": {"kind": "dpo"}, "tune__1__variant": "dora"}, "reference", "not DoRA"),
+        ({"objective": {"kind": "grpo"}, "data__packing": True}, "data.packing", "samples"),
         ({"objective__image_noise": 0.1}, "objective.image_noise", "no noise"),
         ({"engine": {"kind": "fsdp"}}, "engine", "not sharded"),
         ({"model__min_pixels": 9, "model__max_pixels": 8}, "model.max_pixels", "under min_pixels"),
@@ -40,3 +49,12 @@ def test_each_is_refused(changes: dict[str, object], place: str, reason: str) ->
 def test_the_checkpoints_own_template_is_a_native_models() -> None:
     text = tiny_text("causal", Path("rows.jsonl"), Path("run"))
     assert "template: own needs model.kind: native" in refused(text, data__template="own")
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "simpo", "orpo", "grpo"])
+def test_preferences_and_rewards_are_taken(kind: str) -> None:
+    text = with_native(tiny_text("causal", Path("rows.jsonl"), Path("run")), "vlm")
+    rules = [{"match": "llm.*", "how": "lora"}, {"match": "*", "how": "frozen"}]
+    objective = {"kind": kind} | ({"beta": 0.1} if kind == "grpo" else {})
+    recipe = parsed(text, objective=objective, tune=rules)
+    assert recipe.objective.kind == kind

@@ -301,10 +301,12 @@ def test_ministral_3_3b_builds_and_tunes_at_its_real_shape(tmp_path: Path) -> No
     assert 3.8e9 < weights - 26 * 16 * layer < 3.9e9
 
 
-def test_qwen3_vl_4b_builds_and_tunes_at_its_real_shape() -> None:
+@pytest.mark.parametrize("recipe_name", ["qlora", "dpo", "grpo"])
+def test_qwen3_vl_4b_builds_and_tunes_at_its_real_shape(recipe_name: str) -> None:
     """From the config that is shipped: in each layer 16 rows of LoRA on 7 packed matrices."""
     name = resource_folder("data_templates") / "models" / "Qwen" / "Qwen3-VL-4B-Instruct"
-    recipe = load_recipe(RECIPES / "qwen3-vl-4b-qlora.yaml", {"model.pretrained": str(name)})
+    path = RECIPES / f"qwen3-vl-4b-{recipe_name}.yaml"
+    recipe = load_recipe(path, {"model.pretrained": str(name)})
     model, _ = bare_model(recipe)
     layer = (2560 + 4096) + 2 * (2560 + 1024) + (4096 + 2560) + 3 * (2560 + 9728)
     assert trained(tuned(model, recipe)) == {

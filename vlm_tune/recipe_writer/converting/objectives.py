@@ -105,19 +105,9 @@ def _reward_functions(conversion: Conversion) -> list[Any]:
 
 
 def settle(conversion: Conversion) -> None:
-    """Leaves out what the recipe's objective, or a stream of rows, can't have.
-
-    Raises:
-        RecipeError: the model can't be trained by the objective.
-    """
+    """Leaves out what the recipe's objective, or a stream of rows, can't have."""
     values = conversion.draft.values
     kind = values.get("objective", {}).get("kind")
-    if kind is not None and conversion.native:
-        reason = (
-            "the model is called as it is (kind: native) and learns from answers alone, by "
-            "language_modeling; take a model of a family by --model"
-        )
-        raise conversion.arguments.unsupported("objective", kind, reason)
     if kind is not None:
         _settle_objective(conversion, values["objective"])
     if not values.get("data.streaming"):
