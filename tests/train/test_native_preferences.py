@@ -177,6 +177,8 @@ def test_the_whole_way_through_the_command_line(kind: str, tmp_path: Path) -> No
         assert (
             "chosen:" in shown if command == "dpo" else "3 completions" in shown or text is sft_text
         )
+        own_rows = "is a row of its own" in shown
+        assert own_rows == (kind == "lfm2_vl" and command != "sft")
         assert plan["stages"][0]["source"].startswith("the largest of")
         cli(command, str(recipe), *changes, "--json")
         merged = tmp_path / f"{command}-merged"

@@ -60,6 +60,8 @@ def sample_tokens(recipe: Recipe, n: int) -> list[dict[str, Any]]:
     Samples of a stage that samples its completions have prompts alone, and `completions`: their
     `number` after each prompt, their `most_tokens`, what they are `rewarded_by`, and the prompts'
     `references` and last tokens (`after`), in the same order.
+
+    Several answers or completions have `separate`, where each is trained in a row of its own.
     """
     processor = build_processor(recipe, scratch_texts(recipe))
     samples = []
@@ -109,7 +111,11 @@ def _joined(unit: list[Shown], stage: Recipe, processor: Processor) -> list[dict
         examples = corruption.of_unit(examples, 0)
     if processor.spec.layout == "causal":
         examples = branch_layout(examples, stage.data.row_length)
-    samples = [{"id": example.id, "tokens": _tokens(example, processor)} for example in examples]
+    samples = [
+        {"id": example.id, "tokens": _tokens(example, processor)}
+        | _separate(processor, several=example.visible_until is not None)
+        for example in examples
+    ]
     if isinstance(stage.objective, Contrastive):
         return [_compared(sample, stage.objective, processor) for sample in samples]
     if isinstance(stage.objective, Matching):
@@ -158,8 +164,14 @@ def _groups(
                 "after": list(tree.leaves),
             },
         }
+        | _separate(processor, several=True)
         for tree in joined
     ]
+
+
+def _separate(processor: Processor, *, several: bool) -> dict[str, bool]:
+    """The mark of a sample with `several` answers that a model trains in rows of their own."""
+    return {"separate": True} if several and not processor.spec.branches else {}
 
 
 def _slot_kind(example: Example) -> str:
@@ -238,6 +250,8 @@ def show_samples(console: Console, samples: list[dict[str, Any]], *, ids: bool) 
         title = f"\n{sample['stage']}  {escaped(sample['id'])}: {_counts(sample['tokens'])}"
         if completions:
             title += f"; {completions['number']} completions of each prompt train"
+        if sample.get("separate"):
+            title += f"; each {'completion' if completions else 'answer'} is a row of its own"
         if "compares" in sample:
             title += f"; {COMPARES[sample['compares']]}"
         console.print(Text(title, style="bold"), soft_wrap=True)

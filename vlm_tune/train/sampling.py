@@ -237,7 +237,7 @@ def media_of(batch: Batch) -> list[Media]:
 
 
 def images_of(batch: Batch) -> dict[Media, torch.Tensor | NativeInputs]:
-    """What the model takes of each image of a batch of prompts."""
+    """The model's inputs of each image of a batch of prompts."""
     if batch.media_inputs:
         return {media: batch.media_inputs[media] for media in media_of(batch)}
     shown = batch.features if batch.pixels is None else batch.pixels
