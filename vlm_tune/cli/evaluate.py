@@ -138,7 +138,8 @@ def evaluate(
         scores = run(
             model,
             loaded,
-            set_ or [],
+            # A recipe that is named has them already.
+            [] if loaded else set_ or [],
             **choices,
             data=data,
             benchmark=benchmark or None,
