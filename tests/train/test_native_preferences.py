@@ -160,7 +160,8 @@ def test_the_whole_way_through_the_command_line(kind: str, tmp_path: Path) -> No
     make = native_recipe(tmp_path, kind)
     sft_text = with_tune(make(output="sft"), LORA)
     pairs = preference_text(partial(make, output="dpo"), "causal", "{kind: dpo}", tune=LORA)
-    group = "{kind: grpo, num_generations: 3, max_completion_length: 4, beta: 0.1}"
+    settings = f"num_generations: 3, max_completion_length: 4, beta: 0.1, reward_funcs: ['{LOW}']"
+    group = f"{{kind: grpo, {settings}}}"
     rewarded = with_tune(make(output="grpo"), LORA).replace(
         "\ntrain: {", f"\nobjective: {group}\ntrain: {{"
     )

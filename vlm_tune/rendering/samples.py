@@ -111,7 +111,7 @@ def _joined(unit: list[Shown], stage: Recipe, processor: Processor) -> list[dict
         examples = corruption.of_unit(examples, 0)
     if processor.spec.layout == "causal":
         examples = branch_layout(examples, stage.data.row_length)
-    samples = [
+    samples: list[dict[str, Any]] = [
         {"id": example.id, "tokens": _tokens(example, processor)}
         | _separate(processor, several=example.visible_until is not None)
         for example in examples
@@ -169,7 +169,7 @@ def _groups(
     ]
 
 
-def _separate(processor: Processor, *, several: bool) -> dict[str, bool]:
+def _separate(processor: Processor, *, several: bool) -> dict[str, Any]:
     """The mark of a sample with `several` answers that a model trains in rows of their own."""
     return {"separate": True} if several and not processor.spec.branches else {}
 
