@@ -23,6 +23,7 @@ from vlm_tune.errors import DataError
 USER = {"role": "user", "content": "what is it?"}
 DOG = {"role": "assistant", "content": "a dog"}
 CAT = {"role": "assistant", "content": "a cat"}
+GPT_DOG = {"from": "gpt", "value": "a dog"}
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ ALIKE: dict[str, dict[str, Any]] = {
     "implicit prompt": {"chosen": [USER, DOG], "rejected": [USER, CAT], "images": ["a.png"]},
     "LLaMA-Factory's": {
         "conversations": [{"from": "human", "value": "<image>what is it?"}],
-        "chosen": {"from": "gpt", "value": "a dog"},
+        "chosen": GPT_DOG,
         "rejected": {"from": "gpt", "value": "a cat"},
         "images": ["a.png"],
     },
@@ -54,6 +55,18 @@ ALIKE: dict[str, dict[str, Any]] = {
         "images": ["a.png"],
     },
     "ms-swift's": {"messages": [USER, DOG], "rejected_response": "a cat", "images": ["a.png"]},
+    "ms-swift's with whole turns": {
+        "messages": [USER, DOG],
+        "rejected_messages": [USER, CAT],
+        "images": ["a.png"],
+    },
+    "LLaMA-Factory's Alpaca": {
+        "instruction": "what is it?",
+        "input": "",
+        "chosen": "a dog",
+        "rejected": "a cat",
+        "images": ["a.png"],
+    },
     "mark": {
         "prompt": "<image>what is it?",
         "chosen": "a dog",
@@ -130,6 +143,30 @@ def test_the_last_turn_is_judged_where_a_row_has_turns(folder: Path, turns: Any)
     assert liked.messages[0].parts[0] == Media(folder / "a.png")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "what is it?", "input": "", "output": "a dog"},
+        {"messages": [USER, DOG]},
+        {"conversations": ALIKE["LLaMA-Factory's"]["conversations"] + [GPT_DOG]},
+    ],
+    ids=["alpaca", "messages", "conversations"],
+)
+def test_llama_factorys_kto_rows_are_judged_by_their_kto_tag(folder: Path, row: Any) -> None:
+    rows = [{**row, "kto_tag": tag, "images": ["a.png"]} for tag in (False, True)]
+    reader = open_source(file_source(write_rows(folder / "r.jsonl", rows)), seed=0)
+    assert reader.form == "unpaired_preference"
+    disliked, liked = good(read(file_source(folder / "r.jsonl")))
+    assert (disliked.desirable, liked.desirable) == (False, True)
+    assert [turn.text for turn in liked.messages] == ["what is it?", "a dog"]
+
+
+def test_a_judgement_is_not_dropped_where_rows_are_read_as_another_form(folder: Path) -> None:
+    rows = [{"messages": [USER, DOG], "kto_tag": True}]
+    (error,) = read(file_source(write_rows(folder / "r.jsonl", rows), form="messages"))
+    assert "`kto_tag` (true) is not read by the messages form" in str(error)
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_label_may_be_a_text_or_a_number(folder: Path, kind: str) -> None:
     labels = ["True", "false", " 1 ", "0"] if kind == "csv" else [1.0, 0, "TRUE", "false"]
@@ -183,6 +220,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "the answer alone": ({"messages": [DOG], "label": True}, "a prompt and an answer, got 1 turn"),
     "a number": ({"prompt": 3, "chosen": "a", "rejected": "b"}, "`prompt` of turns, got 3"),
     "label": ({"prompt": "q", "completion": "a", "label": "good"}, "`label` must be true or false"),
+    "two labels": (
+        {"prompt": "q", "completion": "a", "label": True, "kto_tag": False},
+        "both `label` and `kto_tag`",
+    ),
+    "two rejected answers": (
+        {"messages": [USER, DOG], "rejected_response": "b", "rejected_messages": [USER, CAT]},
+        "both `rejected_response` and `rejected_messages`",
+    ),
+    "another prompt": (
+        {"messages": [USER, DOG], "rejected_messages": [{**USER, "content": "where?"}, CAT]},
+        "`messages` and `rejected_messages` begin with no turn that they share",
+    ),
 }
 
 

@@ -42,6 +42,7 @@ LISTS = (
     "completion",
     "chosen",
     "rejected",
+    "rejected_messages",
 )
 """Fields that hold lists; tables store them as JSON text where a column can't hold a list."""
 

@@ -18,6 +18,12 @@ POINT_FIELDS = ("point", "points")
 REGIONS = {*BOX_FIELDS, *POINT_FIELDS, "objects"}
 """Fields of boxes and points, which texts name by marks."""
 
+PROMPTS = ("prompt", "question", "instruction")
+"""Fields of prompts, of which a row has one; LLaMA-Factory's Alpaca form has `instruction`."""
+COMPLETIONS = ("completion", "output")
+LABELS = ("label", "kto_tag")
+"""Fields of single answers and of their judgement; LLaMA-Factory's are `output` and `kto_tag`."""
+
 EVERY_FORM = {"id", "category", "system", *MEDIA, *REGIONS}
 USED: dict[str, set[str]] = {
     "llava": {"conversations"},
@@ -25,12 +31,12 @@ USED: dict[str, set[str]] = {
     "messages": {"messages"},
     "prompt_completion": {"prompt", "completion"},
     "preference": {
-        *("prompt", "question", "chosen", "rejected"),
-        *("messages", "conversations", "rejected_response"),
+        *("prompt", "question", "instruction", "chosen", "rejected"),
+        *("messages", "conversations", "rejected_response", "rejected_messages"),
     },
     "unpaired_preference": {
-        *("prompt", "question", "completion", "label"),
-        *("messages", "conversations"),
+        *("prompt", "question", "instruction", "completion", "output"),
+        *("label", "kto_tag", "messages", "conversations"),
     },
     "alpaca": {"instruction", "input", "output", "history"},
     "cauldron": {"texts"},
@@ -51,7 +57,7 @@ FIELDS = EVERY_FORM.union(*USED.values()) - set(LETTERS)
 
 MEANT = {
     *CHOICES,
-    *("label", "labels", "weight", "weights", "sample_weight", "loss_weight"),
+    *("label", "labels", "kto_tag", "weight", "weights", "sample_weight", "loss_weight"),
     *(
         "tools",
         "functions",

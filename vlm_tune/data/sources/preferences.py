@@ -13,7 +13,7 @@ from vlm_tune.data.sources.chat_schemas import (
     turns_of,
     with_system,
 )
-from vlm_tune.data.sources.fields import is_empty, judgement
+from vlm_tune.data.sources.fields import COMPLETIONS, LABELS, PROMPTS, is_empty, judgement
 from vlm_tune.data.sources.legible import SURROGATE, is_legible
 from vlm_tune.data.sources.media import MediaFinder
 from vlm_tune.data.sources.media_places import Row, RowMedia, with_media
@@ -48,28 +48,32 @@ def check_differ(chosen: Message, rejected: Message) -> None:
 
 
 def preference(row: Row, finder: MediaFinder) -> Judged:
-    """Rows of `chosen` and `rejected`, after a `prompt`, a `question`, or turns that both have.
+    """Rows of `chosen` and `rejected`, after a prompt (`PROMPTS`), or turns that both have.
 
     As TRL's preference format: each is a text or role/content turns. Both answers are one turn. As
     LLaMA-Factory's: `conversations` or `messages` are the prompt, and each answer is a turn. As
-    ms-swift's: `messages` end with the chosen answer, beside `rejected_response`.
+    ms-swift's: `messages` end with the chosen answer, beside `rejected_response` or, whole,
+    `rejected_messages`.
     """
     _refuse_history(row)
     turns = _turns_of(row)
-    names = ("chosen", "rejected")
-    if turns is not None and not is_empty(row.get("rejected_response")):
-        names = (LAST_TURN, "rejected_response")
-        prompt, chosen = _before_last(turns), turns[-1:]
-        rejected = _completion(row, "rejected_response")
+    other = None if turns is None else _only_one(row, ("rejected_response", "rejected_messages"))
+    names = (LAST_TURN, other or "")
+    if turns is not None and other == "rejected_response":
+        prompt, chosen, rejected = _before_last(turns), turns[-1:], _completion(row, other)
+    elif turns is not None and other == "rejected_messages":
+        names = ("messages", other)
+        prompt, chosen, rejected = None, turns, _completion(row, other)
     else:
+        names = ("chosen", "rejected")
         prompt = _prompt_of(row) if turns is None else turns
         chosen, rejected = (_completion(row, name) for name in ("chosen", "rejected"))
     if prompt is None:
         prompt, chosen, rejected = shared_prompt(chosen, rejected)
         if not prompt:
             raise DataError(
-                "no `prompt` (or `question`), and `chosen` and `rejected` begin with no turn that "
-                "they share",
+                f"no `prompt` (or `question`), and `{names[0]}` and `{names[1]}` begin with no "
+                "turn that they share",
                 kind="missing_field",
             )
     media = RowMedia(row, finder)
@@ -86,24 +90,26 @@ def preference(row: Row, finder: MediaFinder) -> Judged:
 
 
 def unpaired_preference(row: Row, finder: MediaFinder) -> Judged:
-    """Rows of `prompt` (or `question`), `completion` and `label`: whether the answer is liked.
+    """Rows of a prompt (`PROMPTS`), `completion` and `label`: whether the answer is liked.
 
-    Or of `messages` or `conversations` that end with the answer, and `label`.
+    Or of `messages` or `conversations` that end with the answer, and `label`. LLaMA-Factory's
+    names of the latter two are `output` and `kto_tag`.
     """
-    liked = judgement(row.get("label"))
+    field = _only_one(row, LABELS) or LABELS[0]
+    liked = judgement(row.get(field))
     if liked is None:
         raise DataError(
-            f"`label` must be true or false, got {quoted(row.get('label'))}", kind="field"
+            f"`{field}` must be true or false, got {quoted(row.get(field))}", kind="field"
         )
     _refuse_history(row)
     turns = _turns_of(row)
     prompt = _prompt_of(row) if turns is None else _before_last(turns)
     if not prompt:
         raise DataError("no `prompt` (or `question`)", kind="missing_field")
-    completion = _completion(row, "completion") if turns is None else turns[-1:]
+    name = LAST_TURN if turns is not None else _only_one(row, COMPLETIONS) or COMPLETIONS[0]
+    completion = _completion(row, name) if turns is None else turns[-1:]
     media = RowMedia(row, finder)
     messages = _context(prompt, media)
-    name = "completion" if turns is None else LAST_TURN
     messages.append(_one_answer(name, completion, media))
     return Judged(with_system(row, with_media(messages, media)), desirable=liked)
 
@@ -159,15 +165,23 @@ def _refuse_history(row: Row) -> None:
         raise DataError(message, kind="unsupported")
 
 
+def _only_one(row: Row, names: Sequence[str]) -> str | None:
+    """The one of several names that the row has; None if it has none of them.
+
+    Raises `DataError` if it has two.
+    """
+    present = [name for name in names if row.get(name) is False or not is_empty(row.get(name))]
+    if len(present) > 1:
+        raise DataError(f"both `{present[0]}` and `{present[1]}`", kind="field")
+    return present[0] if present else None
+
+
 def _prompt_of(row: Row) -> Any:
-    """The row's `prompt` or `question`, with its `input` after a text; None if it has neither."""
-    prompt = None if is_empty(row.get("prompt")) else row["prompt"]
-    question = None if is_empty(row.get("question")) else row["question"]
-    if prompt is not None and question is not None:
-        raise DataError("both `prompt` and `question`", kind="field")
-    if question is not None and not isinstance(question, str):
-        raise DataError(f"`question` must be text, got {quoted(question)}", kind="field")
-    whole = question if prompt is None else prompt
+    """The row's prompt, with its `input` after a text; None if it has none."""
+    name = _only_one(row, PROMPTS)
+    whole = None if name is None else row[name]
+    if name not in (None, "prompt") and not isinstance(whole, str):
+        raise DataError(f"`{name}` must be text, got {quoted(whole)}", kind="field")
     more = None if is_empty(row.get("input")) else row["input"]
     if isinstance(whole, str) and isinstance(more, str):  # as Alpaca's rows have it
         return f"{whole}\n{more}"

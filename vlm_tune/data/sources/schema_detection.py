@@ -10,9 +10,12 @@ from typing import Any
 from vlm_tune.data.sources.base import StoredRow
 from vlm_tune.data.sources.chat_schemas import decoded_lists
 from vlm_tune.data.sources.fields import (
+    COMPLETIONS,
     FIELDS,
+    LABELS,
     LETTERS,
     MEDIA,
+    PROMPTS,
     REGIONS,
     has_choices,
     is_empty,
@@ -31,10 +34,10 @@ NEEDS = {
     "sharegpt": "conversations (turns of from/value), and images, videos or system",
     "messages": "messages (turns of role/content)",
     "prompt_completion": "prompt, completion",
-    "preference": "chosen, rejected, perhaps prompt, question, messages or conversations; or "
-    "messages and rejected_response",
-    "unpaired_preference": "label (true or false) with prompt or question and completion, or with "
-    "messages",
+    "preference": "chosen, rejected, perhaps prompt, question, instruction, messages or "
+    "conversations; or messages and rejected_response or rejected_messages",
+    "unpaired_preference": "label or kto_tag (true or false) with prompt, question or instruction "
+    "and completion or output, or with messages",
     "alpaca": "instruction, output",
     "cauldron": "texts (turns of user/assistant), images",
     "vqa": "question, answer or answers, image",
@@ -137,10 +140,11 @@ def row_forms(row: Mapping[str, Any]) -> set[tuple[str, str]]:
     has = {key for key, value in row.items() if value is not None}
     forms: set[tuple[str, str]] = set()
     turns = has & {"conversations", "messages"}
-    if {"chosen", "rejected"} <= has or (turns and "rejected_response" in has):
+    rejected = has & {"rejected_response", "rejected_messages"}
+    if {"chosen", "rejected"} <= has or (turns and rejected):
         return {("preference", "")}
-    answered = turns or ("completion" in has and has & {"prompt", "question"})
-    if answered and judgement(row.get("label")) is not None:
+    answered = turns or (has & {*COMPLETIONS} and has & {*PROMPTS})
+    if answered and any(judgement(row.get(name)) is not None for name in LABELS):
         return {("unpaired_preference", "")}
     for field in ("conversations", "messages"):
         keys = _turn_keys(row.get(field))
