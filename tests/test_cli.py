@@ -173,7 +173,7 @@ def test_a_missing_recipe_and_bad_choices_are_told(
     assert call_main(monkeypatch, "eval", "x", "--split", "train") == 2
     assert "not one of test, validation" in capsys.readouterr().err
     assert call_main(monkeypatch, "sft", "demo", "--set", "seed=x") == 2
-    assert "--set seed=x: seed: input should be a valid integer" in capsys.readouterr().err
+    assert "--set seed=x: seed: expected an integer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])

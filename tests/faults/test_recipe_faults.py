@@ -135,7 +135,9 @@ def test_fault_03_numbers_and_words_are_what_they_look_like_or_refused() -> None
             SMALL.replace("epochs: 1", f"epochs: 1, learning_rate:{' ' * 0} {text}")
         )
     assert parse_recipe(SMALL.replace("name: small", "name: no")).name == "no"
-    assert "a valid integer" in refused(SMALL.replace("epochs: 1", "epochs: 1, batch_size: 2.0"))
+    assert "expected an integer, got 2.0" in refused(
+        SMALL.replace("epochs: 1", "epochs: 1, batch_size: 2.0")
+    )
 
 
 @pytest.mark.parametrize(

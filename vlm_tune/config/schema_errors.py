@@ -113,6 +113,7 @@ OLD_NAMES = {
     "tower": "model.tower",
     "connector": "model.connector",
     "projector": "model.connector",
+    "model.name": "model.pretrained",
 }
 """Names of other trainers and older releases, and likely slips, with the names used here.
 
@@ -146,26 +147,23 @@ def schema_problems(
     reported = {(fault["loc"], fault["type"]) for fault in common}
     faults = schema_faults(schema, value)
     places = [_yaml_path(schema, fault["loc"]) for fault in faults]
-    # A number out of range is no missing list, and a list with a wrong entry no missing number.
-    out_of_range = {
-        path
-        for fault, (path, _) in zip(faults, places, strict=True)
-        if fault["type"] in OUT_OF_RANGE
-    }
-    in_lists = {
-        path
-        for fault, (path, _) in zip(faults, places, strict=True)
-        if isinstance(fault["input"], list) and fault["type"] in ("too_short", "too_long")
-    } | {path[:-1] for path, _ in places if path and isinstance(path[-1], int)}
+    inside = {path[:-1] for path, _ in places if path}
+    at_path: dict[Path, list[Any]] = {}
+    for fault, (path, _) in zip(faults, places, strict=True):
+        at_path.setdefault(path, []).append(fault)
     for fault, (path, parent) in zip(faults, places, strict=True):
         full = (*prefix, *path)
         if (fault["loc"], fault["type"]) in reported and full not in located.values:
             continue
-        if fault["type"] == "list_type" and path in out_of_range:
+        others = [each for each in at_path[path] if each is not fault]
+        if fault["type"] in WRONG_TYPES and _tells_more(fault, others, path in inside):
             continue
-        if fault["type"] == "int_type" and isinstance(fault["input"], list) and path in in_lists:
-            continue
-        if fault["type"] == "extra_forbidden":
+        together = [each for each in at_path[path] if each["type"] in WRONG_TYPES]
+        if len(together) > 1 and fault in together:
+            if fault is together[0]:
+                message = f"{dotted_name(full)}: {_alternatives_wording(together)}"
+                problems.append(Problem(located.where(full), message))
+        elif fault["type"] == "extra_forbidden":
             message = _unknown_key(full, parent, located.value)
             problems.append(Problem(located.where(full, key=True), message))
         elif fault["type"] == "missing":
@@ -175,16 +173,61 @@ def schema_problems(
     return problems
 
 
-OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
-"""pydantic's types of faults of numbers that are out of their range."""
+WRONG_TYPES = {
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "keys and values",
+    "model_type": "keys and values",
+    "model_attributes_type": "keys and values",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "literal_error": "",
+}
+"""pydantic's types of faults of values that are not what a key takes, with what it takes.
+
+A key that takes several has one of these faults for each.
+"""
+
+
+def _tells_more(fault: Any, others: Sequence[Any], inside: bool) -> bool:
+    """Whether the other alternatives' faults say what is wrong with a value, and this one does not.
+
+    They do where the value is of their type, and out of range or, with faults `inside`, wrong in a
+    part of it.
+    """
+    value = fault["input"]
+    if isinstance(value, list):
+        return inside or any(each["type"] in ("too_short", "too_long") for each in others)
+    if isinstance(value, dict):
+        return inside
+    return any(each["type"] not in (*WRONG_TYPES, "missing", "extra_forbidden") for each in others)
+
+
+def _alternatives_wording(faults: Sequence[Any]) -> str:
+    """Returns one message for a value that is none of the alternatives of a key."""
+    expected: list[str] = []
+    hint = ""
+    for fault in faults:
+        if fault["type"] != "literal_error":
+            expected.append(WRONG_TYPES[fault["type"]])
+            continue
+        names = _literal_names(fault)
+        expected += names if len(names) < MANY else [f"one of {', '.join(names)}"]
+        near = difflib.get_close_matches(str(fault["input"]), names, n=1)
+        hint = hint or (f"; did you mean {near[0]}?" if near else "")
+    return (
+        f"expected {' or '.join(dict.fromkeys(expected))}, got {quoted(faults[0]['input'])}{hint}"
+    )
+
+
+MANY = 4
+"""From so many names on, a list of them is one alternative of a message."""
 
 WORDS = {
-    "string_type": "expected text",
-    "list_type": "expected a list",
-    "dict_type": "expected keys and values",
-    "model_type": "expected keys and values",
-    "model_attributes_type": "expected keys and values",
-    "bool_type": "expected true or false",
     "finite_number": "expected a finite number",
     "string_pattern_mismatch": "expected letters, digits, '.', '_' and '-' only",
     "none_required": "expected nothing (null)",
@@ -192,17 +235,20 @@ WORDS = {
 """Plain messages for pydantic's error types whose own messages name Python classes."""
 
 
+def _literal_names(item: Any) -> list[str]:
+    """Returns the names of a fault's alternatives."""
+    context = item.get("ctx", {})
+    expected = str(context.get("expected_tags", context.get("expected", "")))
+    parts = (name.strip(" '") for name in expected.replace(" or ", ",").split(","))
+    return [name for name in parts if name]
+
+
 def _wording(item: Any) -> str:
     """Returns a message with what was expected and what stands there."""
     context = item.get("ctx", {})
     if item["type"] in ("union_tag_invalid", "literal_error"):
         actual = context.get("tag", item.get("input"))
-        expected = str(context.get("expected_tags", context.get("expected", "")))
-        names = [
-            name.strip(" '")
-            for name in expected.replace(" or ", ",").split(",")
-            if name.strip(" '")
-        ]
+        names = _literal_names(item)
         near = difflib.get_close_matches(str(actual), names, n=1)
         return f"{quoted(actual)} is not one of {', '.join(names)}" + (
             f"; did you mean {near[0]}?" if near else ""
@@ -213,6 +259,9 @@ def _wording(item: Any) -> str:
         return f"expected {context['min_length']} or more entries, got {context['actual_length']}"
     if item["type"] == "too_long":
         return f"expected {context['max_length']} or fewer entries, got {context['actual_length']}"
+    expected = WRONG_TYPES.get(item["type"])
+    if expected:
+        return f"expected {expected}, got {quoted(item['input'])}"
     message = WORDS.get(item["type"]) or item["msg"][0].lower() + item["msg"][1:]
     return f"{message}, got {quoted(item['input'])}"
 
@@ -228,8 +277,10 @@ def _unknown_key(path: Path, parent: type[BaseModel] | None, raw: Any) -> str:
     near = difflib.get_close_matches(key, names, n=2, cutoff=0.7)
     if near:
         return f"{message}; did you mean {' or '.join(near)}?"
-    if key in OLD_NAMES:
-        return f"{message}; here it is {_placed(OLD_NAMES[key], raw)}"
+    dotted = ".".join(str(each) for each in path)
+    name = OLD_NAMES.get(dotted) or OLD_NAMES.get(key)
+    if name is not None and name != dotted:
+        return f"{message}; here it is {_placed(name, raw)}"
     places = _key_places()
     elsewhere = places.get(key) or [
         path
@@ -238,7 +289,7 @@ def _unknown_key(path: Path, parent: type[BaseModel] | None, raw: Any) -> str:
     ]
     # Keys that other kinds have at this very place do not help.
     here = ".".join(str(part) if isinstance(part, str) else "N" for part in path[:-1])
-    elsewhere = [place for place in elsewhere if not here or not place.startswith(f"{here}.")]
+    elsewhere = [place for place in elsewhere if place.rpartition(".")[0] != here]
     if 0 < len(elsewhere) <= NEAR:
         return f"{message}; did you mean {' or '.join(_placed(path, raw) for path in elsewhere)}?"
     return f"{message}; known here: {', '.join(names)}"
@@ -323,12 +374,23 @@ def _yaml_path(
         if tagged and len(models) > 1:
             options = tagged
             continue
+        if len(models) == 1 and len(options) > 1 and part == models[0].__name__:
+            options = models
+            continue
+        if any(option not in models and part == _type_name(option) for option in options):
+            options = []
+            continue
         if len(models) == 1:
             parent = models[0]
             path.append(part)
             field = parent.model_fields.get(str(part))
             options = list(_alternatives(field.annotation)) if field else []
     return tuple(path), parent
+
+
+def _type_name(option: Any) -> str | None:
+    """Returns the name by which pydantic's locations call a builtin type of a union."""
+    return option.__name__ if option in (str, int, float, bool) else None
 
 
 def _kind_of(model: type[BaseModel]) -> str | None:
