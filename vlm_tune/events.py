@@ -110,6 +110,15 @@ class Scoring(StageEvent):
 
 
 @dataclass(frozen=True)
+class ValidationLoss(StageEvent):
+    """Rows of the validation part whose loss is computed so far, where no answer is generated."""
+
+    kind = "validation_loss"
+    done: int
+    of: int
+
+
+@dataclass(frozen=True)
 class Tuning(Event):
     """The tuning table of a stage, one mapping per rule."""
 

@@ -32,8 +32,9 @@ from tests.helpers.tiny_models import (
 from vlm_tune.api import dpo, kto, sft
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.packing import with_mismatched
+from vlm_tune.data_check.check import check
 from vlm_tune.errors import DataError, ModelError, RecipeError, TrainingError
-from vlm_tune.events import Evaluation, Event, TrainSteps
+from vlm_tune.events import Evaluation, Event, Note, TrainSteps
 from vlm_tune.rendering.terminal import Display
 from vlm_tune.train import preferences
 from vlm_tune.train.objectives import Counts
@@ -193,6 +194,38 @@ def test_validation_answers_that_are_all_liked_have_no_margin(
     (scores,) = [event for event in shown if isinstance(event, Evaluation)]
     assert "rewards/chosen" in scores.figures and "rewards/margins" not in scores.figures
     assert "validation rewards/accuracies 100.00% of 1, loss" in screen.getvalue()
+    assert "computing the loss of 0 of 1 validation rows" in screen.getvalue()
+    assert "questions" not in screen.getvalue().partition("training")[2].partition("saving")[0]
+
+
+@pytest.mark.parametrize(
+    ("group", "labels", "message"),
+    [
+        ("none", [True] * 8, "all 8 answers are liked: kto learns by telling liked answers from"),
+        ("image", [False] * 8, "all 8 answers are disliked: "),
+        (
+            "image",
+            [True] * 2 + [False] * 6,
+            "2 answers are liked and 6 disliked, which the weights do not balance: set "
+            "desirable_weight to 3 to 4, or undesirable_weight to 0.25 to 0.333",
+        ),
+        ("image", [True, False] * 4, None),
+    ],
+)
+def test_judgements_that_teach_little_are_told_before_training(
+    tiny_recipe: Callable[..., str], group: str, labels: list[bool], message: str | None
+) -> None:
+    recipe = recipe_of(tiny_recipe, "{kind: kto}", train__steps=1, data__group=group)
+    path = Path(recipe.data.train[0].path)  # type: ignore[attr-defined]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    judged = [{**row, "label": label} for row, label in zip(rows, labels, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in judged))
+    shown: list[Event] = []
+    kto(recipe, show=shown.append)
+    notes = [event.text for event in shown if isinstance(event, Note) and "liked" in event.text]
+    findings = [each.message for each in check(recipe).warnings if each.kind == "judgements"]
+    assert notes == findings and len(notes) == (message is not None)
+    assert all((message or "") in note for note in notes)
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])

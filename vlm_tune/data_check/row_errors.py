@@ -58,6 +58,8 @@ FOUND = {
     "no_rows": "no row is left to train on",
     "split": "a part held out of train that is empty, or far from its share",
     "bound": "rows over train.batch_tokens or data.row_length, which are alone in their batch",
+    "judgements": "liked and disliked answers that the weights of kto do not balance, or only one "
+    "kind of them",
     "unfit": "rows that the language model can't read: longer than its positions, or joined",
     "few_rows": "fewer rows than one global batch, or than processes",
     "leak_row": "a row of validation or test that is also trained on",

@@ -8,6 +8,7 @@ import numpy as np
 
 from vlm_tune.data.batching.bounds import unkept_bounds
 from vlm_tune.data.batching.sampler import Plan, Sizes
+from vlm_tune.data.prepare.judgements import judgement_notes
 from vlm_tune.data.prepare.worker import BAD, LEFT_OUT
 from vlm_tune.data.sources.registry import open_source
 from vlm_tune.data.types import Conversation
@@ -196,6 +197,8 @@ def check_batches(report: CheckReport, part: Part) -> None:
     train = part.recipe.train
     for line in unkept_bounds(part.recipe, part.prepared):
         report.add_whole(part.stage, part.name, "bound", line, error=False)
+    for line in judgement_notes(part.recipe.objective, part.prepared):
+        report.add_whole(part.stage, part.name, "judgements", line, error=False)
     if not len(part.prepared) or train.batch_tokens is not None:
         return
     units = sum(

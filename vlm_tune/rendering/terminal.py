@@ -30,6 +30,7 @@ from vlm_tune.events import (
     TrialEnd,
     TrialStart,
     Tuning,
+    ValidationLoss,
 )
 from vlm_tune.quoting import escaped
 from vlm_tune.rendering.media_text import media_text
@@ -209,6 +210,11 @@ class Display(logging.Handler):
     @_show.register
     def _scoring(self, event: Scoring) -> None:
         self._live("scoring", f"answering {event.done:,} of {event.of:,} questions")
+
+    @_show.register
+    def _validation_loss(self, event: ValidationLoss) -> None:
+        text = f"computing the loss of {event.done:,} of {event.of:,} validation rows"
+        self._live("validation loss", text)
 
     @_show.register
     def _train(self, event: TrainSteps) -> None:

@@ -21,7 +21,7 @@ from vlm_tune.evaluation.assessment import add_metrics
 from vlm_tune.evaluation.evaluate import score, score_options
 from vlm_tune.evaluation.metrics import Scores, join_scores
 from vlm_tune.evaluation.registry import main_metric
-from vlm_tune.events import Evaluation, Scoring, StageReport
+from vlm_tune.events import Evaluation, Scoring, StageReport, ValidationLoss
 from vlm_tune.model.acceleration.compiling import eager
 from vlm_tune.model.feature_cache import FeatureStore
 from vlm_tune.model.vlm import VisionLanguageNetwork
@@ -146,9 +146,10 @@ class Evaluator:
         cut_short = False
         with self.accelerator.autocast():
             self.objective.before(self.model, self._watched(parts), totals)
-            for done, part in enumerate(parts):
-                self.watch.at(f"the evaluation, {done * size} of {len(mine)} rows")
-                self.report(Scoring(done * size, len(mine)))
+            for number, part in enumerate(parts):
+                done = number * size
+                self.watch.at(f"the evaluation, {done} of {len(mine)} rows")
+                self.report(ValidationLoss(done, len(mine)))
                 cut_short = self.any_stops() if together else self.stop()
                 if cut_short:
                     break

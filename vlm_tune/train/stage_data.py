@@ -37,6 +37,7 @@ from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.data.prepare.fingerprints import fingerprint_prepared, fingerprint_streams
 from vlm_tune.data.prepare.forms import check_forms
 from vlm_tune.data.prepare.job import PartName
+from vlm_tune.data.prepare.judgements import judgement_notes
 from vlm_tune.data.prepare.run import part_conversations, prepared_parts
 from vlm_tune.data.prepare.worker import BAD
 from vlm_tune.data.types import Conversation
@@ -151,7 +152,7 @@ def read_stage(
         check_joins(data)
     if train is not None and isinstance(recipe.objective, Grpo):
         check_rewarded(recipe.objective, train.conversations(train.places("train")))
-    for line in stream_bounds(recipe) if train is None else unkept_bounds(recipe, train):
+    for line in _oddities(recipe, train):
         report(Note(line))
     validation, test = (
         part_conversations(parts.get(part, ()), part) for part in ("validation", "test")
@@ -179,6 +180,13 @@ def stage_fingerprint(recipe: Recipe, rows: StageRows) -> dict[str, Any]:
         if rows.train is not None
         else parts | {"train": fingerprint_streams(recipe.data.train, recipe.seed)}
     )
+
+
+def _oddities(recipe: Recipe, train: Prepared | None) -> list[str]:
+    """What a run on a stage's training rows should be told about; `train` is None for a stream."""
+    if train is None:
+        return stream_bounds(recipe)
+    return [*unkept_bounds(recipe, train), *judgement_notes(recipe.objective, train)]
 
 
 def _tell_left_out(prepared: Prepared, part: PartName, report: StageReport) -> None:

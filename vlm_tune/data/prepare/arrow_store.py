@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_tune.data.prepare.duplicates import ImageInfo
-from vlm_tune.data.types import Example, Media, PatchGrid, Slice, Tile
+from vlm_tune.data.types import ANSWER_KINDS, Example, Media, PatchGrid, Slice, Tile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -226,6 +226,21 @@ class ExampleStore:
         """Whether an example has answers that are judged."""
         lengths = self._every(lambda columns: np.diff(columns.offsets["answers"]))
         return bool(lengths.any())
+
+    @cached_property
+    def judged_answers(self) -> np.ndarray:
+        """The number of answers of each of `ANSWER_KINDS`, in rows of preferences."""
+        counts = np.zeros(ANSWER_KINDS, dtype=np.int64)
+        for first, batch in zip(self._first, self._batches, strict=False):
+            if not batch.num_rows:
+                continue
+            columns = self._locate(first)[0]
+            answers = columns.values["answers"].astype(np.int64)
+            rows = np.repeat(np.arange(batch.num_rows), np.diff(columns.offsets["answers"]))
+            # Every token of an answer has its number; each answer counts once.
+            distinct = np.unique(np.stack([rows, answers])[:, answers >= 0], axis=1)[1]
+            counts += np.bincount(distinct % ANSWER_KINDS, minlength=ANSWER_KINDS)
+        return counts
 
     @property
     def media_counts(self) -> np.ndarray:
