@@ -107,6 +107,10 @@ def test_a_function_gets_what_trl_gives_it(tmp_path: Path, monkeypatch: Any) -> 
             "raise KeyError('x')",
             r"my_faults:score failed: KeyError: 'x' \(.*my_faults.py, line 2\)",
         ),
+        (
+            "import asyncio; raise asyncio.CancelledError('late')",
+            r"failed: CancelledError: late \(.*my_faults.py, line 2\)",
+        ),
         ("return ['a', 'b']", "returned 'a' for completion 1"),
         ("return None", r"returned nothing \(null\), expected a list with a number"),
         ("return {0: 1.0, 1: 2.0}", "returned a mapping with 0, 1, expected a list"),
@@ -154,9 +158,14 @@ def test_a_function_that_can_not_be_called_is_refused_before_training(
         ({"function": "format", "arguments": {"other": 1}}, "does not take its arguments"),
         ({"function": "math:sqrt", "arguments": {"x": 4}}, "does not take its arguments"),
         ({"function": "builtins:dict", "arguments": {"x": 4}}, "no function"),
+        ("exits_at_import:score", "can't be imported from .*: SystemExit: 0"),
     ],
 )
-def test_functions_that_there_are_not(function: Any, message: str) -> None:
+def test_functions_that_there_are_not(
+    function: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "exits_at_import.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.chdir(tmp_path)
     objective = Grpo.model_validate({"kind": "grpo", "reward_funcs": [function]})
     with pytest.raises(RecipeError, match=message):
         check_rewards([objective])

@@ -351,11 +351,16 @@ def import_function(name: str, key: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, function_name, None)
+    except KeyboardInterrupt:
+        raise
     # A module may raise anything as it is imported, or end the process.
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        reason = reason_of(error)
+        if not isinstance(error, ImportError | SyntaxError):
+            reason = f"{type(error).__name__}: {reason}"
         message = (
             f"{quoted(name)}: the module {quoted(module_name)} can't be imported from the working "
-            f"folder or an installed package: {reason_of(error)}"
+            f"folder or an installed package: {reason}"
         )
         raise RecipeError([Problem(key, message)]) from None
     finally:
@@ -385,8 +390,10 @@ def _user_score(name: str, function: Callable[..., Any]) -> Callable[[Answer], f
     def score(answer: Answer) -> float:
         try:
             number = float(function(answer.generated, list(answer.expectations), asdict(answer)))
+        except KeyboardInterrupt:
+            raise
         # A user's function may raise anything, or end the process.
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise DataError(
                 f"the metric {name} failed: {failure_of(error)}",
                 source=answer.source,

@@ -101,8 +101,10 @@ def _reward(described: RewardFunction) -> Reward:
     if described.arguments:
         try:
             function = function(**described.arguments)
+        except KeyboardInterrupt:
+            raise
         # A user's function may raise anything, or end the process.
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             message = f"{quoted(name)} does not take its arguments: {reason_of(error)}"
             raise RecipeError([Problem(KEY, message)]) from None
         if not callable(function):
@@ -162,8 +164,10 @@ def _function_reward(name: str, function: Callable[..., Any]) -> Reward:
             )
             if isinstance(rewards, Iterator):  # a generator runs while it is read
                 rewards = list(rewards)
+        except KeyboardInterrupt:
+            raise
         # A user's function may raise anything, or end the process.
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise TrainingError(f"the reward function {name} failed: {failure_of(error)}") from None
         return _numbers(name, rewards, len(samples))
 
