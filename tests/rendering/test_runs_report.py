@@ -137,6 +137,17 @@ def test_curves_are_overlaid_and_differ_by_more_than_color(tmp_path: Path) -> No
     assert "Test scores" not in words
 
 
+def test_runs_about_different_media_name_each_in_the_plural(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    path = runs[1] / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "modality": "audio"}))
+    _, words = page_of(runs, tmp_path / "page.html")
+    assert "95% interval questions images or clips" in words
+    assert "95% intervals treat questions about one image or clip as one draw" in words
+    assert "a paired test swaps the answers of one image or clip at a time" in words
+
+
 def test_no_two_runs_look_alike_without_color() -> None:
     assert len({stroke.dashes for stroke in RUN_STROKES}) == len(RUN_STROKES)
     assert len({MARKERS[stroke.marker] for stroke in RUN_STROKES}) == len(RUN_STROKES)
@@ -208,5 +219,5 @@ def test_runs_on_clips_or_videos_call_nothing_an_image(
     runs_report.write_runs_report(runs, tmp_path / "page.html")
     words = Page((tmp_path / "page.html").read_text()).words
     assert f"questions about one {noun} as one draw" in words
-    assert f"both answers {noun} by {noun}" in words and f"{noun}s" in words
+    assert f"swaps the answers of one {noun} at a time" in words and f"{noun}s" in words
     assert not re.search(r"\bimages?\b", words)

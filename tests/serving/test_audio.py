@@ -86,7 +86,9 @@ def test_what_the_model_can_not_hear_is_refused(name: str, server: Server) -> No
 def test_clips_count_as_images_do(server: Server) -> None:
     parts = [audio_part(CLIPS[0])] * 17
     (reply,) = ask(server, ("POST", CHAT, heard(*parts)))
-    assert reply.status_code == 400 and "at most 16 images (or audio clips)" in reply.text
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and error["code"] == "too_many_audio_clips"
+    assert "at most 16 images or audio clips on this server, got 17 audio clips" in error["message"]
     system = {"role": "system", "content": [audio_part(CLIPS[0])]}
     body = question()
     (reply,) = ask(server, ("POST", CHAT, body | {"messages": [system, *body["messages"]]}))

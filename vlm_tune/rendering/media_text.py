@@ -14,6 +14,12 @@ def medium_noun(summary: Mapping[str, Any]) -> str:
     return {"audio": "clip", "video": "video"}.get(str(summary.get("modality")), "image")
 
 
+def medium_names(summaries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The `medium_noun`s of summaries, joined, and their plurals: what pages call the media."""
+    nouns = list(dict.fromkeys(medium_noun(summary) for summary in summaries))
+    return {"medium": " or ".join(nouns), "media": " or ".join(f"{noun}s" for noun in nouns)}
+
+
 def counts_shown(counts: Sequence[Mapping[str, Any]]) -> list[str]:
     """The counts that are shown: those over 0 in one of the mappings, else that of images."""
     return [name for name in NOUNS if any(each.get(name) for each in counts)] or ["images"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_tune.evaluation.texts import normalise
 from vlm_tune.rendering.charts import DOTS, LINE, Chart, Curve, Key, Panel, chart
-from vlm_tune.rendering.media_text import NOUNS, counts_shown, medium_noun
+from vlm_tune.rendering.media_text import NOUNS, counts_shown, medium_names
 from vlm_tune.rendering.page import is_long, percent, regions_drawn, thumbnail, write_html
 from vlm_tune.rendering.report_scores import (
     baseline_rows,
@@ -65,7 +65,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
         "name": str(values.get("name") or run.resolve().name),
         "note": start_facts(values.get("seed"), events),
         "figures": _figures(result),
-        "medium": medium_noun(result),
+        **medium_names([result]),
         "metrics": metric_rows(result),
         "groups": {
             kind: group_table(result, result.get(f"by_{kind}")) for kind in ("category", "source")

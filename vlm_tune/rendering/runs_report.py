@@ -28,7 +28,7 @@ from vlm_tune.rendering.charts import (
     chart,
     swatch,
 )
-from vlm_tune.rendering.media_text import medium_noun
+from vlm_tune.rendering.media_text import medium_names
 from vlm_tune.rendering.page import is_long, percent, thumbnail, write_html
 from vlm_tune.rendering.report_scores import (
     group_table,
@@ -128,7 +128,7 @@ def write_runs_report(folders: Sequence[Path], path: Path) -> Path:
         "name": " and ".join(run.name for run in runs) if len(runs) == 2 else f"{len(runs)} runs",
         "note": "runs by letter; differences are to run A, over the same test rows",
         "figures": [_figure(run) for run in runs],
-        "medium": " or ".join(dict.fromkeys(medium_noun(run.result) for run in runs)),
+        **medium_names([run.result for run in runs]),
         "runs": [(run.label, str(run.folder), run.facts, _cost(run.result)) for run in runs],
         "metrics": _by_title(runs, lambda run: metric_rows(run.result)),
         "paired": [

@@ -44,8 +44,9 @@ async def job_of(request: ChatRequest, name: str, limits: Limits, read_media: Re
     """
     # Cheap checks first: nothing is read for a request that is refused anyway.
     decoding = decoding_of(request, limits)
-    count = sum(len(_media_parts(each)) for each in request.messages)
-    check_media_count(count, limits, MESSAGES)
+    parts = [part for message in request.messages for part in _media_parts(message)]
+    clips = sum(isinstance(part, AudioPart) for part in parts)
+    check_media_count(len(parts) - clips, limits, MESSAGES, clips=clips)
     texts = [text for message in request.messages for text in _texts(message)]
     check_texts([*texts, *(request.choices or ())], limits, MESSAGES)
     if request.messages[-1].role != "user":
@@ -135,18 +136,20 @@ def _temperature(request: ChatRequest) -> float:
     return 1.0 if draws else 0.0
 
 
-def check_media_count(count: int, limits: Limits, param: str) -> None:
-    """Raises `ApiError` for more images and clips than a request may have.
+def check_media_count(images: int, limits: Limits, param: str, *, clips: int = 0) -> None:
+    """Raises `ApiError` for more images and clips of audio than a request may have.
 
     `param` is the name of their field.
     """
-    if count > limits.max_images:
+    if images + clips > limits.max_images:
+        counts = {"images": images, "audio clips": clips}
+        received = " and ".join(f"{count:,} {noun}" for noun, count in counts.items() if count)
         raise ApiError(
             400,
-            f"a request has at most {limits.max_images:,} images (or audio clips) on this server, "
-            f"got {count:,}",
+            f"a request has at most {limits.max_images:,} images or audio clips on this server, "
+            f"got {received}",
             param=param,
-            code="too_many_images",
+            code="too_many_audio_clips" if clips > images else "too_many_images",
         )
 
 
