@@ -57,12 +57,18 @@ def check_counts(**counts: int | None) -> None:
         check_count(f"--{name.replace('_', '-')}", count)
 
 
+def is_finite(number: float) -> bool:
+    """Returns whether a number is finite as a float; integers beyond its range are not."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
 def number_problems(option: str, number: float | None) -> list[Problem]:
     """Returns a problem, naming the option, unless `number` is finite and above 0, or None."""
-    # NaN is neither above 0 nor under infinity.
-    if number is None or (
-        isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
-    ):
+    valid = isinstance(number, int | float) and not isinstance(number, bool)
+    if number is None or (valid and is_finite(number) and number > 0):
         return []
     return [Problem(option, f"expected a number above 0, got {quoted(number)}")]
 

@@ -28,6 +28,7 @@ SCRATCH = [
         r"a llama's config has no key 'hiden_size'; did you mean hidden_size",
     ),
     ("hidden_size: 32", "hidden_size: 33", "33"),
+    ("hidden_size: 32", f"hidden_size: 1{'0' * 400}", "hidden_size: expected a finite number"),
     ("hidden_size: 32", "hidden_size: '32'", "hidden_size: expected an integer, got '32'"),
     ("hidden_size: 32", "hidden_size: 32.0", "hidden_size: expected an integer"),
     ("hidden_size: 32", "hidden_size: 400000000000", "hidden_size: expected at most 2,147,483,647"),

@@ -58,6 +58,7 @@ def test_what_is_written_is_read(written: Any, dimension: Range | Choices) -> No
         ('"a', "not YAML"),
         ("[1,2],3", "plain values"),
         ([float("nan"), 1.0], "plain values"),
+        ([10**400, 1], "finite numbers"),
     ],
 )
 def test_what_is_no_search_is_an_error(written: Any, message: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -23,7 +22,7 @@ from vlm_tune.config.model import AnySection, ModelSection, Scratch
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.towers import AudioTower, OpenClipTower, PairTower
 from vlm_tune.data.chat.template import ChatTemplate
-from vlm_tune.errors import ModelError, Problem, RecipeError
+from vlm_tune.errors import ModelError, Problem, RecipeError, is_finite
 from vlm_tune.quoting import REASON, cut, quoted
 
 LARGEST = 2**31 - 1
@@ -303,7 +302,7 @@ def _value_faults(given: Mapping[str, Any], known: Mapping[str, Any], what: str)
 def _value_fault(key: str, value: Any, default: Any) -> str | None:
     """The expectation that a value does not meet, as a phrase; None if it meets all."""
     numbers = list(_numbers(value))
-    if any(not math.isfinite(number) for number in numbers):
+    if any(not is_finite(number) for number in numbers):
         return "expected a finite number"
     if any(abs(number) > LARGEST for number in numbers):
         return f"expected at most {LARGEST:,}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_tune.config.load import changed_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.yaml_source import Located, apply_override
-from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.errors import Problem, RecipeError, is_finite
 from vlm_tune.quoting import cut, quoted
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _dimension(key: str, values: Any) -> Dimension:
         raise RecipeError([Problem(where, message)])
     for place, value in enumerate(values):
         number = isinstance(value, int | float)
-        if not (value is None or isinstance(value, str) or (number and math.isfinite(value))):
+        if not (value is None or isinstance(value, str) or (number and is_finite(value))):
             message = (
                 f"expected plain values (texts, finite numbers, true, false), got {quoted(value)}"
             )
@@ -221,7 +221,7 @@ def _range(where: str, log: str | None, low: str, high: str, step: str | None) -
     first, last, *rest = (int(text) if whole else float(text) for text in texts)
     distance = rest[0] if rest else None
     fault = None
-    if not all(map(math.isfinite, (first, last, distance or 0))):
+    if not all(map(is_finite, (first, last, distance or 0))):
         fault = "a number of it is too large"
     elif first >= last:
         fault = f"expected LOW..HIGH with LOW under HIGH, got {low}..{high}"

@@ -136,6 +136,7 @@ def test_a_rejected_box_that_is_the_chosen_one_is_an_error(tmp_path: Path) -> No
         ({"box": [1, 2, 3]}, "a box must be [x1, y1, x2, y2], got [1, 2, 3]"),
         ({"box": [1, 2, "3", 4]}, "a box must be [x1, y1, x2, y2]"),
         ({"box": [1, 2, float("nan"), 4]}, "a box must be [x1, y1, x2, y2]"),
+        ({"box": [1, 2, 10**400, 4]}, "a box must be [x1, y1, x2, y2]"),
         ({"box": [3, 2, 1, 4]}, "is empty, or its corners are swapped"),
         ({"box": [1, 2, 1, 4]}, "is empty, or its corners are swapped"),
         ({"box": [1, 2, 90, 4]}, "of an image of 80x40 is outside of it"),

@@ -349,6 +349,11 @@ def test_the_command_prints_what_has_no_counterpart() -> None:
         ("a.yaml", "model: {}\ndata: {}\ntrain: {}\n", "is a recipe already"),
         ("a.yaml", "- 1\n", "holds a list"),
         ("a.yaml", "lora_r: 4\nlearning_rate: fast\n", "learning_rate: expected a number"),
+        (
+            "a.yaml",
+            f"lora_r: 4\nlearning_rate: 1{'0' * 400}\n",
+            "learning_rate: expected a number",
+        ),
         ("a.yaml", "lora_r: 4\nbf16: perhaps\n", "bf16: expected true or false"),
         ("a.json", "[1]", "expected a mapping"),
         ("a.json", "{", "not JSON"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from vlm_tune.data.images.decode import image_size
 from vlm_tune.data.regions import Region, Size
 from vlm_tune.data.sources.fields import BOX_FIELDS, POINT_FIELDS, is_empty
 from vlm_tune.data.types import Media, Message
-from vlm_tune.errors import DataError
+from vlm_tune.errors import DataError, is_finite
 from vlm_tune.quoting import quoted
 
 Row = Mapping[str, Any]
@@ -230,7 +229,7 @@ def _noun(sizes: Sequence[int]) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
 # --- fields ---------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Arguments:
             return None
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise self._wrong(key, "a number", value) from None
         if not math.isfinite(number):
             raise self._wrong(key, "a number", value)
