@@ -23,10 +23,11 @@ Gradients = dict[str, torch.Tensor]
 LORA = """
 tune:
   - {{match: "tower.*", how: lora, r: 4, lora_alpha: 8}}
-  - {{match: "connector.*", how: full}}
+  - {{match: "connector.*", {connector}}}
   - {{match: "llm.*", how: lora, r: 4, lora_alpha: 8, target_modules: {layers}}}
 train:"""
-"""LoRA on all linear layers of the tower and on `layers` of the LLM; the connector in full."""
+"""LoRA on all linear layers of the tower and on `layers` of the LLM; the connector as told."""
+BY_LORA = "how: lora, r: 4, lora_alpha: 8"
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -190,11 +191,14 @@ def same_gradients(actual: Gradients, wanted: Gradients) -> None:
 
 
 def with_adapters(
-    model: VisionLanguageModel, recipe: str, layers: str = "all-linear"
+    model: VisionLanguageModel,
+    recipe: str,
+    layers: str = "all-linear",
+    connector: str = "how: full",
 ) -> VisionLanguageModel:
     """A copy of a recipe's model with LoRA whose values are all random, in eval mode."""
     tuned = deepcopy(model)
-    tuned_by(tuned, parsed(with_tune(recipe, LORA.format(layers=layers))))
+    tuned_by(tuned, parsed(with_tune(recipe, LORA.format(layers=layers, connector=connector))))
     stir_adapters(tuned)
     return tuned.eval()
 

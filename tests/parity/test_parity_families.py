@@ -17,6 +17,7 @@ from tests.helpers.tiled_samples import LLAVA_ONEVISION_TEMPLATE, save_llava_one
 from tests.helpers.tiny_models import batch_of, built, largest, parsed, rows_of
 from tests.helpers.tiny_recipes import tiny_text
 from tests.helpers.transformers_parity import (
+    BY_LORA,
     assert_same_logits,
     assert_same_pixels,
     ids_of,
@@ -131,9 +132,11 @@ def test_logits_and_gradients_are_transformers(taken: Taken) -> None:
     same_gradients(our_step(taken.model, taken.batch), wanted)
 
 
-def assert_lora_is_pefts(taken: Taken, layers: str) -> VisionLanguageModel:
+def assert_lora_is_pefts(
+    taken: Taken, layers: str, connector: str = "how: full"
+) -> VisionLanguageModel:
     """Asserts that a LoRA step is that of PEFT over transformers' model; the tuned model."""
-    tuned = with_adapters(taken.model, taken.recipe, layers)
+    tuned = with_adapters(taken.model, taken.recipe, layers, connector)
     assert largest(our_logits(tuned, taken.batch), our_logits(taken.model, taken.batch)) > 1e-3
     theirs = peft_over(taken.theirs, tuned, taken.sample.our_name)
     expected, loss = their_loss(taken, theirs)
@@ -147,6 +150,18 @@ def assert_lora_is_pefts(taken: Taken, layers: str) -> VisionLanguageModel:
 def test_a_lora_step_is_that_of_peft_over_transformers(taken: Taken) -> None:
     """On tower and LLM, with the connector in full."""
     assert_lora_is_pefts(taken, "all-linear")
+
+
+def test_lora_on_the_connector_is_pefts_and_is_merged(taken: Taken) -> None:
+    """On all linear layers of a connector; Gemma 3's is one matrix in none."""
+    if taken.sample.template == "gemma3":
+        with pytest.raises(ModelError, match=r"'connector\.\*' matches no linear layer"):
+            with_adapters(taken.model, taken.recipe, connector=BY_LORA)
+        return
+    tuned = assert_lora_is_pefts(taken, "all-linear", BY_LORA)
+    expected = our_logits(tuned, taken.batch)
+    merge_adapter(tuned, "connector")
+    assert largest(our_logits(tuned, taken.batch), expected) <= 1e-4
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -13,6 +13,7 @@ from tests.helpers.native_models import KINDS, save_native, with_native
 from tests.helpers.tiny_models import batch_of, built, largest, parsed, rows_of
 from tests.helpers.tiny_recipes import tiny_text
 from tests.helpers.transformers_parity import (
+    BY_LORA,
     assert_same_logits,
     by_chat_template,
     peft_over,
@@ -30,7 +31,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.lora import merge_adapter
+from vlm_tune.model.lora import is_adapter, merge_adapter
 
 
 @lru_cache(maxsize=2)
@@ -118,6 +119,30 @@ def test_a_lora_step_is_that_of_peft_over_transformers(taken: Taken) -> None:
         )
     assert largest(before, after) > 1e-3
     assert_step_is_theirs(taken, tuned, peft_over(taken.theirs, tuned, our_name))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "lfm2_vl", "gemma4", "mistral3"])
+def test_lora_on_the_connector_is_a_part_of_the_adapter(kind: str, tmp_path: Path) -> None:
+    """Mergers inside of a tower, and projectors beside it; it is merged with the others."""
+    taken = take(kind, tmp_path)
+    tuned = with_adapters(taken.model, taken.recipe, connector=BY_LORA)
+    names = [name.removeprefix("llm.model.") for name, _ in tuned.named_parameters()]
+    assert {tuned.llm.part_of(name) for name in names if is_adapter(name)} == {
+        "tower", "connector", "llm"
+    }  # fmt: skip
+    assert_step_is_theirs(taken, tuned, peft_over(taken.theirs, tuned, our_name))
+    batch = taken.batch
+    with torch.no_grad():
+        expected = tuned.llm.supervised_logits(tuned.embed(batch), batch)
+        merge_adapter(tuned, "llm")
+        merged = tuned.llm.supervised_logits(tuned.embed(batch), batch)
+    assert largest(merged, expected) <= 1e-4
+
+
+def test_a_connector_without_a_linear_layer_takes_no_lora(tmp_path: Path) -> None:
+    taken = take("ovis2", tmp_path)
+    with pytest.raises(ModelError, match=r"'connector\.\*' matches no linear layer"):
+        with_adapters(taken.model, taken.recipe, connector=BY_LORA)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

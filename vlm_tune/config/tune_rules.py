@@ -20,6 +20,7 @@ BLOCK_WEIGHTS = (
     "llm.encoder.block.0.layer.0.SelfAttention.q.weight",
 )
 """Names of a linear layer of a block in different families of LLMs."""
+PARTS = ("llm", "tower", "connector")
 LORA = ("lora",)
 RULE_KEYS = {
     "r": LORA,
@@ -97,11 +98,9 @@ def _rule_contradictions(rule: Any) -> list[Fault]:
             "a frozen part has no learning rate",
         ),
         (
-            how == "lora"
-            and isinstance(match, str)
-            and match.split(".")[0] not in ("llm", "tower"),
+            how == "lora" and isinstance(match, str) and match.split(".")[0] not in PARTS,
             ("match",),
-            "LoRA applies to the llm or the tower; train the connector with how: full",
+            "a LoRA rule is of one part: begin match with llm., tower. or connector.",
         ),
     )
 

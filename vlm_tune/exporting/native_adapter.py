@@ -14,13 +14,14 @@ from vlm_tune.errors import ModelError
 from vlm_tune.exporting.hf_export import compared, exact_attention, target_of
 from vlm_tune.exporting.source import ExportReport, expected_of
 from vlm_tune.model.base_places import BaseChoice
-from vlm_tune.model.build import CONNECTOR, TOWER
+from vlm_tune.model.build import TOWER
 from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.families.base import Vlm, part_tensors
 from vlm_tune.model.hub import config_source, read_json
-from vlm_tune.model.lora import PREFIX
+from vlm_tune.model.lora import PREFIX, merge_adapter
 from vlm_tune.model.pretrained.tokenizer import pin_tokenizer
 from vlm_tune.model.restoring import ADAPTERS, BESIDE
+from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import read_safetensors, write_safetensors
 
 Tensors = dict[str, torch.Tensor]
@@ -45,6 +46,7 @@ def write_native_adapter(
 ) -> ExportReport:
     """Writes LoRA on the LLM, and the connector as `modules_to_save`, by the whole model's names.
 
+    The connector's own LoRA is merged into its weights.
     The model's processor is beside them. Plain PEFT over the checkpoint must give the model's
     token ids, pixels, logits and greedy text.
 
@@ -70,7 +72,11 @@ def write_native_adapter(
         raise ModelError(f"{WORDS_ADDED}: use merge, or --format transformers")
     config = read_json(source / ADAPTERS["llm"] / "adapter_config.json")
     lora = _renamed(vlm, read_safetensors(source / ADAPTERS["llm"] / "adapter_model.safetensors"))
-    whole = _renamed(vlm, _without_single(vlm, _trained_whole(source)))
+    if "connector" in model.adapters:
+        # PEFT keeps a module whole or adapts it, and a connector's own weights may have been
+        # trained as well.
+        merge_adapter(model, "connector")
+    whole = _renamed(vlm, _without_single(vlm, _trained_whole(model, source)))
     config |= {
         "base_model_name_or_path": vlm.name,
         # By full names: the tower's layers have the same last names as the LLM's.
@@ -105,11 +111,9 @@ def _outermost(names: set[str]) -> list[str]:
     )
 
 
-def _trained_whole(source: Path) -> Tensors:
-    """The weights that were trained without LoRA: the connector's, and the LLM's own."""
-    tensors = {
-        f"connector.{name}": value for name, value in read_safetensors(source / CONNECTOR).items()
-    }
+def _trained_whole(model: VisionLanguageNetwork, source: Path) -> Tensors:
+    """The weights that are written whole: the connector's, and the LLM's own that were trained."""
+    tensors = {f"connector.{name}": value for name, value in model.connector.state_dict().items()}
     if (source / BESIDE).is_file():
         tensors |= read_safetensors(source / BESIDE)
     return tensors

@@ -44,6 +44,7 @@ BESIDE = (
     "connector.safetensors",
     "tower.safetensors",
     "tower_adapter",
+    "connector_adapter",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",

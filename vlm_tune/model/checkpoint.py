@@ -1,7 +1,7 @@
 """Self-contained model folders: what is in them, saved and loaded.
 
 config.json            VisionLanguageConfig
-connector.safetensors
+connector.safetensors  the connector's weights, without its LoRA adapter
 bases.json             fingerprints and locations of the base weights, which are not in the folder
 tower.safetensors      the tower's weights, if they are not those of its name
 llm/                   the LLM in transformers' layout, if its weights are not those of its name
@@ -9,6 +9,7 @@ llm.safetensors        the LLM's individually trained weights, if the rest is un
                        beside 4-bit layers, or rows of new tokens)
 adapter/               the LLM's LoRA adapter in PEFT's layout
 tower_adapter/         the tower's LoRA adapter in PEFT's layout
+connector_adapter/     the connector's
 prompt/                the LLM's soft prompt or prefix in PEFT's layout
 tasks/                 instead of adapter/, where tasks have adapters of their own: sharing.json,
                        and of each task a model folder as this one, by its name
@@ -122,7 +123,7 @@ def capture_model(
         A function that writes the captured state to a folder.
     """
     language: Any = model.llm.model
-    connector = copied(whole_state(model.connector))
+    connector = copied(_base_state(model.connector))
     tower = copied(_base_state(model.tower)) if "tower" in model.changed else None
     llm = copied(_base_state(language)) if "llm" in model.changed else None
     adapters, of_tasks = _adapters(model, copied)

@@ -16,7 +16,8 @@ SECONDS = 3.0
 """Timeout of the request that tests whether the hub is reachable."""
 OURS = "vlm_tune"
 """The model type in the config.json of a vlm_tune model folder."""
-ADAPTERS = ("adapter", "tasks", "tower_adapter", "prompt", "llm.safetensors")
+CONNECTOR_ADAPTER = "connector_adapter"
+ADAPTERS = ("adapter", "tasks", "tower_adapter", CONNECTOR_ADAPTER, "prompt", "llm.safetensors")
 """Names in a model folder of trained values that are not merged into its weights."""
 
 

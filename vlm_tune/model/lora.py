@@ -223,7 +223,8 @@ def merge_adapter(model: VisionLanguageNetwork, part: str) -> None:
         model.adapters.pop(part).merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"merging the {part}'s adapter: {reason_of(error)}") from None
-    model.changed.add(part)
+    if part != "connector":  # always saved
+        model.changed.add(part)
 
 
 def _untie(language: Any) -> None:

@@ -154,7 +154,7 @@ def _lora_config(
         use_dora=rule.variant == "dora",
         init_lora_weights=init,  # type: ignore[arg-type]
         task_type=None
-        if part == "tower"
+        if part != "llm"
         else "SEQ_2_SEQ_LM"
         if model.llm.layout == "seq2seq"
         else "CAUSAL_LM",
@@ -220,7 +220,10 @@ def _target_layers(rule: TuneRule, matched: list[str]) -> list[str]:
     else:
         chosen = matched
     if not chosen:
-        raise ModelError(f"tune: the LoRA rule {quoted(rule.match)} matches no linear layer")
+        raise ModelError(
+            f"tune: the LoRA rule {quoted(rule.match)} matches no linear layer; train what it "
+            "matches with how: full, or leave it frozen"
+        )
     return chosen
 
 

@@ -26,7 +26,7 @@ from vlm_tune.model.base_places import (
 from vlm_tune.model.base_weights import check_same, llm_base, tower_base
 from vlm_tune.model.build import CONNECTOR, TOWER, WORDS, assemble, restore_tower
 from vlm_tune.model.committed_folders import verify_folder
-from vlm_tune.model.hub import read_json
+from vlm_tune.model.hub import CONNECTOR_ADAPTER, read_json
 from vlm_tune.model.language.virtual_tokens import read_prompt
 from vlm_tune.model.lora import PISSA, attach_adapter, load_adapter_state, parts
 from vlm_tune.model.media_tower import MediaTower
@@ -41,7 +41,8 @@ from vlm_tune.model.weights import CPU, load_into, read_safetensors
 from vlm_tune.precision import DTYPES
 from vlm_tune.quoting import reason_of
 
-ADAPTERS = {"llm": "adapter", "tower": "tower_adapter"}
+ADAPTERS = {"llm": "adapter", "tower": "tower_adapter", "connector": CONNECTOR_ADAPTER}
+"""The folders of adapters in a model folder, by part."""
 TASKS = "tasks"
 SHARING = "sharing.json"
 """The folder of a model's tasks, and the file in it that says how they share the adapter."""

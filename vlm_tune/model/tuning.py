@@ -65,8 +65,8 @@ def apply_rules(
 
     Raises:
         ModelError: no rule covers a parameter; a rule matches no parameter, or none that it can
-            train; adapters would have to be merged into quantised weights; or other virtual tokens
-            exist already.
+            train; adapters would have to be merged into quantised weights; LoRA lies behind frozen
+            gates of value 0; or other virtual tokens exist already.
     """
     owner, uncovered = _owners(model, rules)
     if uncovered:
@@ -83,6 +83,11 @@ def apply_rules(
     apply_lora_rules(model, rules, owner, device, tasks)
     _prompt(model, rules, precision)
     _freeze_and_cast(model, owner, _trained(model, rules, owner), precision, exact)
+    if "connector" in model.adapters and model.connector.closed:
+        raise ModelError(
+            "tune: the connector's gates are 0 and frozen, so LoRA in its blocks gets no gradient: "
+            'train them by a rule before it, {match: "connector.*_gate", how: full}'
+        )
     return collect_groups(model, rules, owner, learning_rate)
 
 

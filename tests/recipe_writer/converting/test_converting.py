@@ -170,7 +170,7 @@ def test_llama_factory(tmp_path: Path) -> None:
     lora = {"how": "lora", "r": 16, "lora_alpha": 32}
     assert rules(recipe) == [
         {"match": "tower.*", "how": "frozen"},
-        {"match": "connector.*", "how": "full"},
+        {"match": "connector.*", **lora, "target_modules": "all-linear"},
         {"match": "llm.*", **lora, "target_modules": ["q_proj", "v_proj"]},
     ]
     train = recipe.train
@@ -210,8 +210,8 @@ def test_ms_swift() -> None:
     assert (train.steps, train.schedule.warmup, train.learning_rate) == (400, 0.05, 2e-4)
     assert (train.weight_decay, train.betas) == (0.1, [0.9, 0.95])
     connector = recipe.tune[1]
-    assert (connector.how, connector.learning_rate) == ("full", 2e-5)
-    assert "by LoRA; here it trains in full" in written.path.read_text()
+    assert (connector.how, connector.learning_rate) == ("lora", 2e-5)
+    assert (connector.r, connector.lora_alpha) == (8, 32)
     assert recipe.engine.model_dump()["stage"] == 2
     missing = reasons(written)
     assert set(missing) == {"deepspeed", "neftune_noise_alpha", "new_special_tokens"}
@@ -252,6 +252,16 @@ def test_ms_swifts_args_json_lists_what_was_set_and_no_defaults() -> None:
     assert written.recipe.data.split.validation == 0.05
 
 
+def test_gemma_3s_connector_trains_in_full_where_others_do_by_lora() -> None:
+    """It is one matrix in no linear layer."""
+    text = SWIFT.replace("Qwen/Qwen2.5-VL-7B-Instruct", "google/gemma-3-4b-it")
+    text = text.replace("qwen2_5_vl", "gemma3_vision").replace("MAX_PIXELS=1003520 ", "")
+    written = converted("train.sh", text)
+    assert [rule.how for rule in written.recipe.tune] == ["frozen", "full", "lora"]
+    assert written.recipe.tune[1].learning_rate == 2e-5
+    assert "it is one matrix in no linear layer, so not by LoRA" in written.path.read_text()
+
+
 def test_trl() -> None:
     written = converted("sft.yaml", TRL)
     recipe = written.recipe
@@ -275,7 +285,7 @@ def test_trl_tunes_the_tower_too_where_it_takes_all_linear_layers() -> None:
     text = TRL.replace("[q_proj, v_proj]", "all-linear")
     assert [rule.how for rule in converted("sft.yaml", text).recipe.tune] == [
         "lora",
-        "full",
+        "lora",
         "lora",
     ]
     full = TRL.replace("use_peft: true", "").replace("load_in_4bit: true", "")

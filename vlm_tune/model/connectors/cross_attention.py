@@ -88,7 +88,8 @@ class CrossAttention(Connector):
 
     def __init__(self, config: CrossAttentionConnector, base: Connector, llm_width: int) -> None:
         super().__init__()
-        self.config = config
+        # Not `config`: PEFT reads an attribute of that name as transformers' config.
+        self.section = config
         self.base = base
         self.width = llm_width
         self.marker = nn.Parameter(0.02 * torch.randn(llm_width))
@@ -102,19 +103,24 @@ class CrossAttention(Connector):
         self.base.tokens(tower_tokens)
         return 1
 
+    @property
+    def closed(self) -> bool:
+        gates = [gate for block in self.blocks for gate in (block.attention_gate, block.feed_gate)]
+        return not any(gate.requires_grad or gate.is_meta or bool(gate.any()) for gate in gates)
+
     def attach(self, model: Any) -> None:
         """Creates the blocks and hooks them before the LLM's layers.
 
         Raises `ModelError` for an LLM with too few layers.
         """
         layers = text_layers(model)
-        every = self.config.every
+        every = self.section.every
         if every > len(layers):
             raise ModelError(
                 f"model.connector.every is {every}, and the LLM has {len(layers)} layers"
             )
         for place, layer in enumerate(layers[every - 1 :: every]):
-            self.blocks.append(GatedBlock(self.width, self.config.heads, self.config.head_width))
+            self.blocks.append(GatedBlock(self.width, self.section.heads, self.section.head_width))
             layer.register_forward_pre_hook(partial(self._before_layer, place), with_kwargs=True)
 
     def _before_layer(
@@ -173,7 +179,7 @@ class CrossAttention(Connector):
         slots = batch.image_mask
         mask = slots.cumsum(1)[..., None] > torch.arange(most, device=slots.device)
         keys = [batch.packed]
-        if self.config.images == "last":
+        if self.section.images == "last":
             begins = slots.clone()
             begins[:, 1:] &= ~slots[:, :-1]
             keys.append(begins.cumsum(1))  # the number of the last run of images

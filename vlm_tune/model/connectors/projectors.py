@@ -42,6 +42,9 @@ class Connector(nn.Module):
     """A learned token [E] for the ends of the rows of joined tiles, the last token of each media
     item, if the connector has one. Which slots it fills is `vlm_tune/data/media_slots.py`'s."""
 
+    closed = False
+    """Whether frozen gates of value 0 stop every gradient: LoRA inside could not train."""
+
     reader: Reader | None = None
     """Converter of the instruction to the connector's own vocabulary, if it has one."""
 

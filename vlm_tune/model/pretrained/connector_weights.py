@@ -15,6 +15,7 @@ from vlm_tune.model.connectors.qformer import QFormer
 from vlm_tune.model.families.base import part_tensors
 from vlm_tune.model.families.blip import QFORMER_LAYER, QFORMER_TOKENIZER
 from vlm_tune.model.families.registry import family_names, find_vlm
+from vlm_tune.model.hub import CONNECTOR_ADAPTER
 from vlm_tune.model.weights import load_into, read_safetensors, safetensors_shapes
 from vlm_tune.paths import is_file
 from vlm_tune.quoting import quoted, reason_of
@@ -72,10 +73,18 @@ def _is_weights_file(weights: str) -> bool:
 
 
 def _safetensors(weights: str) -> Path:
-    """The path of a weights file; raises `ModelError` if it is of another format."""
+    """The path of a weights file.
+
+    Raises `ModelError` if it is of another format, or a model's connector whose adapter it lacks.
+    """
     path = Path(weights)
     if path.suffix != ".safetensors":
         raise ModelError(f"{path}: pickled weights are not loaded, convert them to safetensors")
+    if (path.parent / CONNECTOR_ADAPTER).is_dir():
+        raise ModelError(
+            f"{path}: the connector without its LoRA adapter, {CONNECTOR_ADAPTER} beside it: "
+            "merge that model (vlm-tune merge), and name the merged folder's file"
+        )
     return path
 
 

@@ -57,6 +57,8 @@ class Conversion:
 
 
 Method = Literal["lora", "full"]
+ONE_MATRIX = "gemma3"
+"""The chat format of the family whose connector has no linear layer."""
 
 
 @dataclass
@@ -65,7 +67,7 @@ class WhatTrains:
 
     `lora` has the keys of a LoRA rule, `last_layers` is the number of the LLM's blocks that train
     alone, None for all. A rate of None is the common one. `connector_by_lora`
-    says that the framework trains the connector by LoRA too.
+    says that the framework trains the connector by LoRA where it does the LLM.
     """
 
     method: Method = "lora"
@@ -92,19 +94,27 @@ def set_rules(conversion: Conversion, trains: WhatTrains, *, new_connector: bool
     else:
         draft.rule(f"{framework} leaves the tower as it is", match="tower.*", how="frozen")
     if trains.connector or new_connector:
-        reason = f"{framework} trains the connector"
-        if not trains.connector:
-            reason = "the connector starts from random weights here, so it has to train"
-        elif trains.method == "lora" and trains.connector_by_lora:
-            reason += ", by LoRA; here it trains in full"
-        rate = {"learning_rate": trains.connector_rate} if trains.connector_rate else {}
-        draft.rule(reason, match="connector.*", how="full", **rate)
+        _connector_rule(conversion, trains, new_connector=new_connector)
     else:
         draft.rule(f"{framework} leaves the connector as it is", match="connector.*", how="frozen")
     if trains.llm:
         _rule(draft, "llm.*", trains, None, f"{framework} trains the LLM")
     else:
         draft.rule(f"{framework} leaves the LLM as it is", match="llm.*", how="frozen")
+
+
+def _connector_rule(conversion: Conversion, trains: WhatTrains, *, new_connector: bool) -> None:
+    """Writes the rule of a connector that trains, in full where LoRA could not do it."""
+    reason = f"{conversion.framework} trains the connector"
+    if trains.method == "lora" and not trains.connector_by_lora:
+        trains = replace(trains, method="full")
+    if new_connector:
+        trains = replace(trains, method="full")
+        reason = "the connector starts from random weights here, so it has to train"
+    elif trains.method == "lora" and conversion.draft.values.get("data.template") == ONE_MATRIX:
+        trains = replace(trains, method="full")
+        reason += "; it is one matrix in no linear layer, so not by LoRA"
+    _rule(conversion.draft, "connector.*", trains, trains.connector_rate, reason)
 
 
 def _rule(draft: Draft, match: str, trains: WhatTrains, rate: float | None, reason: str) -> None:
