@@ -131,9 +131,11 @@ for folder in map(Path, sys.argv[1:]):
 """Prints nothing; writes the logits of the rows of `rows.json` into each folder."""
 
 
-def trained(template: str, recipe: str, folder: Path) -> VisionLanguageModel:
+def trained(
+    template: str, recipe: str, folder: Path, tune: str = LORA_TUNE
+) -> VisionLanguageModel:
     """A model over the checkpoint `vlm`, as if trained, saved in `run` beside its recipe."""
-    text = with_tune(with_pretrained(recipe, folder / "vlm", template), LORA_TUNE)
+    text = with_tune(with_pretrained(recipe, folder / "vlm", template), tune)
     model = built(parsed(text))
     tuned_by(model, parsed(text))
     wake_adapters(model, 0.1)
@@ -188,6 +190,24 @@ def test_the_adapter_has_the_whole_models_names(
     tensors = load_file(weights)
     key = next(key for key in tensors if key.endswith("layers.1.self_attn.v_proj.lora_B.weight"))
     assert key.startswith("base_model.model.model.text_model.")
+
+
+def test_lora_on_the_connector_is_in_every_export(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    """Merged into the connector, which plain PEFT has in `modules_to_save`."""
+    save_idefics3(tmp_path / "vlm", "smolvlm")
+    lora = LORA_TUNE.replace('"connector.*", how: full', '"connector.*", how: lora, variant: dora')
+    model = trained("smolvlm", tiny_recipe("causal"), tmp_path, lora)
+    assert list(model.adapters) == ["connector", "llm"]
+    text = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert possible_exports(parsed(text))["adapter"] is None
+    for kind in ("adapter", "transformers"):
+        report = export(tmp_path / "run", tmp_path / kind, format=kind)
+        assert report.difference is not None and report.allowed is not None and report.same_text
+        assert report.difference <= report.allowed
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["model.connector.modality_projection.proj"]
+    assert not config["use_dora"]
+    assert export(tmp_path / "run", tmp_path / "again").merged == ["connector", "llm"]
 
 
 def test_an_adapter_without_the_trained_tower_is_refused(tiny_recipe: Tiny, tmp_path: Path) -> None:
