@@ -17,8 +17,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from tests.helpers.connector_kinds import with_connector
-from tests.helpers.family_recipes import NATIVE, SAVED, over_family, save_families
+from tests.helpers.family_recipes import SAVED, over_family, save_families
 from tests.helpers.forked_runs import ended, start
+from tests.helpers.native_models import save_native, with_native
 from tests.helpers.shaped_samples import save_mistral3
 from tests.helpers.task_recipes import SOFT, task_sources
 from tests.helpers.tiny_models import (
@@ -63,6 +64,12 @@ tune:
 train:"""
 """A rank without images has no gradient for what it skips, and must still gather its weights.
 """
+PARTS = """
+tune:
+  - {match: "tower.*", how: lora, r: 4}
+  - {match: "connector.*", how: lora, r: 4}
+  - {match: "llm.*", how: lora, r: 4}
+train:"""
 TASKS = LORA_TUNE.replace("all-linear}", f"all-linear, {SOFT}}}")
 MODELS: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "decoder-lora": ("causal", LORA_TUNE, None, {}),
@@ -74,8 +81,18 @@ MODELS: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "fusion": ("seq2seq", LORA_TUNE, "fusion-attention", {}),
     "cross": ("causal", LORA_TUNE, "cross_attention", {}),
     "tasks": ("causal", TASKS, None, {"train__gradient_accumulation": 2}),
+    "parts": ("causal", PARTS, "qformer-text", {"train__cache_features": False}),
+    "native-parts": ("causal", PARTS, None, {}),
+    "native-full": ("causal", FULL, None, {}),
+    "native-frozen": ("causal", BLIND, None, {}),
+    "lfm2_vl": ("causal", LORA_TUNE, None, {}),
     **{name: ("causal", LORA_TUNE, None, {"train__cache_features": False}) for name in SAVED},
 }
+OVER_NATIVE = {
+    **dict.fromkeys(("native-parts", "native-full", "native-frozen"), "qwen3_vl"),
+    "lfm2_vl": "lfm2_vl",
+}
+"""Native models: LoRA on all parts, all weights, LoRA on the LLM alone; and one of convolutions."""
 SHARDED = ("zero3", "fsdp")
 WITH: dict[str, Sequence[str]] = {
     # Adapters and whole models under each; the other way round under each way to share.
@@ -84,8 +101,11 @@ WITH: dict[str, Sequence[str]] = {
     "decoder-full": ("ddp", "zero2", *SHARDED),
     "t5-lora": ("ddp", "zero2", *SHARDED),
     "tasks": ("ddp", "zero2"),
-    # A family of each kind of attention; a native model's weights are not sharded.
-    **{name: ("ddp", "zero2", *(SHARDED if name not in NATIVE else ())) for name in SAVED},
+    "parts": ("ddp", "zero2", *SHARDED),
+    "native-full": ("offload", "fsdp-offload", *SHARDED),
+    "lfm2_vl": ("ddp", *SHARDED),
+    # A family of each kind of attention.
+    **dict.fromkeys(SAVED, ("ddp", "zero2", *SHARDED)),
 }
 RUNS = [(model, engine) for model in MODELS for engine in WITH.get(model, SHARDED)]
 HALF: dict[str, Sequence[str]] = {
@@ -95,12 +115,13 @@ HALF: dict[str, Sequence[str]] = {
     "norms-bf16": ("ddp", "fsdp"),
     "t5-qlora": ("ddp", "zero3", "offload", "fsdp", "fsdp-offload"),
     "shapes-qlora": SHARDED,
+    "native-qlora": SHARDED,
 }
 """In bf16, in bf16 over a base of 4 bit, in bf16 with all weights in fp32 and a connector that
 reads text, in bf16 with a tower of batch norms, which is validated as well, and in fp32 (`EXACT`)
-over a T5 of 4 bit of which some layers have no adapter, and over a family of 4 bit whose tower
-keeps an image's shape."""
-EXACT = ("t5-qlora", "shapes-qlora")
+over a T5 of 4 bit of which some layers have no adapter, over a family of 4 bit whose tower keeps an
+image's shape, and over a native model of 4 bit."""
+EXACT = ("t5-qlora", "shapes-qlora", "native-qlora")
 if not shards_bytes():
     HALF |= {
         name: [engine for engine in engines if not engine.startswith("fsdp")]
@@ -146,6 +167,8 @@ def recipe(folder: Path, name: str, model: str, *, size: int, **changes: Any) ->
         text = with_connector(text, connector)
     if model in SAVED:
         text = over_family(text, folder / "families", model)
+    if model in OVER_NATIVE:
+        text = with_native(text, folder / "families" / OVER_NATIVE[model])
     if model == "tasks":
         changes = {"data__train": task_sources(folder / "messages.jsonl"), **changes}
     return parsed(
@@ -173,6 +196,9 @@ def half(folder: Path, name: str, model: str, **changes: Any) -> Recipe:
         family = folder / "families" / "mistral3"
         text = with_pretrained(text, family, "mistral3", ", llm: {quantize: nf4}")
         return parsed(text, **{**ONE_STEP, "train__cache_features": False, **changes})
+    if model == "native-qlora":
+        text = with_native(text, folder / "families" / "qwen3_vl", ", llm: {quantize: nf4}")
+        return parsed(text, **{**ONE_STEP, **changes})
     packed = {"decoder-qlora": ", quantize: nf4", "t5-qlora": ", quantize: fp4"}
     text = with_llm(text, folder / f"base-{kind}", kind, packed.get(model, ""))
     return parsed(text, **{**ONE_STEP, **changes})
@@ -210,6 +236,15 @@ GOES_ON: dict[str, Any] = {
     "train__gradient_accumulation": 2,
     "train__checkpoints": {"every": 8, "keep": 9},
 }
+
+
+def native_lineage(folder: Path, name: str, *, size: int = 1, **changes: Any) -> Recipe:
+    """A native model with LoRA on all parts, validated and sampled on the way."""
+    rows = [{"kind": "file", "path": str(folder / "messages.jsonl")}]
+    scored = {"data__validation": rows, "evaluate__every": 2, "evaluate__samples": 2}
+    return recipe(folder, name, "native-parts", size=size, **{**GOES_ON, **scored, **changes})
+
+
 LINEAGES = {"one-two-one": "decoder-lora", "zero2-zero3": "t5-full"}
 
 
@@ -237,6 +272,7 @@ def train_all(folder: Path) -> None:
         row.pop("images")
     (folder / "messages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_families(folder / "families")
+    save_native(folder / "families" / "lfm2_vl", "lfm2_vl")
     plan: list[dict[str, Any]] = []
 
     def add(name: str, run_recipe: Recipe, **how: Any) -> None:
@@ -263,6 +299,10 @@ def train_all(folder: Path) -> None:
             **GOES_ON,
         )
         add(f"zero2-zero3-{stage}", run_recipe, **how)
+    # FSDP to step 3, ZeRO-3 to step 6, one process alone from there.
+    for engine, how in (("fsdp", {"stop": 3}), ("zero3", {"resume": True, "stop": 6})):
+        run_recipe = native_lineage(folder, "native-lineage", engine=ENGINES[engine])
+        add(f"native-lineage-{engine}", run_recipe, **how)
     save_bases(folder)
     for model, engines in HALF.items():
         for engine in engines:
@@ -402,6 +442,21 @@ def test_a_run_over_sharded_4bit_weights_goes_on_alone_and_merges(
 
 
 @pytest.mark.slow
+def test_a_native_run_over_sharded_weights_goes_on_elsewhere_and_merges(
+    trained: Path, tmp_path: Path
+) -> None:
+    sft(native_lineage(trained, "native-whole", size=2))
+    sft(native_lineage(trained, "native-lineage"), resume=True)
+    expected, resumed = (losses(trained / name) for name in ("native-whole", "native-lineage"))
+    assert len(expected) == 8
+    assert resumed == pytest.approx(expected, abs=1e-4)
+    scored = (losses(trained / name, "evaluation") for name in ("native-whole", "native-lineage"))
+    assert next(scored) == pytest.approx(next(scored), abs=1e-4)
+    report = merge(trained / "native-lineage", tmp_path / "merged", dtype="fp32")
+    assert 0 <= report.difference_to_adapter <= 1e-3 < report.difference_to_base
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDED)
 def test_stages_train_as_one_process_does(engine: str, trained: Path) -> None:
     alone = f"stages-alone-{engine}"
@@ -437,9 +492,9 @@ def test_two_ranks_verify_their_run(engine: str, trained: Path) -> None:
     assert report["compared"] == ["samples", "loss", "norm"]
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder: Path, kind: str = "train") -> list[float]:
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [event["loss"] for event in events if event["event"] == "train"]
+    return [event["loss"] for event in events if event["event"] == kind]
 
 
 def noted_ids(trained: Path, name: str) -> dict[str, list[str]]:

@@ -52,8 +52,6 @@ def _data_faults(raw: Any) -> list[Fault]:
 
 def _training_faults(raw: Any) -> list[Fault]:
     kind = value_at(raw, "objective", "kind")
-    engine = value_at(raw, "engine", "kind")
-    sharded = engine == "fsdp" or (engine == "deepspeed" and value_at(raw, "engine", "stage") == 3)
     return broken(
         (
             value_at(raw, "train", "cache_features") is True,
@@ -76,11 +74,6 @@ def _training_faults(raw: Any) -> list[Fault]:
             value_at(raw, "objective", "image_noise"),
             ("objective", "image_noise"),
             "a native model's own forward pass takes images, and no noise on their tokens",
-        ),
-        (
-            sharded,
-            ("engine", "kind"),
-            "a native model's weights are not sharded: use ddp, or deepspeed with stage 2",
         ),
     )
 

@@ -131,9 +131,7 @@ for folder in map(Path, sys.argv[1:]):
 """Prints nothing; writes the logits of the rows of `rows.json` into each folder."""
 
 
-def trained(
-    template: str, recipe: str, folder: Path, tune: str = LORA_TUNE
-) -> VisionLanguageModel:
+def trained(template: str, recipe: str, folder: Path, tune: str = LORA_TUNE) -> VisionLanguageModel:
     """A model over the checkpoint `vlm`, as if trained, saved in `run` beside its recipe."""
     text = with_tune(with_pretrained(recipe, folder / "vlm", template), tune)
     model = built(parsed(text))

@@ -174,14 +174,13 @@ def test_what_a_native_model_does_not_take_is_left_out_with_the_reason() -> None
         "max_pixels": 262144,
         "llm": {"quantize": "nf4"},
     }
-    assert recipe.data.packing and recipe.engine.kind == "auto"
+    assert recipe.data.packing and recipe.engine.kind == "fsdp"
     assert [rule.how for rule in recipe.tune] == ["frozen", "frozen", "lora"]
     missing = reasons(written)
-    assert set(missing) == {"finetuning_type", "fsdp"}
+    assert set(missing) == {"finetuning_type"}
     other = named("template", "qwen3_5", "some/model", packing=True)
     assert not other.recipe.data.packing
     assert "reads one sample a row" in reasons(other)["packing"]
-    assert "weights are not sharded" in missing["fsdp"]
     assert "the recipe takes LoRA" in missing["finetuning_type"]
 
 

@@ -31,6 +31,7 @@ from vlm_tune.model.language.image_axes import image_axes
 from vlm_tune.model.language.masks import joining_reason, layer_masks, tree_mask
 from vlm_tune.model.language.native_branches import NativeBranches
 from vlm_tune.model.language.positions import learned_positions
+from vlm_tune.model.weights import is_sharded
 
 MERGERS = ("merger", "projector", "connector")
 """What names of connectors inside a tower contain."""
@@ -218,7 +219,7 @@ class NativeLLM(LanguageModel):
             self.training
             and self.blank is not None
             and any(
-                parameter.requires_grad and self.part_of(name) != "llm"
+                (parameter.requires_grad or is_sharded(parameter)) and self.part_of(name) != "llm"
                 for name, parameter in self.model.named_parameters()
             )
         )

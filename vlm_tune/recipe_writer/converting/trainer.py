@@ -29,7 +29,6 @@ PRECISIONS = {
     "fp32": "fp32",
 }
 LONGEST_TIMEOUT = 1e7
-UNSHARDED = "a native model's weights are not sharded"
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def _set_intervals(conversion: Conversion) -> None:
 def _set_engine(conversion: Conversion) -> None:
     arguments = conversion.arguments
     int8 = conversion.draft.values.get("model.llm", {}).get("quantize") == "int8"
-    whole = UNSHARDED if conversion.native else "int8 weights can't be sharded" if int8 else None
+    whole = "int8 weights can't be sharded" if int8 else None
     sharded = arguments.take("fsdp")
     if sharded and whole:
         arguments.refuse("fsdp", sharded, f"{whole}, so the processes are those of DDP")

@@ -140,8 +140,9 @@ def _blocks(model: VisionLanguageNetwork) -> list[tuple[nn.Module, bool]]:
     weights outside of its blocks would be cast with the whole model's.
     """
     blocks: list[tuple[nn.Module, bool]] = []
-    for part in ("tower", "llm"):
-        module = parts(model)[part]
+    for part, module in parts(model).items():
+        if part == "connector":
+            continue
         castable = all(getattr(layer, "running_mean", None) is None for layer in module.modules())
         # A small part without blocks is sharded with the whole model.
         with contextlib.suppress(ModelError):
