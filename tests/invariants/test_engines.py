@@ -450,7 +450,7 @@ def test_a_native_run_over_sharded_weights_goes_on_elsewhere_and_merges(
     expected, resumed = (losses(trained / name) for name in ("native-whole", "native-lineage"))
     assert len(expected) == 8
     assert resumed == pytest.approx(expected, abs=1e-4)
-    scored = (losses(trained / name, "evaluation") for name in ("native-whole", "native-lineage"))
+    scored = (losses(trained / name, "evaluate") for name in ("native-whole", "native-lineage"))
     assert next(scored) == pytest.approx(next(scored), abs=1e-4)
     report = merge(trained / "native-lineage", tmp_path / "merged", dtype="fp32")
     assert 0 <= report.difference_to_adapter <= 1e-3 < report.difference_to_base
