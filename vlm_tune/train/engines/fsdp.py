@@ -80,8 +80,9 @@ class Fsdp(Engine):
                 policy = MixedPrecisionPolicy(
                     param_dtype=torch.bfloat16,
                     reduce_dtype=torch.float32,
-                    # The model's own input is a batch, whose tensors have their types.
-                    cast_forward_inputs=block is not model,
+                    # The model's own input is a batch, whose tensors have their types; blocks of a
+                    # native model take rotary tables that their code keeps in fp32.
+                    cast_forward_inputs=block is not model and not model.llm.native,
                 )
             fully_shard(block, mp_policy=policy, **options)
         parameters = dict(named_parameters(model))
