@@ -82,8 +82,8 @@ def _safetensors(weights: str) -> Path:
         raise ModelError(f"{path}: pickled weights are not loaded, convert them to safetensors")
     if (path.parent / CONNECTOR_ADAPTER).is_dir():
         raise ModelError(
-            f"{path}: the connector without its LoRA adapter, {CONNECTOR_ADAPTER} beside it: "
-            "merge that model (vlm-tune merge), and name the merged folder's file"
+            f"{path}: the connector without its LoRA adapter, which is in {CONNECTOR_ADAPTER}: "
+            "merge that model (vlm-tune merge) and name the merged folder's file"
         )
     return path
 
