@@ -12,9 +12,10 @@ as many to a step, for each of `--steps` (`grpo` for those of its recipe):
     grpo     sampled answers, rewarded where they are right
 
 Of `sft`, `wrong` and `dpo` the learning rate is the best of three on the validation part, chosen
-for each seed and number of steps. Prints the paired differences of exact match on the test part,
-with 95% intervals by image; a run is named by its way, seed, steps and rate. A run that has ended
-in `--folder` is taken as it is.
+for each seed and number of steps; only that run answers the test part. Prints the paired
+differences of exact match on the test part, with 95% intervals by image, of each seed and over all
+of them; a run is named by its way, seed, steps and rate. A run that has ended in `--folder` is
+taken as it is.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.finished import finished_run
+from vlm_tune import evaluate
 from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.chat.draws import draw
 from vlm_tune.data.sources.easy_vqa import KINDS, answer_type, part_folder, questions
-from vlm_tune.evaluation.answer_files import read_answers
+from vlm_tune.evaluation.answer_files import ANSWERS_FILE, read_answers, save_answers
 from vlm_tune.evaluation.compare import compare
+from vlm_tune.evaluation.metrics import Answer
 from vlm_tune.resources import resource_folder
 
 WAYS = ("sft", "wrong", "dpo", "grpo")
@@ -64,6 +68,7 @@ def way_recipe(way: str, base: Recipe, rate: float, output: Path, steps: int) ->
         "seed": base.seed,
         "model": {"pretrained": str(Path(base.output) / "model")},
         "evaluate.samples": 0,
+        "data.test": [],
     }
     if way == "grpo":
         reward = load_recipe(path).stages[2].model_dump(exclude_unset=True)
@@ -97,18 +102,23 @@ def hasty_rows(wrong: float, seed: int = 0) -> Iterator[dict[str, str]]:
 
 
 def best_run(way: str, base: Recipe, folder: Path, steps: int) -> Path:
-    """A way's run from a base, at the rate after which it answers most validation questions."""
-    from vlm_tune import evaluate
+    """A way's run from a base, at the rate after which it answers most validation questions.
 
+    The test part is answered by that run alone.
+    """
     if way == "grpo":
-        return finished_run(way_recipe(way, base, 0.0, folder / f"grpo-{base.seed}", steps), way)
-    scores = {}
-    for rate in RATES:
-        output = folder / f"{way}-{base.seed}-{steps}-{rate:g}"
-        run = finished_run(way_recipe(way, base, rate, output, steps), command(way))
-        scores[run] = evaluate(run, base, split="validation").accuracy
-        print(f"{run.name}: validation {scores[run]:.2%}", flush=True)
-    return max(scores, key=scores.__getitem__)
+        run = finished_run(way_recipe(way, base, 0.0, folder / f"grpo-{base.seed}", steps), way)
+    else:
+        scores = {}
+        for rate in RATES:
+            output = folder / f"{way}-{base.seed}-{steps}-{rate:g}"
+            tried = finished_run(way_recipe(way, base, rate, output, steps), command(way))
+            scores[tried] = evaluate(tried, base, split="validation").accuracy
+            print(f"{tried.name}: validation {scores[tried]:.2%}", flush=True)
+        run = max(scores, key=scores.__getitem__)
+    if not (run / ANSWERS_FILE).is_file():
+        save_answers(run / ANSWERS_FILE, evaluate(run, base).answers)
+    return run
 
 
 def command(way: str) -> str:
@@ -116,10 +126,10 @@ def command(way: str) -> str:
     return "sft" if way == "wrong" else way
 
 
-def line(first: Path, second: Path) -> str:
-    """The paired comparison of two runs as a row of the table."""
-    names = (first.name, second.name)
-    pair = compare(read_answers(first), read_answers(second), names=names, metrics=["exact_match"])
+def line(first: Sequence[Path], second: Sequence[Path]) -> str:
+    """The paired comparison of two ways' runs, one a seed, as a row of the table."""
+    names = (_name(first), _name(second))
+    pair = compare(_answers(first), _answers(second), names=names, metrics=["exact_match"])
     entry = pair.metrics["exact_match"]
     difference = "{difference:+.2%} ({difference_low:+.2%} to {difference_high:+.2%})".format(
         **entry
@@ -128,13 +138,26 @@ def line(first: Path, second: Path) -> str:
     return f"| {names[0]} | {names[1]} | {scores} | {difference} | {entry['p']:.4f} |"
 
 
-def table(base: Path, runs: dict[str, Path]) -> list[str]:
-    """A base's rows: each way beside the base, and each other one beside instruction tuning."""
-    lines = [line(base, run) for run in runs.values()]
+def _name(runs: Sequence[Path]) -> str:
+    return ", ".join(run.name for run in runs)
+
+
+def _answers(runs: Sequence[Path]) -> list[Answer]:
+    """The test answers of all runs; those about one image stay together, whichever run's."""
+    return [
+        replace(answer, id=f"{number}/{answer.id}")
+        for number, run in enumerate(runs)
+        for answer in read_answers(run)
+    ]
+
+
+def table(bases: Sequence[Path], runs: dict[str, list[Path]]) -> list[str]:
+    """Each way beside the bases, and each other one beside instruction tuning; a run a base."""
+    lines = [line(bases, each) for each in runs.values()]
     for tuned in ("sft", "wrong"):
         lines += [
-            line(runs[tuned], run)
-            for way, run in runs.items()
+            line(runs[tuned], each)
+            for way, each in runs.items()
             if tuned in runs and way in ("dpo", "grpo")
         ]
     return lines
@@ -165,16 +188,29 @@ def main() -> None:
 def compared(
     bases: Sequence[Recipe], folder: Path, ways: Sequence[str], numbers: Sequence[int]
 ) -> list[str]:
-    """Trains every way from every base for each number of steps; returns the rows of the table."""
+    """Trains every way from every base for each number of steps; returns the rows of the table.
+
+    With several bases the last rows of each number of steps are over all of them.
+    """
     lines: list[str] = []
-    for base in bases:
-        base_run = finished_run(base)
-        for steps in numbers:
-            runs = {way: best_run(way, base, folder, steps) for way in ways}
-            rows = [row for row in table(base_run, runs) if row not in lines]
-            print("\n".join(rows), flush=True)
-            lines += rows
+    for steps in numbers:
+        base_runs: list[Path] = []
+        runs: dict[str, list[Path]] = {way: [] for way in ways}
+        for base in bases:
+            base_runs.append(finished_run(base))
+            for way in ways:
+                runs[way].append(best_run(way, base, folder, steps))
+            lines += _new(lines, table(base_runs[-1:], {way: runs[way][-1:] for way in ways}))
+        if len(bases) > 1:
+            lines += _new(lines, table(base_runs, runs))
     return lines
+
+
+def _new(lines: Sequence[str], rows: Sequence[str]) -> list[str]:
+    """Prints and returns the rows that are not among the lines: GRPO's do not change with steps."""
+    new = [row for row in rows if row not in lines]
+    print("\n".join(new), flush=True)
+    return new
 
 
 if __name__ == "__main__":

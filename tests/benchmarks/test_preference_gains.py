@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import preference_gains
 from benchmarks.preference_gains import (
     RATES,
     WAYS,
     base_recipe,
+    best_run,
     command,
     hasty_rows,
     table,
     way_recipe,
 )
 from vlm_tune.config.load import check_command
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.sources.easy_vqa import KINDS, questions
-from vlm_tune.evaluation.answer_files import ANSWERS_FILE, save_answers
+from vlm_tune.evaluation.answer_files import ANSWERS_FILE, read_answers, save_answers
 from vlm_tune.evaluation.metrics import Answer
 
 
@@ -31,7 +35,7 @@ def test_each_way_trains_the_same_weights_of_the_base(way: str, tmp_path: Path) 
     assert not others and stage.seed == 1
     assert stage.model.pretrained == str(tmp_path / "base-1" / "model")
     assert [(rule.match, rule.how) for rule in stage.tune] == [("tower.*", "frozen"), ("*", "full")]
-    assert stage.data.test == base.data.test
+    assert not stage.data.test
     if way != "grpo":
         assert (stage.train.steps, stage.train.batch_size) == (60, 128)
 
@@ -47,24 +51,66 @@ def test_hasty_answers_are_wrong_in_the_share_and_of_the_right_kind() -> None:
     assert abs(wrong - 0.4) < 0.01
 
 
+def answers_with(right: int) -> list[Answer]:
+    return [
+        Answer(f"{row}", f"{row}", "?", "red", "red" if row < right else "blue", row < right, "")
+        for row in range(8)
+    ]
+
+
+def saved_run(folder: Path, right: int) -> Path:
+    folder.mkdir()
+    save_answers(folder / ANSWERS_FILE, answers_with(right))
+    return folder
+
+
+def shown(rows: list[str]) -> list[tuple[str, ...]]:
+    cells = [row.split(" | ")[:5] for row in rows]
+    return [(*row[:4], row[4].partition(" ")[0]) for row in cells]
+
+
 def test_the_table_has_each_way_beside_the_base_and_beside_instruction_tuning(
     tmp_path: Path,
 ) -> None:
-    def run(name: str, right: int) -> Path:
-        (tmp_path / name).mkdir()
-        answers = [
-            Answer(
-                f"{row}", f"{row}", "?", "red", "red" if row < right else "blue", row < right, ""
-            )
-            for row in range(8)
-        ]
-        save_answers(tmp_path / name / ANSWERS_FILE, answers)
-        return tmp_path / name
-
-    ways = {"sft": run("sft-0-60-0.001", 6), "dpo": run("dpo-0-60-0.002", 8)}
-    rows = [row.split(" | ")[:5] for row in table(run("base-0", 4), ways)]
-    assert [(*row[:4], row[4].partition(" ")[0]) for row in rows] == [
+    ways = {
+        "sft": [saved_run(tmp_path / "sft-0-60-0.001", 6)],
+        "dpo": [saved_run(tmp_path / "dpo-0-60-0.002", 8)],
+    }
+    assert shown(table([saved_run(tmp_path / "base-0", 4)], ways)) == [
         ("| base-0", "sft-0-60-0.001", "50.00%", "75.00%", "+25.00%"),
         ("| base-0", "dpo-0-60-0.002", "50.00%", "100.00%", "+50.00%"),
         ("| sft-0-60-0.001", "dpo-0-60-0.002", "75.00%", "100.00%", "+25.00%"),
     ]
+
+
+def test_runs_of_several_seeds_are_compared_together(tmp_path: Path) -> None:
+    bases = [saved_run(tmp_path / "base-0", 4), saved_run(tmp_path / "base-1", 2)]
+    sft = [saved_run(tmp_path / "sft-0", 6), saved_run(tmp_path / "sft-1", 8)]
+    assert shown(table(bases, {"sft": sft})) == [
+        ("| base-0, base-1", "sft-0, sft-1", "37.50%", "87.50%", "+50.00%")
+    ]
+
+
+def test_only_the_rate_that_validation_chooses_answers_the_test_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(recipe: Recipe, command: str) -> Path:
+        assert command == "dpo"
+        Path(recipe.output).mkdir()
+        return Path(recipe.output)
+
+    def evaluated(run: Path, recipe: Recipe, split: str = "test") -> SimpleNamespace:
+        answers = answers_with(8 if run.name.endswith(f"{RATES[1]:g}") else 4)
+        scored.append((run.name, split))
+        return SimpleNamespace(accuracy=sum(each.correct for each in answers) / 8, answers=answers)
+
+    scored: list[tuple[str, str]] = []
+    monkeypatch.setattr(preference_gains, "finished_run", trained)
+    monkeypatch.setattr(preference_gains, "evaluate", evaluated)
+    run = best_run("dpo", base_recipe(3, tmp_path / "base-3"), tmp_path, 120)
+    assert run.name == f"dpo-3-120-{RATES[1]:g}"
+    assert scored == [
+        *((f"dpo-3-120-{rate:g}", "validation") for rate in RATES),
+        (run.name, "test"),
+    ]
+    assert read_answers(run) == answers_with(8)
