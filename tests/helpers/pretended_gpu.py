@@ -3,7 +3,7 @@
 Unlike those of fake tensors, their values are real. So all that depends on values runs, outputs can
 be compared with a CPU's, and code takes the paths that it takes on a GPU. An operator that gets a
 tensor of the GPU and one of the host raises an error as CUDA does, and so does one whose index is
-on the host, which CUDA would copy.
+on the host, which CUDA would copy, unless that is allowed. CUDA's autocast can be used.
 
 Backward passes need a thread for a device of the kind cuda, and there is none without a GPU. They
 run on a pretended meta device, whose code takes all the paths of a GPU's but those that ask for
@@ -13,12 +13,13 @@ run on a pretended meta device, whose code takes all the paths of a GPU's but th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -28,6 +29,14 @@ MOVES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 """Operators that take tensors of two devices."""
 PINS = (torch.ops.aten.pin_memory.default, torch.ops.aten._pin_memory.default)
 """Operators that pin a tensor of the host, for which there is no driver."""
+INDEXED = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+    torch.ops.aten._index_put_impl_.default,
+)
+"""Operators whose second argument, the indices, CUDA copies from the host."""
+_copies_indices = ContextVar("_copies_indices", default=False)
 
 
 class PretendedTensor(torch.Tensor):
@@ -64,7 +73,12 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
     pretended = [each.device for each in tensors if isinstance(each, PretendedTensor)]
     place = pretended[0] if pretended else None
-    on_host = [each for each in tensors if each.device.type == "cpu" and each.dim()]
+    copied = args[1] if func in INDEXED and _copies_indices.get() else ()
+    on_host = [
+        each
+        for each in tensors
+        if each.device.type == "cpu" and each.dim() and not any(each is one for one in copied)
+    ]
     if place is not None and on_host and func not in MOVES:
         shapes = ", ".join(str(tuple(each.shape)) for each in on_host)
         raise RuntimeError(f"{func} got tensors of the GPU and, from the host, {shapes}")
@@ -106,24 +120,35 @@ class _Placing(TorchDispatchMode):
         return _computed(func, args, kwargs or {}) if output is NotImplemented else output
 
 
-class _Making(TorchFunctionMode):
-    """Has `torch.tensor` move values to `meta` by an operator: else they are lost."""
+_tensor = torch.tensor
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if func is torch.tensor and device is not None and torch.device(device).type == "meta":
-            return func(*args, **{**kwargs, "device": "cpu"}).to(device)
-        return func(*args, **kwargs)
+
+def _made(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+    """`torch.tensor`, by an operator that moves the values: to `meta` they would be lost."""
+    if isinstance(data, list):
+        data = tree_map_only(torch.Tensor, lambda each: each.item(), data)
+    made = _tensor(data, **options)
+    return made if device is None else made.to(device)
 
 
 @contextmanager
-def pretended(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _autocast() -> Iterator[None]:
+    """Context in which CUDA's autocast is not switched off for lack of a GPU."""
+    with (
+        patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+        patch("torch.cuda.is_bf16_supported", lambda **_: True),
+    ):
+        yield
+
+
+@contextmanager
+def pretended(
+    model: nn.Module, device: torch.device, *, copies_indices: bool = False
+) -> Iterator[None]:
     """Context in which tensors can be on pretended devices, and a model's are on one of them.
 
-    Shared parameters stay shared. Afterwards the model has its own tensors again.
+    Shared parameters stay shared. Afterwards the model has its own tensors again. With
+    `copies_indices` an index may be on the host, as in code of other libraries.
     """
     torch._C._ensureCUDADeviceGuardSet()
     mode: Any = _Placing()
@@ -134,9 +159,9 @@ def pretended(model: nn.Module, device: torch.device) -> Iterator[None]:
     torch._C._set_only_lift_cpu_tensors(True)
     before_placing = [(tensors, dict(tensors)) for tensors in _tensors(model)]
     placed: dict[int, Any] = {}
+    copying = _copies_indices.set(copies_indices)
     try:
-        # For CUDA it is not needed, and functions of torch round otherwise under such a mode.
-        with mode, _Making() if device.type == "meta" else nullcontext():
+        with mode, patch("torch.tensor", _made), _autocast():
             for tensors, before in before_placing:
                 for name, tensor in before.items():
                     if tensor is not None and id(tensor) not in placed:
@@ -147,6 +172,7 @@ def pretended(model: nn.Module, device: torch.device) -> Iterator[None]:
                     tensors[name] = None if tensor is None else placed[id(tensor)]
             yield
     finally:
+        _copies_indices.reset(copying)
         torch._C._set_only_lift_cpu_tensors(lifts_from_host)
         for tensors, before in before_placing:
             tensors.update(before)

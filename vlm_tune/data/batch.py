@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vlm_tune.data.types import ANSWER_KINDS, IGNORE_INDEX, Media, NativeInputs, Prompt
+from vlm_tune.transfer import to_device
 
 if TYPE_CHECKING:
     import torch
@@ -143,17 +144,22 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Moves the tensors to `device` in place and returns the batch.
 
-        From pinned memory the copies to a GPU are only begun: its stream waits for them.
+        The copies to a GPU are only begun, from pinned memory: its stream waits for them.
         """
         import torch
 
-        if torch.device(device).type == "cpu":
+        place = torch.device(device)
+        if place.type == "cpu":
             self.host = None
         elif self.host is None and self.input_ids.device.type == "cpu":
             self.host = copy(self)
             self.host.pixels = self.host.features = self.host.views = None
-            self.host.native = {}
-        self._replace_tensors(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+            self.host.native = {
+                name: tensor
+                for name, tensor in self.native.items()
+                if not tensor.is_floating_point()
+            }
+        self._replace_tensors(lambda tensor: to_device(tensor, place))
         return self
 
     def _replace_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

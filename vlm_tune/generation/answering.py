@@ -224,7 +224,7 @@ class _Job:
         for _ in continuation.run(look_interval(self.model.device)):
             pass
         ids = continuation.ids.tolist()
-        logprobs = continuation.logprobs
+        logprobs = None if continuation.logprobs is None else continuation.logprobs.cpu()
         return [
             [self.reader.answer(ids[row][k], None if logprobs is None else logprobs[row, k])]
             for row, tree in enumerate(rows)

@@ -58,7 +58,7 @@ def generated(
         stopping_criteria=StoppingCriteriaList([stop for stop in stops if stop is not None]),
     )
     if isinstance(processor, _Picking) and decoding.logprobs:
-        return ids.tolist(), TokenLogprobs.stacked(processor.logprobs)
+        return ids.tolist(), TokenLogprobs.stacked(processor.logprobs).cpu()
     return ids.tolist(), None
 
 

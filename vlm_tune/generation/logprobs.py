@@ -55,6 +55,10 @@ class TokenLogprobs:
         """Those of the tokens at a place."""
         return TokenLogprobs(self.chosen[place], self.top[place], self.top_ids[place])
 
+    def cpu(self) -> TokenLogprobs:
+        """Those on the CPU, for which the host waits once."""
+        return TokenLogprobs(self.chosen.cpu(), self.top.cpu(), self.top_ids.cpu())
+
     def write(self, step: int, places: torch.Tensor, logprobs: TokenLogprobs) -> None:
         """Writes those of a step's tokens [B, K'] to their branches' places int64[B, K'].
 

@@ -108,7 +108,7 @@ def _steps(
             written = continuation.ids[..., :count].tolist()
             yield _ordered([written[row][k] for row, k in places], order)
         ids = [continuation.ids[place].tolist() for place in places]
-        scored = continuation.logprobs
+        scored = None if continuation.logprobs is None else continuation.logprobs.cpu()
         logprobs = [None if scored is None else scored[place] for place in places]
     else:
         with _in_thread(model, batch, decoding, picker, reader) as turns:

@@ -23,6 +23,7 @@ from vlm_tune.train.policy_losses import (
     summed_rewards,
 )
 from vlm_tune.train.references import ReferenceModel
+from vlm_tune.transfer import to_device
 
 
 class GrpoObjective:
@@ -76,7 +77,7 @@ class GrpoObjective:
             groups = of_batch.view(-1, self.config.num_generations)
             scale = {"group": deviation(groups)[:, None], "batch": self.deviation, "none": None}
             advantages = advantages_of(groups, scale[self.config.scale_rewards])
-            completions.advantages = advantages[completions.trained].to(self.device)
+            completions.advantages = to_device(advantages[completions.trained], self.device)
             if self.reference is not None and completions.reference is None:
                 temperature = self.config.temperature
                 completions.reference = self.reference(model, batch, temperature)
@@ -135,10 +136,10 @@ class GrpoObjective:
         }
         for name, column in zip(self.config.names, completions.rewards.unbind(1), strict=True):
             metrics[f"rewards/{name}/mean"] = _mean(column)
-        return {
-            name: (total.to(self.device), number.to(self.device))
-            for name, (total, number) in metrics.items()
-        }
+        # One copy to the device, which the host does not wait for.
+        figures = torch.stack([figure.float() for pair in metrics.values() for figure in pair])
+        pairs = to_device(figures, self.device).view(-1, 2)
+        return {name: (pair[0], pair[1]) for name, pair in zip(metrics, pairs, strict=True)}
 
 
 def _completions(batch: Batch) -> Completions:

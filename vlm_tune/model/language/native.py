@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from copy import copy
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal, Self
@@ -25,6 +25,7 @@ from vlm_tune.data.batch import Batch
 from vlm_tune.data.images.native import NativeImages
 from vlm_tune.data.types import NativeInputs
 from vlm_tune.errors import ModelError
+from vlm_tune.model.language.attention import whole_rows
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.image_axes import image_axes
@@ -32,6 +33,7 @@ from vlm_tune.model.language.masks import joining_reason, layer_masks, tree_mask
 from vlm_tune.model.language.native_branches import NativeBranches
 from vlm_tune.model.language.positions import learned_positions
 from vlm_tune.model.weights import is_sharded
+from vlm_tune.transfer import to_device
 
 MERGERS = ("merger", "projector", "connector")
 """What names of connectors inside a tower contain."""
@@ -177,8 +179,7 @@ class NativeLLM(LanguageModel):
         positions = batch.positions
         tree = tree_mask(batch.visible_until)
         mask = layer_masks(self.model.config, tree, positions, positions, self._dtype)
-        axes = self.axes(batch, batch.visible_until, positions)
-        return arguments | {"attention_mask": mask, "position_ids": axes}
+        return arguments | {"attention_mask": mask, "position_ids": self.axes(batch)}
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """The arguments of the model's own forward pass for a batch, but mask and positions."""
@@ -188,20 +189,27 @@ class NativeLLM(LanguageModel):
                 each.masked_fill_(batch.input_ids == token, kind)
         return {"input_ids": batch.input_ids, **types, **batch.native}
 
-    def axes(
-        self, batch: Batch, visible_until: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """Positions int64[3, B, L] of a batch; the other arguments are those of `image_axes`."""
-        shown = batch.input_ids == self.model.config.image_token_id
-        return image_axes(shown, self._grids(batch), visible_until, positions)
+    def axes(self, batch: Batch) -> torch.Tensor:
+        """Positions int64[3, B, L] of a batch, see `image_axes`.
 
-    def _grids(self, batch: Batch) -> torch.Tensor | None:
+        They are computed on the host: a GPU would be waited for to learn how many tokens there are.
+        """
+        host = batch.on_host
+        visible_until = host.visible_until
+        positions = host.positions
+        if visible_until is None or positions is None:
+            visible_until, positions = whole_rows(host.attention_mask)
+        shown = host.input_ids == self.model.config.image_token_id
+        axes = image_axes(shown, self._grids(host), visible_until, positions)
+        return to_device(axes, batch.input_ids.device)
+
+    def _grids(self, host: Batch) -> torch.Tensor | None:
         """The tokens of a batch's images in time, rows and columns, int64[M, 3]."""
-        patches = batch.native.get("image_grid_thw")
+        patches = host.native.get("image_grid_thw")
         if patches is None:
             return None
         side = self.model.config.vision_config.spatial_merge_size
-        return patches // patches.new_tensor([1, side, side])
+        return patches // torch.tensor([1, side, side], device=patches.device)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -226,24 +234,30 @@ class NativeLLM(LanguageModel):
 
     def _with_blank(self, batch: Batch) -> Batch:
         """A batch without images with one more row: an image that does not count."""
+        filled = self._filled(batch)
+        filled.host = None if batch.host is None else self._filled(batch.host)
+        return filled
+
+    def _filled(self, batch: Batch) -> Batch:
+        """`_with_blank` of a batch on one device, without its form on the host."""
         assert self.blank is not None
         ids, native = self.blank
+        device = batch.input_ids.device
         rows, length = batch.input_ids.shape
         count = len(ids)
         room = (0, max(count - length, 0), 0, 1)
-        all_ids = pad(batch.input_ids, room)
-        all_ids[rows, :count] = torch.tensor(ids, device=all_ids.device)
-        mask = pad(batch.attention_mask, room)
-        mask[rows, :count] = True
-        joined = {}
+        filled = copy(batch)
+        filled.input_ids = pad(batch.input_ids, room)
+        filled.input_ids[rows, :count] = to_device(torch.tensor(ids), device)
+        filled.attention_mask = pad(batch.attention_mask, room)
+        filled.attention_mask[rows, :count] = True
         if batch.visible_until is not None and batch.positions is not None:
-            until = pad(batch.visible_until, room)
-            until[rows, :count] = count
-            positions = pad(batch.positions, room)
-            positions[rows, :count] = torch.arange(count, device=positions.device)
-            joined = {"visible_until": until, "positions": positions}
-        blank = {name: value.to(all_ids.device) for name, value in native.items()}
-        return replace(batch, input_ids=all_ids, attention_mask=mask, native=blank, **joined)
+            filled.visible_until = pad(batch.visible_until, room)
+            filled.visible_until[rows, :count] = count
+            filled.positions = pad(batch.positions, room)
+            filled.positions[rows, :count] = torch.arange(count, device=device)
+        filled.native = {name: to_device(value, device) for name, value in native.items()}
+        return filled
 
     def theirs(self, batch: Batch) -> torch.Tensor:
         return self.model(**self.inputs(batch), use_cache=False).logits

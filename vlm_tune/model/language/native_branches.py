@@ -44,11 +44,10 @@ class _Reader:
     def __init__(self, llm: NativeLLM, batch: Batch, leaves: torch.Tensor) -> None:
         self.llm = llm
         self.batch = batch
-        visible_until = batch.visible_until
         positions = batch.positions
-        if visible_until is None or positions is None:
-            visible_until, positions = whole_rows(batch.attention_mask)
-        self.axes = llm.axes(batch, visible_until, positions)
+        if positions is None:
+            _, positions = whole_rows(batch.attention_mask)
+        self.axes = llm.axes(batch)
         # A leaf is text, at one position on all axes.
         self.ahead = (self.axes[0] - positions).gather(1, leaves)
         self.is_prefilled = False
