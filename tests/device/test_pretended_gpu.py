@@ -65,12 +65,18 @@ def answers(
         model,
         model.processor.prompts(rows_of(recipe)[:QUESTIONS]),
         Decoding(2, beams),
-        fetch=features or model.processor.images,
+        fetch=features or model.processor.images.inputs,
         cached=features is not None,
     )
 
 
-def assert_same_passes(model: VisionLanguageModel, batches: Sequence[Batch]) -> None:
+def assert_same_passes(
+    model: VisionLanguageModel,
+    batches: Sequence[Batch],
+    *,
+    copies_indices: bool = False,
+    relative: float = 1e-4,
+) -> None:
     """Asserts that losses and gradients of batches are the same on a GPU as on the CPU.
 
     The pretended GPU has no kernels for the CPU, so the CPU does without them too.
@@ -79,7 +85,7 @@ def assert_same_passes(model: VisionLanguageModel, batches: Sequence[Batch]) -> 
     for batch in batches:
         loss, gradients = loss_and_gradients(model, [batch])
         assert gradients
-        with pretended(model, META):
+        with pretended(model, META, copies_indices=copies_indices):
             outcome: Any = model(on(batch, META))
             outcome.sum.backward()
             other = {
@@ -87,8 +93,8 @@ def assert_same_passes(model: VisionLanguageModel, batches: Sequence[Batch]) -> 
                 for name, parameter in model.named_parameters()
                 if isinstance(parameter.grad, PretendedTensor)
             }
-        assert_close(other, gradients, 1e-4)
-        with pretended(model, CUDA), torch.no_grad():
+        assert_close(other, gradients, relative)
+        with pretended(model, CUDA, copies_indices=copies_indices), torch.no_grad():
             outcome = model(on(batch, CUDA))
             assert outcome.sum.device == CUDA
             assert float(outcome.sum) == pytest.approx(float(loss), rel=1e-5)

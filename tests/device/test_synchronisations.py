@@ -19,10 +19,14 @@ from packaging.version import Version
 from tests.helpers.connector_kinds import KINDS, with_connector
 from tests.helpers.contrastive_samples import write_captions
 from tests.helpers.counted_device import CUDA, CountedDevice, counted_device, to_counted_device
+from tests.helpers.device_recipes import COMPOSED, recipe_of
 from tests.helpers.preference_samples import LORA, preference_text
+from tests.helpers.task_recipes import LAYERED, SOFT, task_sources, with_sharing
 from tests.helpers.tiny_models import LORA_TUNE, built, parsed, stage_loop, with_tune
+from vlm_tune.config.native import JOINED_TYPES
 from vlm_tune.train import trainer
 from vlm_tune.train.step_trace import read_trace
+from vlm_tune.train.task_tie import TaskTie
 from vlm_tune.train.trainer import StageLoop
 
 Recipes = Callable[..., str]
@@ -45,22 +49,29 @@ def run_counted(
     text: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, cached: bool = False, **keys: Any
 ) -> CountedDevice:
     """Trains a recipe's steps on the counted device, into `folder`."""
-    recipe = parsed(text, **TRAIN, **keys)
+    recipe = parsed(text, **(TRAIN | keys))
     model = built(recipe)
     loop = stage_loop(model, recipe, folder, cached=cached)
     inner: Any = loop.engine.optimizer
     with monkeypatch.context() as patch, counted_device(patch) as device:
         to_counted_device(model, inner.optimizer)
+        if loop.tie is not None:
+            loop.tie = TaskTie(model, 0.5)  # of the parameters there
         patch.setattr(Accelerator, "device", CUDA)
         loop.run()
     assert loop.progress.step == STEPS
     return device
 
 
-def assert_one_wait_a_step(device: CountedDevice) -> None:
+def unexpected_waits(device: CountedDevice) -> list[str]:
+    """The waits of a run but the one a step in which its figures are read."""
     waits = [line for line in device.waits if not (OLD_MASKS and "masking_utils.py" in line)]
-    assert len(waits) <= STEPS, waits
-    assert all("step_figures.py" in line for line in waits)
+    read = [line for line in waits if "step_figures.py" in line]
+    return [line for line in waits if line not in read] + read[STEPS:]
+
+
+def assert_one_wait_a_step(device: CountedDevice) -> None:
+    assert unexpected_waits(device) == []
 
 
 @pytest.mark.parametrize(
@@ -104,6 +115,25 @@ def test_no_connector_waits(
     assert_one_wait_a_step(run_counted(text, tmp_path / "gpu", monkeypatch))
 
 
+@pytest.mark.parametrize("name", COMPOSED)
+def test_no_family_waits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_one_wait_a_step(run_counted(recipe_of(name, tmp_path), tmp_path / "gpu", monkeypatch))
+
+
+@pytest.mark.parametrize("name", [*JOINED_TYPES, "lfm2_vl"])
+def test_of_a_native_model_transformers_own_code_alone_waits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its forward pass reads the shapes of images; where it reads positions, it is given them."""
+    keys: dict[str, Any] = BRANCHES if name == "qwen3_vl" else {}
+    device = run_counted(recipe_of(name, tmp_path), tmp_path / "gpu", monkeypatch, **keys)
+    waits = unexpected_waits(device)
+    theirs = ("modeling_", "vision_utils", "import_utils", "accelerator.py", "masking_utils")
+    assert waits and all(line.partition(" at ")[2].startswith(theirs) for line in waits)
+    if name in JOINED_TYPES:
+        assert not any("masking_utils" in line for line in waits)
+
+
 @pytest.mark.parametrize("loss", ["captions", "clip"])
 def test_the_contrastive_objective_waits_once_a_step(
     loss: str, tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,18 +158,85 @@ def test_matching_waits_once_a_step(
     )
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize(
+    ("objective", "llm"),
+    [
+        ("{kind: dpo}", "causal"),
+        ("{kind: dpo, reference: copy, loss_type: [sigmoid, sft]}", "causal"),
+        ("{kind: simpo}", "causal"),
+        ("{kind: orpo}", "seq2seq"),
+        ("{kind: kto}", "causal"),
+        ("{kind: kto, loss_type: apo_zero_unpaired}", "seq2seq"),
+    ],
+)
 def test_objectives_of_preferences_wait_once_a_step(
-    kind: str, tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    objective: str, llm: str, tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = preference_text(tiny_recipe, "causal", f"{{kind: {kind}}}", judged=kind == "kto")
-    assert_one_wait_a_step(run_counted(text, tmp_path / "gpu", monkeypatch))
+    text = preference_text(tiny_recipe, llm, objective, judged="kto" in objective)
+    device = run_counted(text, tmp_path / "gpu", monkeypatch)
+    # The values of the start are copied there for the first step.
+    copied = [line for line in device.waits if "references.py" in line]
+    assert len(set(copied)) == len(copied) // 28 == ("copy" in objective)
+    device.waits = [line for line in device.waits if line not in copied]
+    assert_one_wait_a_step(device)
+
+
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "span-corruption": ("seq2seq", {"objective": {"kind": "span_corruption"}}),
+    "mixture": (
+        "causal",
+        {
+            "objective": [{"kind": "language_modeling"}, {"kind": "contrastive", "weight": 0.5}],
+            **BRANCHES,
+        },
+    ),
+    "image-noise": (
+        "causal",
+        {
+            "objective": {"kind": "language_modeling", "image_noise": 0.5},
+            "train__batch_size": 4,
+            "train__gradient_accumulation": 1,
+        },
+    ),
+    "augmentation": ("causal", {"data__augment": {"crop": 0.8, "colour": 0.2, "noise": 0.1}}),
+    "checkpointing": ("causal", {"train__gradient_checkpointing": True}),
+    "joined-prefix": ("causal", BRANCHES),
+}
+PREFIX = """
+tune:
+  - {match: "llm.*", how: prefix, tokens: 3}
+  - {match: "*", how: frozen}
+train:"""
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_setting_makes_a_step_wait_twice(
+    name: str, tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, keys = SETTINGS[name]
+    text = tiny_recipe(llm)
+    text = with_tune(text, PREFIX) if name == "joined-prefix" else text
+    assert_one_wait_a_step(run_counted(text, tmp_path / "gpu", monkeypatch, **keys))
+
+
+@pytest.mark.parametrize(("sharing", "llm"), [(SOFT, "causal"), (LAYERED, "seq2seq")])
+def test_adapters_of_tasks_wait_once_a_step(
+    sharing: str,
+    llm: str,
+    color_rows: Path,
+    tiny_recipe: Recipes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys: dict[str, Any] = {"data__train": task_sources(color_rows), "data__validation": []}
+    text = with_sharing(tiny_recipe(llm), sharing)
+    assert_one_wait_a_step(run_counted(text, tmp_path / "gpu", monkeypatch, **keys))
 
 
 def test_sampled_completions_are_trained_on_where_the_model_is(
     tiny_recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampling looks at its tokens; the steps are those of a CPU."""
+    """Sampling looks at its tokens; the steps are those of a CPU, and wait once."""
     keys: dict[str, Any] = {
         "objective": {
             "kind": "grpo",
@@ -150,7 +247,10 @@ def test_sampled_completions_are_trained_on_where_the_model_is(
         },
     }
     text = with_tune(tiny_recipe("causal"), LORA)
-    run_counted(text, tmp_path / "gpu", monkeypatch, **keys)
+    device = run_counted(text, tmp_path / "gpu", monkeypatch, **keys)
+    waits = unexpected_waits(device)
+    sampling = ("answering.py", "continuing.py", "picking.py")
+    assert [line for line in waits if not any(file in line for file in sampling)] == []
     recipe = parsed(text, **TRAIN, **keys)
     stage_loop(built(recipe), recipe, tmp_path / "cpu").run()
     for one, other in zip(read_trace(tmp_path / "gpu"), read_trace(tmp_path / "cpu"), strict=True):

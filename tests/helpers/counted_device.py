@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 CUDA = torch.device("cuda", 0)
 READS = {
@@ -148,7 +148,7 @@ class CountedDevice(TorchDispatchMode):
         """Whether the host has to wait in an operator."""
         if name in ("_to_copy", "copy_"):
             source, goal = (args[0], moves) if name == "_to_copy" else (args[1], _is_there(args[0]))
-            if name == "_to_copy" and kwargs.get("device") is None:
+            if (name == "_to_copy" and kwargs.get("device") is None) or not source.numel():
                 return False
             blocking = not (
                 kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
@@ -225,6 +225,16 @@ def _caller() -> str:
     return " < ".join(f"{each.filename.rpartition('/')[2]}:{each.lineno}" for each in lines)
 
 
+_tensor = torch.tensor
+
+
+def _made(data: Any, **options: Any) -> torch.Tensor:
+    """`torch.tensor`, which reads tensors in a list one by one."""
+    if isinstance(data, list):
+        data = tree_map_only(torch.Tensor, lambda each: each.item(), data)
+    return _tensor(data, **options)
+
+
 @contextlib.contextmanager
 def counted_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountedDevice]:
     """The block's tensors may be on the counted device."""
@@ -235,6 +245,7 @@ def counted_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountedDevice]:
         patch.setattr(torch.cuda, "Stream", _Stream)
         patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", _Stream)
+        patch.setattr(torch, "tensor", _made)
         # With a fake mode below it, torch does not initialise CUDA for a tensor there.
         with FakeTensorMode(), device:
             yield device

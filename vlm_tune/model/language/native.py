@@ -168,18 +168,28 @@ class NativeLLM(LanguageModel):
         return [name for name in self.token_types if name in arguments]
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """The arguments of the model's own forward pass for a batch.
+        """The arguments of the model's own forward pass for rows that are padded on the right.
 
         Raises `ModelError` if samples are joined in a row and the model can't separate them.
         """
         arguments = self.arguments(batch)
         if batch.visible_until is None or batch.positions is None:
-            return arguments | {"attention_mask": batch.attention_mask.long()}
+            if self.model.config.model_type not in JOINED_TYPES:
+                return self.whole(batch)
+            # For positions, and to see whether a mask has padding, transformers would wait for a
+            # GPU. No token sees the padding behind it, so there it needs no mask.
+            on_gpu = batch.input_ids.device.type == "cuda"
+            mask = None if on_gpu else batch.attention_mask.long()
+            return arguments | {"attention_mask": mask, "position_ids": self.axes(batch)}
         self.check_joined()
         positions = batch.positions
         tree = tree_mask(batch.visible_until)
         mask = layer_masks(self.model.config, tree, positions, positions, self._dtype)
         return arguments | {"attention_mask": mask, "position_ids": self.axes(batch)}
+
+    def whole(self, batch: Batch) -> dict[str, Any]:
+        """The arguments of the model's own forward pass for rows of one sample each."""
+        return self.arguments(batch) | {"attention_mask": batch.attention_mask.long()}
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """The arguments of the model's own forward pass for a batch, but mask and positions."""
@@ -260,7 +270,7 @@ class NativeLLM(LanguageModel):
         return filled
 
     def theirs(self, batch: Batch) -> torch.Tensor:
-        return self.model(**self.inputs(batch), use_cache=False).logits
+        return self.model(**self.whole(batch), use_cache=False).logits
 
     def supervised(self, embeds: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         self.check_length(batch.longest)
@@ -289,7 +299,7 @@ class NativeLLM(LanguageModel):
                 f"search of a {type(self.model).__name__}: a newer release, or num_beams 1"
             )
         options |= self._options(self.room(decoding, length), pad_id, stop_ids)
-        return self.model.generate(**self.inputs(batch), **options)[:, length:]
+        return self.model.generate(**self.whole(batch), **options)[:, length:]
 
     def branches(
         self,

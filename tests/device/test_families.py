@@ -1,0 +1,50 @@
+"""Every family of models on a GPU: passes and answers are a CPU's, also under CUDA's autocast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.device.test_pretended_gpu import answers, assert_same_passes, examples_of, on
+from tests.helpers.device_recipes import COMPOSED, recipe_of
+from tests.helpers.native_models import KINDS as NATIVE
+from tests.helpers.pretended_gpu import CUDA, pretended
+from tests.helpers.tiny_models import batch_of, built, parsed
+from vlm_tune.data.packing import pack_layout
+from vlm_tune.memory_plan.cuda import cuda_autocast
+
+HALF = torch.bfloat16
+
+
+@pytest.mark.parametrize("name", [*COMPOSED, *NATIVE])
+def test_a_family_trains_and_answers(name: str, tmp_path: Path) -> None:
+    """Rows and joined rows; in fp32, in bf16 by autocast, and as a model in bf16 answers."""
+    recipe = parsed(recipe_of(name, tmp_path))
+    model = built(recipe).eval()
+    native = model.llm.native
+    examples = examples_of(model, recipe)
+    batch = batch_of(model, examples)
+    expected = answers(model, recipe)
+    batches = [batch]
+    if model.llm.unjoined is None:
+        batches.append(batch_of(model, [pack_layout(examples, model.llm.layout)]))
+    # A bias of keys has no gradient but rounding.
+    assert_same_passes(model, batches, copies_indices=native, relative=5e-4)
+    with torch.no_grad(), cuda_autocast(HALF):
+        half: Any = model(batch)
+    with pretended(model, CUDA, copies_indices=native):
+        assert answers(model, recipe) == expected
+        with torch.no_grad(), torch.autocast("cuda", HALF):
+            there: Any = model(on(batch, CUDA))
+    assert float(there.sum) == pytest.approx(float(half.sum), rel=1e-3)
+    # After training the connector stays in fp32.
+    model.tower.to(HALF)
+    model.llm.to(HALF)
+    with pretended(model, CUDA, copies_indices=native):
+        assert len(answers(model, recipe)) == len(expected)
+        with torch.no_grad(), torch.autocast("cuda", HALF):
+            there = model(on(batch, CUDA))
+    assert float(there.sum) == pytest.approx(float(half.sum), rel=1e-2)
