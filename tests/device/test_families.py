@@ -39,6 +39,7 @@ def test_a_family_trains_and_answers(name: str, tmp_path: Path) -> None:
         assert answers(model, recipe) == expected
         with torch.no_grad(), torch.autocast("cuda", HALF):
             there: Any = model(on(batch, CUDA))
+            assert len(answers(model, recipe)) == len(expected)
     assert float(there.sum) == pytest.approx(float(half.sum), rel=1e-3)
     # After training the connector stays in fp32.
     model.tower.to(HALF)

@@ -33,6 +33,7 @@ from vlm_tune.model.language.masks import joining_reason, layer_masks, tree_mask
 from vlm_tune.model.language.native_branches import NativeBranches
 from vlm_tune.model.language.positions import learned_positions
 from vlm_tune.model.weights import is_sharded
+from vlm_tune.model.language.vision_shapes import vision_shapes
 from vlm_tune.transfer import to_device
 
 MERGERS = ("merger", "projector", "connector")
@@ -180,12 +181,20 @@ class NativeLLM(LanguageModel):
             # GPU. No token sees the padding behind it, so there it needs no mask.
             on_gpu = batch.input_ids.device.type == "cuda"
             mask = None if on_gpu else batch.attention_mask.long()
-            return arguments | {"attention_mask": mask, "position_ids": self.axes(batch)}
+            return self._placed(arguments, batch) | {"attention_mask": mask}
         self.check_joined()
         positions = batch.positions
         tree = tree_mask(batch.visible_until)
         mask = layer_masks(self.model.config, tree, positions, positions, self._dtype)
-        return arguments | {"attention_mask": mask, "position_ids": self.axes(batch)}
+        return self._placed(arguments, batch) | {"attention_mask": mask}
+
+    def _placed(self, arguments: dict[str, Any], batch: Batch) -> dict[str, Any]:
+        """Arguments with the positions of tokens, and on a GPU with what follows from shapes."""
+        device = batch.input_ids.device
+        patches = batch.on_host.native.get("image_grid_thw")
+        if device.type == "cuda" and patches is not None:
+            arguments |= vision_shapes(self._tower_modules[0], patches, device)
+        return arguments | {"position_ids": self.axes(batch)}
 
     def whole(self, batch: Batch) -> dict[str, Any]:
         """The arguments of the model's own forward pass for rows of one sample each."""
