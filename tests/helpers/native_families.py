@@ -90,6 +90,13 @@ def qwen_images(side: int) -> Any:
     )
 
 
+def qwen3_videos(side: int) -> Any:
+    """The video processor of Qwen3-VL for videos of few tokens, all frames together."""
+    return transformers.Qwen3VLVideoProcessor(
+        size={"shortest_edge": 16 * side**2, "longest_edge": 96 * side**2}, patch_size=side
+    )
+
+
 def qwen3_5_text(tokenizer: Any) -> dict[str, Any]:
     """A decoder with layers of linear attention."""
     return text_config(
@@ -125,7 +132,7 @@ def qwen3_5_config(tokenizer: Any) -> Any:
 
 
 def qwen3_5_processor(tokenizer: Any, options: dict[str, Any]) -> Any:
-    video = transformers.Qwen3VLVideoProcessor(patch_size=16)
+    video = qwen3_videos(16)
     return transformers.Qwen3VLProcessor(qwen_images(16), tokenizer, video, **options)
 
 

@@ -14,7 +14,16 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.helpers.chat_samples import TEXTS
-from tests.helpers.native_families import NEWEST, QWEN, ROPE, TEXT, VISION, qwen_images, shipped
+from tests.helpers.native_families import (
+    NEWEST,
+    QWEN,
+    ROPE,
+    TEXT,
+    VISION,
+    qwen3_videos,
+    qwen_images,
+    shipped,
+)
 from tests.helpers.native_tiled import TILED
 from tests.helpers.tiny_recipes import tiny_text
 from tests.helpers.vlm_samples import stir
@@ -107,9 +116,11 @@ def native_processor(kind: Kind) -> Any:
     side = 16 if kind == "qwen3_vl" else 14
     images = qwen_images(side)
     if kind == "qwen3_vl":
-        video = transformers.Qwen3VLVideoProcessor(patch_size=side)
+        video = qwen3_videos(side)
         return transformers.Qwen3VLProcessor(images, tokenizer, video, **options)
-    video = transformers.Qwen2VLVideoProcessor(patch_size=side)
+    video = transformers.Qwen2VLVideoProcessor(
+        size={"shortest_edge": 4 * side**2, "longest_edge": 24 * side**2}, patch_size=side
+    )
     whole = (
         transformers.Qwen2VLProcessor if kind == "qwen2_vl" else transformers.Qwen2_5_VLProcessor
     )

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.helpers.tiny_models import assert_close, largest, parsed, tuned_by, with_tune
 from vlm_tune.data.batch import Batch
-from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
+from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media, Video
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.lora import is_adapter
 
@@ -83,7 +83,16 @@ def by_chat_template(processor: Any, row: Conversation, *, prompt: bool = False)
         for message in (row.messages[:-1] if prompt else row.messages)
     ]
     # Without reasoning, where the template can open an answer by it.
-    options = {"enable_thinking": False} if "enable_thinking" in processor.chat_template else {}
+    options: dict[str, Any] = (
+        {"enable_thinking": False} if "enable_thinking" in processor.chat_template else {}
+    )
+    videos = [item.source for item in row.items if isinstance(item.source, Video)]
+    if videos:
+        metadata = [
+            {"total_num_frames": each.count, "fps": each.fps, "frames_indices": [*each.places]}
+            for each in videos
+        ]
+        options["processor_kwargs"] = {"do_sample_frames": False, "video_metadata": metadata}
     return processor.apply_chat_template(
         turns,
         add_generation_prompt=prompt,
@@ -97,6 +106,8 @@ def by_chat_template(processor: Any, row: Conversation, *, prompt: bool = False)
 def _part(part: str | Media) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    if isinstance(part.source, Video):
+        return {"type": "video", "video": [_part(frame)["image"] for frame in part.source.frames]}
     return {"type": "image", "image": Image.open(str(part.source)).convert("RGB")}
 
 

@@ -43,7 +43,7 @@ from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.generation.choices import answered, choice_logprobs
 from vlm_tune.model.language import attention, native
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.language.image_axes import image_axes
+from vlm_tune.model.language.image_axes import Shown, image_axes
 
 
 @pytest.fixture(scope="module", params=JOINED)
@@ -130,9 +130,9 @@ def test_branches_behind_the_number_of_tokens_would_be_other_ones(
     """A text after images goes on behind their longer sides, not behind all of their tokens."""
     batch = batch_of(model, joined(model, recipe))
 
-    def behind_all(shown: Any, grids: Any, visible_until: Any, positions: Any) -> torch.Tensor:
-        axes = image_axes(shown, grids, visible_until, positions)
-        return torch.where(shown, axes, positions)
+    def behind_all(shown: Any, visible_until: Any, positions: Any) -> torch.Tensor:
+        axes = image_axes(shown, visible_until, positions)
+        return torch.where(shown[0].slots, axes, positions)
 
     with torch.no_grad():
         right = model.llm.supervised_logits(model.embed(batch), batch)
@@ -219,7 +219,8 @@ def test_rows_with_other_images_than_their_tokens_are_refused() -> None:
     shown = torch.tensor([[False, True, True, False]])
     positions = torch.arange(4)[None]
     with pytest.raises(ModelError, match="2 image tokens in the rows, and their images have 6"):
-        image_axes(shown, torch.tensor([[1, 2, 3]]), torch.full((1, 4), 4), positions)
+        images = Shown(shown, torch.tensor([[1, 2, 3]]))
+        image_axes([images], torch.full((1, 4), 4), positions)
 
 
 def test_models_that_carry_a_state_refuse_joined_rows() -> None:

@@ -52,6 +52,16 @@ class NativeModel(Config):
         default=None,
         description="maximum pixels to which an image is resized; the checkpoint's by default",
     )
+    video_min_pixels: PositiveInt | None = Field(
+        default=None,
+        description="minimum pixels of a video: of each frame in Qwen2-VL and Qwen2.5-VL, of all "
+        "frames together in Qwen3-VL; the checkpoint's by default",
+    )
+    video_max_pixels: PositiveInt | None = Field(
+        default=None,
+        description="maximum pixels of a video, counted in the same way; the checkpoint's by "
+        "default",
+    )
     llm: NativeLlmOptions = NativeLlmOptions()
     boxes: Boxes | None = Field(
         default=None,

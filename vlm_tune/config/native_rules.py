@@ -34,20 +34,23 @@ def native_contradictions(raw: Any) -> list[Fault]:
 
 
 def _data_faults(raw: Any) -> list[Fault]:
-    least = value_at(raw, "model", "min_pixels")
-    most = value_at(raw, "model", "max_pixels")
     return broken(
         (
             value_at(raw, "data", "augment"),
             ("data", "augment"),
             "a native model's own processor prepares images, and augments none: drop augment",
         ),
-        (
-            isinstance(least, int) and isinstance(most, int) and least > most,
-            ("model", "max_pixels"),
-            f"max_pixels {most} is under min_pixels {least}",
-        ),
+        _crossed_bounds(raw, "min_pixels", "max_pixels"),
+        _crossed_bounds(raw, "video_min_pixels", "video_max_pixels"),
     )
+
+
+def _crossed_bounds(raw: Any, lower: str, upper: str) -> tuple[bool, tuple[str, str], str]:
+    """Whether one key of the model is over another, where that is, and why it is a fault."""
+    least = value_at(raw, "model", lower)
+    most = value_at(raw, "model", upper)
+    crossed = isinstance(least, int) and isinstance(most, int) and least > most
+    return crossed, ("model", upper), f"{upper} {most} is under {lower} {least}"
 
 
 def _training_faults(raw: Any) -> list[Fault]:

@@ -237,6 +237,9 @@ class NativeTower(Tower):
     kind: Literal["native"] = "native"
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
+    video_min_pixels: PositiveInt | None = None
+    video_max_pixels: PositiveInt | None = None
+    video_frames: PositiveInt | None = None
 
 
 AnyTower = RecipeTower | NativeTower

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm_tune.data.affine import Affine
-from vlm_tune.data.types import Conversation, Media, Modality, NativeInputs, Segment
+from vlm_tune.data.types import Conversation, Media, Modality, NativeInputs, Segment, Video
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,13 @@ class MediaProcessor(Protocol):
     @property
     def most_frames(self) -> int:
         """The largest number of frames of a media item."""
+        ...
+
+    def parts(self, media: Media) -> tuple[str | Media, ...]:
+        """The parts of a turn that show an item: itself, or the frames of a video with their times.
+
+        A native model with a form of its own for videos takes them whole.
+        """
         ...
 
     def whole(self, media: Media) -> Media:
@@ -100,6 +107,20 @@ class MediaProcessor(Protocol):
     def plain(self) -> Media:
         """A media item in which there is nothing, to try a model with."""
         ...
+
+
+def frame_parts(media: Media) -> tuple[str | Media, ...]:
+    """The frames of a video, each after its time ("0.0s: ") where that is known.
+
+    Of any other item it is the item itself.
+    """
+    if not isinstance(media.source, Video):
+        return (media,)
+    video = media.source
+    if not video.seconds:
+        return video.frames
+    timed = zip(video.seconds, video.frames, strict=True)
+    return tuple(part for time, frame in timed for part in (f"{time:.1f}s: ", frame))
 
 
 def distinct_frames(rows: Iterable[Conversation], images: MediaProcessor) -> list[Media]:

@@ -5,7 +5,7 @@ Shapes: B rows, L tokens, M media items of a batch, N tokens a media item, D wid
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -19,8 +19,8 @@ IGNORE_INDEX = -100
 
 ROLES = ("system", "user", "assistant")
 
-Modality = Literal["image", "audio"]
-"""What a media item is, and what a tower takes."""
+Modality = Literal["image", "audio", "video"]
+"""What a media item is; a tower takes images or audio, a native model also videos."""
 
 CHOSEN, REJECTED, MISMATCHED = range(3)
 ANSWER_KINDS = 3
@@ -94,16 +94,40 @@ class PatchGrid:
 
 
 @dataclass(frozen=True)
-class Media:
-    """One image or audio clip: a file, a byte range of a file, or encoded bytes; not decoded here.
+class Video:
+    """The frames that were chosen of a video, and where they stand in it.
 
-    A video is several images, each `of_video`; `origin` is the file that its frames were decoded
-    from. `tile` is set on a cell of a larger image and on a window of a longer clip, whose windows
-    are the columns of one row; None is the whole. `grid` is set on an image for a tower that keeps
-    its shape. `label` names bytes in error messages.
+    Attributes:
+        frames: the frames as images, in their order.
+        places: the number of each frame in the video, from 0.
+        count: the number of frames of the video.
+        fps: the video's frames per second; None where they are unknown.
+        seconds: the time of each frame; empty where times are unknown.
     """
 
-    source: Path | Slice | bytes
+    frames: tuple[Media, ...]
+    places: tuple[int, ...]
+    count: int
+    fps: float | None = None
+    seconds: tuple[float, ...] = ()
+
+    def with_frames(self, change: Callable[[Media], Media]) -> Video:
+        """The same video with each frame changed."""
+        return replace(self, frames=tuple(map(change, self.frames)))
+
+
+@dataclass(frozen=True)
+class Media:
+    """One image, audio clip or video; not decoded here.
+
+    An image or a clip is a file, a byte range of a file, or encoded bytes, and a video its chosen
+    frames. These are images, and `of_video` as the video is; `origin` is the file that they were
+    decoded from. `tile` is set on a cell of a larger image and on a window of a longer clip, whose
+    windows are the columns of one row; None is the whole. `grid` is set on an image for a tower
+    that keeps its shape. `label` names bytes in error messages.
+    """
+
+    source: Path | Slice | bytes | Video
     modality: Modality = "image"
     tile: Tile | None = None
     grid: PatchGrid | None = None
@@ -114,21 +138,32 @@ class Media:
     @property
     def file(self) -> Path | None:
         """The file the item is or was read from; None for bytes that came with a row."""
-        if isinstance(self.source, bytes):
+        if isinstance(self.source, bytes | Video):
             return self.origin
         return self.source.path if isinstance(self.source, Slice) else self.source
 
     def read(self) -> bytes:
-        """Reads the encoded bytes of the whole item. Raises `OSError` for an unreadable file."""
+        """Reads the encoded bytes of an image or clip. Raises `OSError` for an unreadable file."""
+        assert not isinstance(self.source, Video)
         return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
 
     @property
     def name(self) -> str:
         """The name of the item in error messages."""
-        if isinstance(self.source, bytes):
+        source = self.source
+        if isinstance(source, Video):
+            if self.origin is None:
+                return f"the video that begins with {source.frames[0].name}"
+            source = self.origin
+        if isinstance(source, bytes):
             return self.label
         # A file name may hold bytes that are not valid text.
-        return str(self.source).encode("utf-8", "backslashreplace").decode()
+        return str(source).encode("utf-8", "backslashreplace").decode()
+
+    @property
+    def pictures(self) -> tuple[Media, ...]:
+        """The images of a video, and of any other item itself."""
+        return self.source.frames if isinstance(self.source, Video) else (self,)
 
 
 @dataclass(frozen=True)
@@ -193,11 +228,16 @@ class Conversation:
     desirable: bool | None = None
 
     @property
-    def media(self) -> tuple[Media, ...]:
-        """All media in reading order."""
+    def items(self) -> tuple[Media, ...]:
+        """All media in reading order, a video as one."""
         return tuple(
             part for message in self.messages for part in message.parts if isinstance(part, Media)
         )
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """All images and clips in reading order, a video as its frames."""
+        return tuple(picture for item in self.items for picture in item.pictures)
 
     @property
     def question(self) -> str:

@@ -213,7 +213,7 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             "content": message.text
             if all(isinstance(part, str) for part in message.parts)
             else [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": part.modality}
                 for part in message.parts
             ],
         }

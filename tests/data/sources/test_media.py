@@ -20,10 +20,11 @@ from tests.helpers.audio_samples import tone, wav
 from tests.helpers.row_samples import file_source, good, read, write_rows, write_shard
 from vlm_tune.config.data import WebDatasetSource
 from vlm_tune.data.images.decode import decode_image
+from vlm_tune.data.media_processor import frame_parts
 from vlm_tune.data.sources import media, video
 from vlm_tune.data.sources.media import ImageFolder, MediaFinder
-from vlm_tune.data.sources.video import evenly_spaced, video_parts
-from vlm_tune.data.types import Conversation, Media, Slice
+from vlm_tune.data.sources.video import evenly_spaced, read_video
+from vlm_tune.data.types import Conversation, Media, Slice, Video
 from vlm_tune.errors import DataError
 
 ANSWER = {"role": "assistant", "content": "a"}
@@ -190,12 +191,15 @@ def test_a_folder_of_frames_is_a_video_in_the_order_of_its_numbers(
 ) -> None:
     folder = frame_folder(tmp_path / "clip", 21)
     chosen = [Media(folder / f"frame_{number}.png") for number in (0, 10, 20)]
-    assert finder.video("clip") == tuple(chosen) == video_parts(folder, suffix="", frames=3)
+    shown = finder.video("clip")
+    assert shown.source == Video(tuple(chosen), (0, 10, 20), 21)
+    assert shown == read_video(folder, suffix="", frames=3)
+    assert frame_parts(shown) == tuple(chosen)
     timed = MediaFinder(ImageFolder(tmp_path), frames=3, fps=4.0).video("clip")
-    assert timed == ("0.0s: ", chosen[0], "2.5s: ", chosen[1], "5.0s: ", chosen[2])
-    assert finder.video([f"clip/frame_{number}.png" for number in range(2)]) == tuple(
-        Media(folder / f"frame_{n}.png") for n in (0, 1)
-    )
+    assert timed.source == Video(tuple(chosen), (0, 10, 20), 21, 4.0, (0.0, 2.5, 5.0))
+    assert frame_parts(timed) == ("0.0s: ", chosen[0], "2.5s: ", chosen[1], "5.0s: ", chosen[2])
+    listed = finder.video([f"clip/frame_{number}.png" for number in range(2)])
+    assert listed.pictures == tuple(Media(folder / f"frame_{n}.png") for n in (0, 1))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="the video 'empty' has no frames"):
         finder.video("empty")
@@ -226,9 +230,9 @@ def clip(
     return path
 
 
-def greys(parts: tuple[str | Media, ...]) -> list[int]:
-    """Which frames of a `clip` these are."""
-    frames = [decode_image(part.read()) for part in parts if isinstance(part, Media)]
+def greys(video: Media) -> list[int]:
+    """Which frames of a `clip` those of a video are."""
+    frames = [decode_image(frame.read()) for frame in video.pictures]
     return [round(float(np.asarray(image).mean()) / 10) for image in frames]
 
 
@@ -247,12 +251,16 @@ def test_a_video_files_frames_are_the_ones_at_their_times(
     tmp_path: Path, finder: MediaFinder, name: str, codec: str, gap: int
 ) -> None:
     path = clip(tmp_path / name, codec=codec, gap=gap)
-    parts = finder.video(name)
-    assert [part for part in parts if isinstance(part, str)] == [
+    shown = finder.video(name)
+    chosen = shown.source
+    assert isinstance(chosen, Video)
+    assert chosen.seconds == (0.0, 2.4, 4.8) and greys(shown) == [0, 12, 24]
+    assert (chosen.places, chosen.count, chosen.fps) == ((0, 12, 24), 25, 5.0)
+    assert [part for part in frame_parts(shown) if isinstance(part, str)] == [
         "0.0s: ",
         "2.4s: ",
         "4.8s: ",
-    ] and greys(parts) == [0, 12, 24]
+    ]
     for count in (1, 2, 8, 25, 99):
         assert greys(MediaFinder(finder.images, frames=count).video(name)) == evenly_spaced(
             25, count
@@ -265,12 +273,9 @@ def test_a_video_files_frames_are_the_ones_at_their_times(
 
 def test_a_videos_times_start_at_its_first_frame(tmp_path: Path, finder: MediaFinder) -> None:
     clip(tmp_path / "late.mkv", start=500)
-    parts = finder.video("late.mkv")
-    assert [part for part in parts if isinstance(part, str)] == [
-        "0.0s: ",
-        "2.4s: ",
-        "4.8s: ",
-    ] and greys(parts) == [0, 12, 24]
+    shown = finder.video("late.mkv")
+    assert isinstance(shown.source, Video) and shown.source.seconds == (0.0, 2.4, 4.8)
+    assert greys(shown) == [0, 12, 24]
 
 
 def test_a_video_that_is_none_says_why(
@@ -347,14 +352,9 @@ def test_rows_of_every_kind_place_videos(tmp_path: Path) -> None:
         )
         conversations.append([(message.role, message.parts) for message in one.messages])
     assert all(messages == conversations[0] for messages in conversations)
-    shown = [part if isinstance(part, str) else "image" for part in conversations[0][0][1]]
-    assert shown == [
-        "0.0s: ",
-        "image",
-        "4.8s: ",
-        "image",
-        "What happens?",
-    ]
+    shown = [part if isinstance(part, str) else part.source for part in conversations[0][0][1]]
+    assert isinstance(shown[0], Video) and shown[0].seconds == (0.0, 4.8)
+    assert shown[1:] == ["What happens?"]
     # Where a row has no video, <video> is a word.
     plain = {
         "conversations": [
@@ -386,7 +386,7 @@ def test_a_video_in_a_shard(tmp_path: Path, ending: str) -> None:
         "w:gz" if ending.endswith("gz") else "w",
     )
     (row,) = read(WebDatasetSource(kind="webdataset", path=str(path), video_frames=3))
-    assert isinstance(row, Conversation) and greys(row.messages[0].parts[:-1]) == [0, 12, 24]
+    assert isinstance(row, Conversation) and greys(row.items[0]) == [0, 12, 24]
 
 
 @pytest.mark.parametrize("value", ["data:;base64,!!!", "data:,x", "data:;base64,", b""])
@@ -395,5 +395,5 @@ def test_bytes_that_can_not_be_read_are_a_fault_of_their_own_kind(
     kind: str, value: Any, finder: MediaFinder
 ) -> None:
     with pytest.raises(DataError) as caught:
-        finder.parts(kind, value)
+        finder.item(kind, value)
     assert caught.value.kind == f"{kind}_unreadable"

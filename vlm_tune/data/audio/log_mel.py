@@ -98,6 +98,10 @@ class AudioProcessor:
         """The largest number of windows of a clip."""
         return self.windows
 
+    def parts(self, media: Media) -> tuple[str | Media, ...]:
+        """The item itself: the model does not take the frames of a video."""
+        return (media,)
+
     def whole(self, media: Media) -> Media:
         """The clip itself."""
         return media

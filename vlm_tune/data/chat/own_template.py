@@ -64,24 +64,40 @@ def own_template(
 
 
 def message(role: str, *parts: Any) -> dict[str, Any]:
-    """A message of texts and images, as transformers' processors take them."""
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "image": part}
-        for part in parts
-    ]
-    return {"role": role, "content": content}
+    """A message of texts, images and videos, as transformers' processors take them.
+
+    A video is a list of its frames.
+    """
+
+    def content(part: Any) -> dict[str, Any]:
+        kind = "text" if isinstance(part, str) else "video" if isinstance(part, list) else "image"
+        return {"type": kind, kind: part}
+
+    return {"role": role, "content": list(map(content, parts))}
 
 
 def image_text(render: Render) -> str:
     """The text that a chat template writes for an image. Raises `DataError` if it is empty."""
-    before, _, behind = MARKS[:3]
-    text = render([message("user", before, None, behind)], False)
-    between = text.partition(before)[2].partition(behind)[0]
-    if not between or behind not in text:
+    written = _written_for(render, None)
+    if not written:
         raise refusal("it writes nothing for an image")
-    return between
+    return written
+
+
+def video_text(render: Render) -> str:
+    """The text that a chat template writes for a video; empty where it knows none."""
+    try:
+        return _written_for(render, [])
+    except DataError:
+        return ""
+
+
+def _written_for(render: Render, part: Any) -> str:
+    """The text that a template writes for a part of a turn, between two texts."""
+    before, _, behind = MARKS[:3]
+    text = render([message("user", before, part, behind)], False)
+    between = text.partition(before)[2].partition(behind)[0]
+    return between if behind in text else ""
 
 
 def refusal(reason: str) -> DataError:

@@ -148,7 +148,7 @@ class Processor:
         return written
 
     def _lay_out(self, conversation: Conversation, *, prompt_only: bool) -> list[Example]:
-        conversation = self.written(conversation)
+        conversation = self.shown(self.written(conversation))
         turns = self.template.segments(conversation, prompt_only=prompt_only, system=self.system)
         segments = joined_texts(self._framed(turns, conversation))
         slots = sum(segment_slots(segment, self.spec.tokens_per_image) for segment in segments)
@@ -163,6 +163,23 @@ class Processor:
             )
         return LAYOUTS[self.spec.layout](conversation, segments, self.encoder, self.spec)
 
+    def shown(self, conversation: Conversation) -> Conversation:
+        """The row with each video as the model takes it: whole, or as its frames."""
+        if all(item.modality != "video" for item in conversation.items):
+            return conversation
+        messages = [
+            replace(
+                message,
+                parts=tuple(
+                    shown
+                    for part in message.parts
+                    for shown in ((part,) if isinstance(part, str) else self.images.parts(part))
+                ),
+            )
+            for message in conversation.messages
+        ]
+        return replace(conversation, messages=tuple(messages))
+
     def _framed(self, segments: Sequence[Segment], conversation: Conversation) -> Iterator[Segment]:
         """The segments with each image replaced by its frames and what marks them."""
         place = 0
@@ -172,7 +189,7 @@ class Processor:
                 continue
             try:
                 self._check_modality(segment.payload)
-                count = len(conversation.media)
+                count = len(conversation.items)
                 yield from map(self._marker, self.images.segments(segment.payload, place, count))
                 place += 1
             except DataError as error:
@@ -185,9 +202,11 @@ class Processor:
 
     def _check_modality(self, media: Media) -> None:
         """Raises `DataError` for a medium that the model's tower does not take."""
-        if media.modality != self.images.modality:
+        # A video is images too.
+        modality = media.pictures[0].modality
+        if modality != self.images.modality:
             raise DataError(
-                f"{media.name}: {CALLED[media.modality]}, and the model's tower takes "
+                f"{media.name}: {CALLED[modality]}, and the model's tower takes "
                 f"{CALLED[self.images.modality]} (model.tower.kind)",
                 kind="modality",
             )

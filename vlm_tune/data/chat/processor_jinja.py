@@ -24,16 +24,18 @@ def processor_jinja(
     image: str,
     marker: str | None = None,
     around: str = "",
+    video: str = "",
 ) -> str:
     """Renders the format as a Jinja chat template for transformers' processors.
 
     Contents of messages are text, or lists of texts and images. An image is written as the token
     `image`. `system` is the system text of a conversation without one, as in `segments`. With a
     `marker`, texts that begin so stand for images, and are written as they are; a content that is
-    one text may begin so too. `around` is text before and after an image.
+    one text may begin so too. `around` is text before and after an image. A video is written as
+    the token `video`, if the model has one.
     """
-    is_image = _is_image("part", marker)
-    shown = _shown_image(image, marker)
+    is_image = _is_image("part", marker, video)
+    shown = _shown_image(image, marker, video)
     edge = _quoted(around)
     shown = f"({edge} + {shown} + {edge})" if around else shown
     system = template.default_system if system is None else system
@@ -113,9 +115,12 @@ def _written_after_image(text: str) -> str:
     )
 
 
-def _is_image(part: str, marker: str | None) -> str:
-    """A Jinja expression of whether a part of a content is an image, or a text that begins so."""
-    typed = f"{part}['type'] == 'image'"
+def _is_image(part: str, marker: str | None, video: str = "") -> str:
+    """A Jinja expression of whether a part of a content is an image, or a text that begins so.
+
+    With a `video`, of whether it is a video too.
+    """
+    typed = f"{part}['type'] in ['image', 'video']" if video else f"{part}['type'] == 'image'"
     return typed if marker is None else f"({typed} or {part}['text'].startswith({_quoted(marker)}))"
 
 
@@ -129,9 +134,11 @@ def _begins_with_text(marker: str | None) -> str:
     return f"not message['content'] or ({in_text} if message['content'] is string else {in_list})"
 
 
-def _shown_image(image: str, marker: str | None) -> str:
-    """A Jinja expression of what an image is written as."""
+def _shown_image(image: str, marker: str | None, video: str = "") -> str:
+    """A Jinja expression of what an image is written as, or with a `video` a video."""
     token = _quoted(image)
+    if video:
+        return f"({_quoted(video)} if part['type'] == 'video' else {token})"
     return token if marker is None else f"({token} if part['type'] == 'image' else part['text'])"
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from vlm_tune.data.affine import Affine
 from vlm_tune.data.images.split import Split, best_grid
-from vlm_tune.data.media_processor import MediaProcessor
+from vlm_tune.data.media_processor import MediaProcessor, frame_parts
 from vlm_tune.data.types import Media, Modality, NativeInputs, Segment, Tile
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import reason_of
@@ -120,19 +120,14 @@ def upright(image: Image) -> Image:
     """
     from PIL.Image import Transpose
 
-    methods = (
-        Transpose.FLIP_LEFT_RIGHT,
-        Transpose.ROTATE_180,
-        Transpose.FLIP_TOP_BOTTOM,
-        Transpose.TRANSPOSE,
-    )
-    methods += (Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
+    flips = [Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM]
+    turns = [Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90]
     # Of a PNG it is read as `image_size` reads it. For a TIFF `load` applies it and resets the tag.
     png = image.format == "PNG"
     before = _orientation(image, header=True) if png else 1
     image.load()
     orientation = before if png else _orientation(image)
-    return image if orientation == 1 else image.transpose(methods[orientation - 2])
+    return image if orientation == 1 else image.transpose([*flips, *turns][orientation - 2])
 
 
 def _orientation(image: Image, *, header: bool = False) -> int:
@@ -267,6 +262,10 @@ class ImageProcessor:
         buffer = io.BytesIO()
         Pil.new("RGB", (self.size, self.size), (180, 60, 60)).save(buffer, format="PNG")
         return Media(buffer.getvalue())
+
+    def parts(self, media: Media) -> tuple[str | Media, ...]:
+        """An image itself, and of a video its frames with their times."""
+        return frame_parts(media)
 
     def whole(self, media: Media) -> Media:
         """The frame that shows the whole image."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_tune.data.prepare.duplicates import ImageInfo
-from vlm_tune.data.types import ANSWER_KINDS, Example, Media, PatchGrid, Slice, Tile
+from vlm_tune.data.types import ANSWER_KINDS, Example, Media, PatchGrid, Slice, Tile, Video
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -266,19 +266,8 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
     """The media table of `folder`; items given as bytes must be slices of its blob by now."""
     import pyarrow as pa
 
-    def place(media: Media) -> tuple[bytes, int, int]:
-        source = media.source
-        assert not isinstance(source, bytes)
-        if isinstance(source, Path):
-            return os.fsencode(source), -1, -1
-        # Only the blob's name is stored, so that the folder can be moved.
-        return (
-            os.fsencode(BLOB if source.path == folder / BLOB else source.path),
-            source.offset,
-            source.size,
-        )
-
-    places = [place(row.media) for row in rows]
+    places = [_place(row.media, folder) for row in rows]
+    videos = [row.media.source for row in rows]
     tiles = [row.media.tile for row in rows]
     return pa.RecordBatch.from_pydict(
         {
@@ -294,6 +283,7 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
             ),
             "modality": pa.array([row.media.modality for row in rows], pa.string()),
             "of_video": pa.array([row.media.of_video for row in rows], pa.bool_()),
+            "video": pa.array([_video_record(each, folder) for each in videos], _video_type()),
             "sha256": pa.array([row.info.sha256 for row in rows], pa.binary()),
             "width": pa.array([row.info.width for row in rows], pa.int32()),
             "height": pa.array([row.info.height for row in rows], pa.int32()),
@@ -301,6 +291,75 @@ def media_batch(rows: Sequence[MediaRow], folder: Path) -> pa.RecordBatch:
             "dhash": pa.array([row.info.dhash for row in rows], pa.uint64()),
             "thumbnail": pa.array([row.info.thumbnail for row in rows], pa.binary()),
         }
+    )
+
+
+def _place(media: Media, folder: Path) -> tuple[bytes, int, int]:
+    """The path, offset and size of an item's bytes, the last two of a whole file negative.
+
+    A video has no place, but its frames have.
+    """
+    source = media.source
+    assert not isinstance(source, bytes)
+    if isinstance(source, Video):
+        return b"", -1, -1
+    if isinstance(source, Path):
+        return os.fsencode(source), -1, -1
+    # Only the blob's name is stored, so that the folder can be moved.
+    return (
+        os.fsencode(BLOB if source.path == folder / BLOB else source.path),
+        source.offset,
+        source.size,
+    )
+
+
+def _source(path: bytes, offset: int, size: int, folder: Path) -> Path | Slice:
+    """The file or slice of `_place`."""
+    # A path may hold bytes that are not valid text.
+    name = os.fsdecode(path)
+    file = folder / BLOB if name == BLOB else Path(name)
+    return file if offset < 0 else Slice(file, offset, size)
+
+
+def _video_type() -> pa.DataType:
+    """The Arrow type of a video: its fields, with the places of its frames."""
+    import pyarrow as pa
+
+    frame = pa.struct([("path", pa.binary()), ("offset", pa.int64()), ("size", pa.int64())])
+    return pa.struct(
+        [
+            ("frames", pa.list_(frame)),
+            ("places", pa.list_(pa.int64())),
+            ("count", pa.int64()),
+            ("fps", pa.float64()),
+            ("seconds", pa.list_(pa.float64())),
+        ]
+    )
+
+
+def _video_record(source: object, folder: Path) -> dict[str, Any] | None:
+    """A video as a value of `_video_type`; None for any other source."""
+    if not isinstance(source, Video):
+        return None
+    names = ("path", "offset", "size")
+    frames = [dict(zip(names, _place(each, folder), strict=True)) for each in source.frames]
+    return {
+        "frames": frames,
+        "places": source.places,
+        "count": source.count,
+        "fps": source.fps,
+        "seconds": source.seconds,
+    }
+
+
+def _video(record: dict[str, Any], folder: Path) -> Video:
+    """The video of `_video_record`."""
+    return Video(
+        tuple(Media(_source(**frame, folder=folder), of_video=True) for frame in record["frames"]),
+        tuple(record["places"]),
+        record["count"],
+        record["fps"],
+        tuple(record["seconds"]),
     )
 
 
@@ -324,10 +383,10 @@ def media_rows(batch: pa.RecordBatch, folder: Path) -> list[MediaRow]:
     """Reads the rows of the media table of `folder`."""
 
     def media(row: dict[str, Any]) -> Media:
-        # A path may hold bytes that are not valid text.
-        name = os.fsdecode(row["path"])
-        path = folder / BLOB if name == BLOB else Path(name)
-        source = path if row["offset"] < 0 else Slice(path, row["offset"], row["size"])
+        if row["video"] is not None:
+            video = _video(row["video"], folder)
+            return Media(video, row["modality"], of_video=row["of_video"])
+        source = _source(row["path"], row["offset"], row["size"], folder)
         grid = PatchGrid(*row["grid"]) if row["grid"] else None
         return Media(source, row["modality"], _tile(row["tile"]), grid, row["of_video"])
 

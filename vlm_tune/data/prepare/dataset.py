@@ -24,7 +24,7 @@ from vlm_tune.data.prepare.job import Job, task_names
 from vlm_tune.data.prepare.merge_shards import PARTS, joined_rows
 from vlm_tune.data.prepare.worker import BAD, LEFT_OUT, OK, content_hash, files_changed
 from vlm_tune.data.sources.registry import read_all
-from vlm_tune.data.types import Conversation, Example, Media
+from vlm_tune.data.types import Conversation, Example, Media, Video
 from vlm_tune.errors import DataError
 from vlm_tune.files import is_intact
 
@@ -272,9 +272,14 @@ class Prepared:
         return replace(row, messages=tuple(messages))
 
     def _stored(self, part: str | Media) -> str | Media:
-        if isinstance(part, str) or not isinstance(part.source, bytes):
-            return part
-        return self._media_by_bytes[bytes_digest(part.source)]
+        return part if isinstance(part, str) else self._stored_item(part)
+
+    def _stored_item(self, item: Media) -> Media:
+        if isinstance(item.source, Video):
+            return replace(item, source=item.source.with_frames(self._stored_item))
+        if not isinstance(item.source, bytes):
+            return item
+        return self._media_by_bytes[bytes_digest(item.source)]
 
     @cached_property
     def _media_by_bytes(self) -> dict[bytes, Media]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlm_tune.data.audio.decode import waveform
 from vlm_tune.data.images.decode import as_rgb, encoded_bytes, opened
-from vlm_tune.data.types import Media
+from vlm_tune.data.types import Media, Video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +37,7 @@ CELL = 20
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """Properties of an image or an audio clip that can be decoded.
+    """Properties of an image, an audio clip or a video that can be decoded.
 
     `sha256` is its file's `bytes_digest`; width and height are after EXIF rotation.
     `dhash` has a bit for each cell of an 8x8 grid, set if it is brighter than the cell to its left.
@@ -59,7 +59,9 @@ def bytes_digest(data: bytes) -> bytes:
 
 
 def inspect_media(media: Media) -> ImageInfo:
-    """Inspects an image or a clip; raises as `inspect_image` or `waveform`."""
+    """Inspects an image, a clip or a video; raises as `inspect_image` or `waveform`."""
+    if isinstance(media.source, Video):
+        return inspect_video(media.source)
     return inspect_audio(media) if media.modality == "audio" else inspect_image(media)
 
 
@@ -74,6 +76,18 @@ def inspect_audio(media: Media) -> ImageInfo:
     return ImageInfo(
         bytes_digest(data), 0, 0, "audio", int.from_bytes(digest[:8], "big"), digest[8:]
     )
+
+
+def inspect_video(video: Video) -> ImageInfo:
+    """Inspects the frames of a video, of which the first one says what it looks like.
+
+    Two are the same if all frames are, at the same places in their videos. Raises as
+    `inspect_image`.
+    """
+    infos = [inspect_image(frame) for frame in video.frames]
+    described = repr((video.places, video.count, video.fps, video.seconds)).encode()
+    digest = bytes_digest(described + b"".join(info.sha256 for info in infos))
+    return replace(infos[0], sha256=digest, format="video")
 
 
 def inspect_image(media: Media) -> ImageInfo:

@@ -16,7 +16,7 @@ from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.sources.base import SourceReader
 from vlm_tune.data.sources.registry import open_source
 
-FORMAT = 9
+FORMAT = 10
 """Version of the prepared data; increased when the same input gives other prepared data."""
 
 KEY_PARTS = {"max_length", "overlong", "clean", "group", "row_length", "split"}

@@ -23,7 +23,9 @@ class MediaCounts:
     @classmethod
     def of(cls, rows: Iterable[MediaRow]) -> Self:
         """Counts media items by their content."""
-        distinct = {row.info.sha256: row.media for row in rows}.values()
+        distinct = {
+            row.info.sha256: row.media for row in rows if row.media.modality != "video"
+        }.values()
         clips = sum(media.modality == "audio" for media in distinct)
         frames = sum(media.of_video for media in distinct)
         return cls(len(distinct) - frames - clips, frames, clips)

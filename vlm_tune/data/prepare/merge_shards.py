@@ -34,7 +34,7 @@ from vlm_tune.data.prepare.arrow_store import (
 from vlm_tune.data.prepare.duplicates import look_alikes
 from vlm_tune.data.prepare.job import Job
 from vlm_tune.data.prepare.worker import LEFT_OUT, OK, read_stamps, write_stamps
-from vlm_tune.data.types import Example, Slice
+from vlm_tune.data.types import Example, Media, Slice, Video
 from vlm_tune.errors import DataError
 from vlm_tune.files import write_checksums
 
@@ -100,6 +100,7 @@ class _Media:
         self._blob = (temporary / BLOB).open("wb")
         self._folder = folder
         self._size = 0
+        self._slices: dict[Slice, Slice] = {}
 
     def numbers(self, shard: Path) -> np.ndarray:
         """Adds a shard's items and returns their indices: int32[items]."""
@@ -113,13 +114,22 @@ class _Media:
         index = self._numbers.get(key)
         if index is None:
             index = self._numbers[key] = len(self.rows)
-            source = row.media.source
-            if isinstance(source, Slice) and source.path == shard / BLOB:
-                self._blob.write(source.read_bytes())
-                source = Slice(self._folder / BLOB, self._size, source.size)
-                self._size += source.size
-            self.rows.append(replace(row, media=replace(row.media, source=source)))
+            self.rows.append(replace(row, media=self._copied(row.media, shard)))
         return index
+
+    def _copied(self, media: Media, shard: Path) -> Media:
+        """The item with its bytes in this blob, each part of the shard's once."""
+        source = media.source
+        if isinstance(source, Video):
+            return replace(media, source=source.with_frames(lambda each: self._copied(each, shard)))
+        if not isinstance(source, Slice) or source.path != shard / BLOB:
+            return media
+        copy = self._slices.get(source)
+        if copy is None:
+            copy = self._slices[source] = Slice(self._folder / BLOB, self._size, source.size)
+            self._blob.write(source.read_bytes())
+            self._size += source.size
+        return replace(media, source=copy)
 
     def close(self) -> None:
         self._blob.close()

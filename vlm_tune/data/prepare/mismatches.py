@@ -11,15 +11,17 @@ from vlm_tune.data.types import Conversation, Media, Message
 def with_mismatches(rows: Sequence[Conversation]) -> list[Conversation]:
     """The rows, each of the form `match` followed by one with another row's image.
 
-    It is the next row of the same category and as many images, of which no row has this caption.
+    It is the next row of the same category and as many images and frames of videos, of which no row
+    has this caption.
     Where there is none, the row has no such neighbour. Rows of other forms stay as they are.
     """
     matches = [row for row in rows if row.references.form == "match"]
     captions: dict[tuple[Media, ...], set[str]] = {}
-    alike: dict[tuple[str, int], list[Conversation]] = {}
+    alike: dict[tuple[str, tuple[int, ...]], list[Conversation]] = {}
     for row in matches:
         captions.setdefault(row.media, set()).add(row.question)
-        alike.setdefault((row.category, len(row.media)), []).append(row)
+        sizes = tuple(len(item.pictures) for item in row.items)
+        alike.setdefault((row.category, sizes), []).append(row)
     others: dict[int, Conversation] = {}
     for group in alike.values():
         for place, row in enumerate(group):
@@ -37,7 +39,7 @@ def with_mismatches(rows: Sequence[Conversation]) -> list[Conversation]:
 
 def _with_media_of(row: Conversation, other: Conversation) -> Conversation:
     """A row of `match` with another row's media, whose right answer is the rejected one."""
-    media = iter(other.media)
+    media = iter(other.items)
     messages = [
         replace(
             message,

@@ -25,9 +25,10 @@ from vlm_tune.data.prepare.arrow_store import (
 )
 from vlm_tune.data.prepare.duplicates import ImageInfo, inspect_media
 from vlm_tune.data.prepare.language import language_of
+from vlm_tune.data.prepare.media_table import MediaTable, file_stamp
 from vlm_tune.data.regions import regions_of
 from vlm_tune.data.sources.base import Chunk, SourceReader
-from vlm_tune.data.types import Conversation, Example, Media, Message, Slice
+from vlm_tune.data.types import Conversation, Example, Media, Message
 from vlm_tune.errors import DataError
 from vlm_tune.files import is_intact, write_checksums
 from vlm_tune.quoting import quoted
@@ -171,7 +172,7 @@ class ShardMaker:
     def _write(self, source: int, chunk: Chunk, temporary: Path, folder: Path) -> None:
         records: list[RowRecord] = []
         examples: list[Example] = []
-        media = _MediaTable(temporary / BLOB, folder / BLOB)
+        media = MediaTable(temporary / BLOB, folder / BLOB)
         for row in self.readers[source].conversations(chunk):
             media.note(row.file if isinstance(row, DataError) else None)
             record, row_examples = self._row(row, source, media, chunk.first_row + len(records))
@@ -186,7 +187,7 @@ class ShardMaker:
         write_checksums(temporary)
 
     def _row(
-        self, row: Conversation | DataError, source: int, media: _MediaTable, number: int
+        self, row: Conversation | DataError, source: int, media: MediaTable, number: int
     ) -> tuple[RowRecord, list[Example]]:
         if isinstance(row, DataError):
             return _unreadable(row, number), []
@@ -331,60 +332,8 @@ def _content(row: object) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-class _MediaTable:
-    """The distinct media of a shard; encoded bytes are written to its blob."""
-
-    def __init__(self, blob: Path, final: Path) -> None:
-        self.rows: list[MediaRow] = []
-        self.stamps: dict[str, int] = {}
-        self._numbers: dict[Media, int] = {}
-        self._blob = blob
-        self._final = final
-        self._file = None
-        self._size = 0
-        self._placed: dict[bytes, Slice] = {}
-
-    def number(self, media: Media) -> int:
-        return self._numbers[media]
-
-    def note(self, file: Path | None) -> None:
-        """Records the modification time of a file that the rows depend on, usable or not."""
-        if file is not None and str(file) not in self.stamps:
-            self.stamps[str(file)] = file_stamp(file)
-
-    def add(self, media: Media, info: ImageInfo) -> int:
-        number = self._numbers.get(media)
-        if number is None:
-            number = self._numbers[media] = len(self.rows)
-            source = self._place(media.source) if isinstance(media.source, bytes) else media.source
-            self.rows.append(MediaRow(replace(media, source=source), info))
-        return number
-
-    def _place(self, data: bytes) -> Slice:
-        placed = self._placed.get(data)
-        if placed is None:
-            self._file = self._file or self._blob.open("wb")
-            self._file.write(data)
-            placed = self._placed[data] = Slice(self._final, self._size, len(data))
-            self._size += len(data)
-        return placed
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
 STAMPS = "files.json"
 """File of a prepared folder with the modification times of the files its rows depend on."""
-
-
-def file_stamp(path: Path) -> int:
-    """The modification time of a file in nanoseconds; -1 if it does not exist."""
-    try:
-        return path.stat().st_mtime_ns
-    # A NUL byte in the name is a ValueError.
-    except (OSError, ValueError):
-        return -1
 
 
 def write_stamps(folder: Path, stamps: dict[str, int]) -> None:

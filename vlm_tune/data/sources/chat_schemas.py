@@ -322,11 +322,11 @@ def _content_part(place: int, role: str, part: Any, media: RowMedia) -> Iterator
     names = (modality, f"{modality}_url", f"input_{modality}", "path", "url", "bytes")
     source = next((sources[name] for name in names if name in sources), None)
     if source is None and part.get("index") is not None:
-        yield from media.take_numbered(modality, part["index"])
+        yield media.take_numbered(modality, part["index"])
     elif source is None:
         yield from media.take(modality)
     else:
-        yield from media.finder.parts(modality, source)
+        yield media.finder.item(modality, source)
 
 
 def decoded_lists(row: Row) -> dict[str, Any]:

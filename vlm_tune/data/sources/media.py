@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.data.sources.video import frame_files, frame_parts, video_parts
+from vlm_tune.data.sources.video import frame_files, listed_video, read_video
 from vlm_tune.data.types import Media, Slice
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted, reason_of
@@ -101,7 +101,7 @@ class MediaFinder:
     """Turns a row's value for an image, a video or an audio clip into media.
 
     `images` is None where the source has no folder, so that a path can't be meant. `frames` and
-    `fps` are as in `video_parts`.
+    `fps` are as in `read_video`.
     """
 
     images: ImageFolder | None
@@ -130,20 +130,19 @@ class MediaFinder:
             source = self._root("audio").path(source, "audio")
         return Media(source, modality="audio")
 
-    def parts(self, kind: str, value: Any) -> tuple[str | Media, ...]:
-        """The parts of a turn for a value of a kind: image, video or audio; raises as these do."""
-        if kind == "video":
-            return self.video(value)
-        return (self.audio(value) if kind == "audio" else self.image(value),)
+    def item(self, kind: str, value: Any) -> Media:
+        """The item of a value of a kind: image, video or audio; raises as these do."""
+        read = {"video": self.video, "audio": self.audio, "image": self.image}
+        return read[kind](value)
 
-    def video(self, value: Any) -> tuple[str | Media, ...]:
-        """A video's images, each after its time.
+    def video(self, value: Any) -> Media:
+        """A video by its chosen frames.
 
         The value is a folder of frames, a list of frames, or a video file with the same kinds of
         values as for `image`.
         """
         if isinstance(value, list):
-            return frame_parts(
+            return listed_video(
                 [self.image(frame) for frame in value],
                 frames=self.frames,
                 fps=self.fps,
@@ -156,14 +155,14 @@ class MediaFinder:
             if path.is_dir():
                 # A frame may itself be a link that leads out of the root.
                 frames = [root.find(str(frame)) for frame in frame_files(path)]
-                return frame_parts(frames, frames=self.frames, fps=self.fps, name=quoted(source))
+                return listed_video(
+                    frames, frames=self.frames, fps=self.fps, name=quoted(source), origin=path
+                )
             try:
-                return video_parts(path, suffix=path.suffix, frames=self.frames, fps=self.fps)
+                return read_video(path, suffix=path.suffix, frames=self.frames)
             except DataError as error:
                 raise DataError(error.message, kind=error.kind, file=path) from None
-        return video_parts(
-            source, suffix=_video_suffix(value, source), frames=self.frames, fps=self.fps
-        )
+        return read_video(source, suffix=_video_suffix(value, source), frames=self.frames)
 
     def _source(self, value: Any, what: str) -> str | bytes | Slice:
         """The text of a path, or the bytes or slice that hold the file."""

@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 Parts = tuple[str | Media, ...]
 
 KINDS: tuple[str, ...] = ("image", "video", "audio")
-"""Kinds of media in rows; a video becomes images."""
+"""Kinds of media in rows."""
 
 
 class RowMedia:
@@ -24,8 +24,8 @@ class RowMedia:
 
     def __init__(self, row: Row, finder: MediaFinder) -> None:
         self.finder = finder
-        self.items: dict[str, list[Parts]] = {
-            kind: [finder.parts(kind, value) for value in _listed(row, kind)] for kind in KINDS
+        self.items: dict[str, list[Media]] = {
+            kind: [finder.item(kind, value) for value in _listed(row, kind)] for kind in KINDS
         }
         self.places = dict.fromkeys(KINDS, 0)
         self._named: dict[str, set[int]] = {kind: set() for kind in KINDS}
@@ -42,9 +42,9 @@ class RowMedia:
         """
         number = self.places[kind]
         self.places[kind] += 1
-        return self.items[kind][number] if number < len(self.items[kind]) else ()
+        return tuple(self.items[kind][number : number + 1])
 
-    def take_numbered(self, kind: str, number: Any) -> Parts:
+    def take_numbered(self, kind: str, number: Any) -> Media:
         """The media item with a number (from 0). Raises `DataError` if there is none."""
         items = self.items[kind]
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(items):
@@ -62,7 +62,7 @@ class RowMedia:
         Raises `DataError` where a kind's places and items differ in number. A kind without any
         place passes, unless `always` is set.
         """
-        left: list[str | Media] = []
+        left: list[Media] = []
         for kind, items in self.items.items():
             places = self.places[kind]
             named = self._named[kind]
@@ -80,7 +80,7 @@ class RowMedia:
                         kind="image_count",
                     )
             elif places == 0 and not always:
-                left += [part for parts in items for part in parts]
+                left += items
             elif places != len(items):
                 advice = f" (\\<{kind}> is the text itself)" if places > len(items) else ""
                 marks = counted(places, f"<{kind}> mark or part")

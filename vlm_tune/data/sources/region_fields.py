@@ -87,7 +87,13 @@ def with_regions(messages: Sequence[Message], row: Row, options: BoxOptions) -> 
     listed = _listed(row, options)
     if not (listed.boxes or listed.points or listed.phrases or _lacks_regions(messages, row)):
         return list(messages)
-    media = [part for each in messages for part in each.parts if isinstance(part, Media)]
+    media = [
+        picture
+        for each in messages
+        for part in each.parts
+        if isinstance(part, Media)
+        for picture in part.pictures
+    ]
     replacer = _Replacer(listed, media, options)
     replaced = [replace(each, parts=tuple(replacer.parts(each.parts))) for each in messages]
     replacer.check()

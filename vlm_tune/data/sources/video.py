@@ -1,4 +1,4 @@
-"""Videos as evenly spaced images with times, from a folder of frames or a file decoded by PyAV."""
+"""Videos as evenly spaced frames, from a folder of frames or a file decoded by PyAV."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.data.images.decode import MAX_PIXELS
-from vlm_tune.data.types import Media, Slice
+from vlm_tune.data.types import Media, Slice, Video
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted, reason_of
 
@@ -31,42 +31,49 @@ DEMUXERS = {
 JPEG_QUALITY = 92
 
 
-def video_parts(
+def read_video(
     video: Path | Slice | bytes, *, suffix: str, frames: int, fps: float | None = None
-) -> tuple[str | Media, ...]:
-    """Evenly spaced images of a video, each after its time ("0.0s: ") where that is known.
+) -> Media:
+    """A video by evenly spaced frames.
 
     Args:
         video: a folder of frames or an encoded file.
         suffix: the file's suffix, which selects the demuxer.
-        frames: number of images.
+        frames: the largest number of frames.
         fps: frames per second of a folder of frames; without it their times are unknown.
 
     Raises:
         DataError: a folder without images, a file that can't be decoded, or PyAV not installed.
     """
     if isinstance(video, Path) and video.is_dir():
-        return frame_parts(
-            [Media(path) for path in frame_files(video)], frames=frames, fps=fps, name=str(video)
-        )
-    parts: list[str | Media] = []
+        images = [Media(path) for path in frame_files(video)]
+        return listed_video(images, frames=frames, fps=fps, name=str(video), origin=video)
     origin = video if isinstance(video, Path) else None
-    for time, data in _decoded(video, suffix, frames):
-        parts += [*time_text(time), Media(data, of_video=True, origin=origin)]
-    return tuple(parts)
+    return Media(
+        _decoded(video, suffix, frames, origin), modality="video", of_video=True, origin=origin
+    )
 
 
-def frame_parts(
-    images: Sequence[Media], *, frames: int, fps: float | None, name: str
-) -> tuple[str | Media, ...]:
-    """As `video_parts`, for a video given as all of its images in order."""
+def listed_video(
+    images: Sequence[Media],
+    *,
+    frames: int,
+    fps: float | None,
+    name: str,
+    origin: Path | None = None,
+) -> Media:
+    """As `read_video`, for a video given as all of its images in order, of a folder or a list."""
     if not images:
         raise DataError(f"the video {name} has no frames", kind="video_unreadable")
-    parts: list[str | Media] = []
-    for place in evenly_spaced(len(images), frames):
-        frame = replace(images[place], of_video=True)
-        parts += [*time_text(None if fps is None else place / fps), frame]
-    return tuple(parts)
+    places = evenly_spaced(len(images), frames)
+    chosen = Video(
+        frames=tuple(replace(images[place], of_video=True) for place in places),
+        places=tuple(places),
+        count=len(images),
+        fps=fps,
+        seconds=() if fps is None else tuple(place / fps for place in places),
+    )
+    return Media(chosen, modality="video", of_video=True, origin=origin)
 
 
 def frame_files(folder: Path) -> list[Path]:
@@ -88,11 +95,6 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return [(place * (total - 1) + (count - 1) // 2) // (count - 1) for place in range(count)]
 
 
-def time_text(seconds: float | None) -> list[str]:
-    """The text before a frame: its time, where known."""
-    return [] if seconds is None else [f"{seconds:.1f}s: "]
-
-
 def _natural(path: Path) -> list[tuple[int, str]]:
     """Sort key that puts frame_2 before frame_10."""
     return [
@@ -101,10 +103,8 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     ]
 
 
-def _decoded(
-    video: Path | Slice | bytes, suffix: str, frames: int
-) -> Iterator[tuple[float, bytes]]:
-    """Yields (seconds, JPEG bytes) of evenly spaced frames."""
+def _decoded(video: Path | Slice | bytes, suffix: str, frames: int, origin: Path | None) -> Video:
+    """Evenly spaced frames of a file, as JPEG."""
     try:
         import av
         from av.error import FFmpegError
@@ -133,14 +133,14 @@ def _decoded(
                     f"is more than {MAX_PIXELS:,} pixels",
                     kind="video_unreadable",
                 )
-            yield from _frames(container, stream, frames)
+            return _frames(container, stream, frames, origin)
     except (OSError, ValueError, FFmpegError) as error:
         raise DataError(
             f"the video can't be decoded: {reason_of(error)}", kind="video_unreadable"
         ) from None
 
 
-def _frames(container: Any, stream: Any, frames: int) -> Iterator[tuple[float, bytes]]:
+def _frames(container: Any, stream: Any, frames: int, origin: Path | None) -> Video:
     """As `_decoded`, for an open stream.
 
     Times come from the packets, so only the ranges from a key frame to a chosen frame are decoded.
@@ -154,22 +154,42 @@ def _frames(container: Any, stream: Any, frames: int) -> Iterator[tuple[float, b
     keys = sorted(pts for pts, is_key in packets if is_key) or times[:1]
     if not times:
         raise DataError("the video file has no frames", kind="video_unreadable")
-    decoding: Iterator[Any] = iter(())
-    reached = None
-    for place in evenly_spaced(len(times), frames):
-        wanted = times[place]
-        key = keys[max(bisect_right(keys, wanted) - 1, 0)]
-        if reached is None or key > reached:
-            container.seek(key, stream=stream, backward=True)
-            decoding = container.decode(stream)
-        frame = next(
-            (frame for frame in decoding if frame.pts is not None and frame.pts >= wanted), None
-        )
+    places = evenly_spaced(len(times), frames)
+    chosen = _chosen(container, stream, [times[place] for place in places], keys)
+    images: list[Media] = []
+    seconds: list[float] = []
+    for place, frame in zip(places, chosen, strict=True):
         if frame is None:
             raise DataError(
                 f"the video ends before frame {place + 1} of {len(times)}", kind="video_unreadable"
             )
-        reached = frame.pts
         encoded = io.BytesIO()
         frame.to_image().save(encoded, "JPEG", quality=JPEG_QUALITY)
-        yield float((frame.pts - times[0]) * stream.time_base), encoded.getvalue()
+        images.append(Media(encoded.getvalue(), of_video=True, origin=origin))
+        seconds.append(float((frame.pts - times[0]) * stream.time_base))
+    rate = stream.average_rate or stream.guessed_rate
+    return Video(
+        frames=tuple(images),
+        places=tuple(places),
+        count=len(times),
+        fps=float(rate) if rate else None,
+        seconds=tuple(seconds),
+    )
+
+
+def _chosen(
+    container: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int]
+) -> Iterator[Any]:
+    """The first frame at or after each wanted time; None where the file ends before it."""
+    decoding: Iterator[Any] = iter(())
+    reached = None
+    for time in wanted:
+        key = keys[max(bisect_right(keys, time) - 1, 0)]
+        if reached is None or key > reached:
+            container.seek(key, stream=stream, backward=True)
+            decoding = container.decode(stream)
+        frame = next(
+            (frame for frame in decoding if frame.pts is not None and frame.pts >= time), None
+        )
+        reached = None if frame is None else frame.pts
+        yield frame

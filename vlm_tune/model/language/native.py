@@ -28,7 +28,7 @@ from vlm_tune.errors import ModelError
 from vlm_tune.model.language.attention import whole_rows
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.language.image_axes import image_axes
+from vlm_tune.model.language.image_axes import Shown, image_axes
 from vlm_tune.model.language.masks import joining_reason, layer_masks, tree_mask
 from vlm_tune.model.language.native_branches import NativeBranches
 from vlm_tune.model.language.positions import learned_positions
@@ -38,6 +38,9 @@ from vlm_tune.transfer import to_device
 
 MERGERS = ("merger", "projector", "connector")
 """What names of connectors inside a tower contain."""
+
+VIDEO_TYPE = 2
+"""The type of a video's tokens in `mm_token_type_ids`."""
 
 Part = Literal["tower", "connector", "llm"]
 
@@ -218,17 +221,45 @@ class NativeLLM(LanguageModel):
         positions = host.positions
         if visible_until is None or positions is None:
             visible_until, positions = whole_rows(host.attention_mask)
-        shown = host.input_ids == self.model.config.image_token_id
-        axes = image_axes(shown, self._grids(host), visible_until, positions)
-        return to_device(axes, batch.input_ids.device)
+        images = host.input_ids == self.model.config.image_token_id
+        shown = [Shown(images, self._grids(host, "image_grid_thw")), self._videos(host)]
+        return to_device(image_axes(shown, visible_until, positions), batch.input_ids.device)
 
-    def _grids(self, host: Batch) -> torch.Tensor | None:
-        """The tokens of a batch's images in time, rows and columns, int64[M, 3]."""
-        patches = host.native.get("image_grid_thw")
+    def _grids(self, host: Batch, name: str) -> torch.Tensor | None:
+        """The tokens of a batch's images or videos in time, rows and columns, int64[M, 3]."""
+        patches = host.native.get(name)
         if patches is None:
             return None
         side = self.model.config.vision_config.spatial_merge_size
         return patches // torch.tensor([1, side, side], device=patches.device)
+
+    def _videos(self, batch: Batch) -> Shown:
+        """The videos of a batch. Qwen3-VL writes a time before each of a video's grids."""
+        config = self.model.config
+        slots = batch.input_ids == config.video_token_id
+        grids = self._grids(batch, "video_grid_thw")
+        seconds = batch.native.get("second_per_grid_ts")
+        if grids is not None and config.model_type == "qwen3_vl":
+            grids = grids.repeat_interleave(grids[:, 0], 0)
+            grids[:, 0] = 1
+        if seconds is None:
+            return Shown(slots, grids)
+        rate = config.vision_config.tokens_per_second
+        return Shown(slots, grids, rate * (seconds.floor() if self._whole_seconds else seconds))
+
+    @cached_property
+    def _whole_seconds(self) -> bool:
+        """Whether transformers rounds the seconds from one time of a video to the next down."""
+        config = self.model.config
+        side = config.vision_config.spatial_merge_size
+        ids = torch.full((1, 2), config.video_token_id)
+        positions, _ = self.body.get_rope_index(
+            ids,
+            mm_token_type_ids=torch.full_like(ids, VIDEO_TYPE),
+            video_grid_thw=torch.tensor([[2, side, side]]),
+            second_per_grid_ts=torch.tensor([1.5]),
+        )
+        return int(positions[0, 0, 1]) == config.vision_config.tokens_per_second
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -1,13 +1,16 @@
-"""How a processor of transformers joins the inputs of several images, found by trying it."""
+"""How a processor of transformers joins images and tells their tokens, found by trying it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from vlm_tune.data.images.native import TYPES, joined_inputs
 from vlm_tune.data.types import Join, NativeInputs
+from vlm_tune.errors import ModelError
 
 
 def image_joins(alone: Sequence[NativeInputs], together: NativeInputs) -> tuple[Join, ...]:
@@ -54,3 +57,30 @@ def _counted(name: str, alone: Sequence[NativeInputs], together: NativeInputs) -
             if other != name and math.prod(tensor.shape[:dimensions]) == moved[0]:
                 return other, dimensions
     return "", 0
+
+
+def is_joined(alone: Sequence[NativeInputs], joins: Sequence[Join], together: NativeInputs) -> bool:
+    """Whether the tensors of images by themselves, joined, are those of all together."""
+    joined = joined_inputs(alone, joins)
+    return joined.keys() == together.keys() and all(
+        value.shape == together[name].shape and bool((value == together[name]).all())
+        for name, value in joined.items()
+    )
+
+
+def token_types(prepared: Any) -> dict[str, dict[int, int]]:
+    """The type of each token id, by the names of the arguments that tell kinds of tokens apart.
+
+    Raises `ModelError` for an id of several types.
+    """
+    ids = prepared["input_ids"][0].tolist()
+    types: dict[str, dict[int, int]] = {}
+    for name in (name for name in TYPES if name in prepared):
+        pairs = set(zip(ids, prepared[name][0].tolist(), strict=True))
+        types[name] = {token: kind for token, kind in pairs if kind}
+        if len(dict(pairs)) != len(pairs):
+            raise ModelError(
+                f"this model's processor gives a token {name} by more than its id, so it can't be "
+                "trained here"
+            )
+    return types

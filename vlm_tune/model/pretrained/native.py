@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,23 +19,24 @@ from vlm_tune.data.chat.own_template import (
     own_template,
     refusal,
     untrained_opening,
+    video_text,
 )
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.processor_jinja import processor_jinja
 from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.images.decode import decode_image, encoded_bytes
 from vlm_tune.data.images.native import (
-    TYPES,
     NativeImages,
-    joined_inputs,
     of_images,
     prepared_images,
+    video_options,
 )
-from vlm_tune.data.types import Conversation, Media, Message, NativeInputs
+from vlm_tune.data.types import Conversation, Media, Message, Video
 from vlm_tune.errors import DataError, ModelError
 from vlm_tune.model.families.boxes import family_boxes
 from vlm_tune.model.hub import check_base, config_source, is_ours, load_reason, unmerged
-from vlm_tune.model.pretrained.image_joins import image_joins
+from vlm_tune.model.pretrained.image_joins import image_joins, is_joined, token_types
+from vlm_tune.model.pretrained.native_videos import encoded, tried_video, with_videos
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted, reason_of
 
@@ -45,15 +45,21 @@ if TYPE_CHECKING:
 
 TRIED = ((96, 64), (50, 140))
 """Sizes of the images that a processor is tried with."""
+PIXELS = ("min_pixels", "max_pixels")
+VIDEO_PIXELS = ("video_min_pixels", "video_max_pixels")
+"""Keys of the least and most pixels of an image, and of a video."""
+EDGES = ("shortest_edge", "longest_edge")
+"""What processors call these numbers."""
 NO_REASONING = "{%- set enable_thinking = enable_thinking | default(false) -%}"
 """Before a chat template: answers begin without reasoning unless a caller wants it."""
 
 
-def native_section(model: NativeModel) -> NativeSection:
+def native_section(model: NativeModel, video_frames: int | None = None) -> NativeSection:
     """The parts of a recipe's native model; only its config is read.
 
-    A merged folder of vlm_tune holds the checkpoint in llm/. Raises `ModelError` for a model that
-    transformers does not have as one of images and text.
+    A merged folder of vlm_tune holds the checkpoint in llm/. `video_frames` is the number of frames
+    of a video that is saved in its processor. Raises `ModelError` for a model that transformers
+    does not have as one of images and text.
     """
     folder = Path(model.pretrained)
     name = model.pretrained
@@ -62,7 +68,9 @@ def native_section(model: NativeModel) -> NativeSection:
     check_base(name, "model.pretrained")
     config = native_config(name)
     return NativeSection(
-        tower=NativeTower(min_pixels=model.min_pixels, max_pixels=model.max_pixels),
+        tower=NativeTower(
+            **model.model_dump(include={*PIXELS, *VIDEO_PIXELS}), video_frames=video_frames
+        ),
         llm=NativeLlm(name=name, **model.llm.model_dump()),
         boxes=model.boxes or family_boxes(config.model_type),
     )
@@ -138,7 +146,7 @@ def load_native_processor(section: NativeSection, folder: Path | None) -> Any:
             f"model.pretrained: {quoted(source)} needs the processor of a chat model, with its "
             "preprocessor_config.json and chat_template.jinja"
         )
-    _bound_pixels(processor, section.tower)
+    _set_limits(processor, section.tower)
     _leave_out_reasoning(processor)
     return processor
 
@@ -167,25 +175,46 @@ def _untrained(processor: Any) -> int | None:
         return None
 
 
-def _bound_pixels(processor: Any, tower: NativeTower) -> None:
-    """Sets the least and most pixels of an image, as the image processors of Qwen-VL take them."""
-    bounds = {"shortest_edge": tower.min_pixels, "longest_edge": tower.max_pixels}
-    given = {key: pixels for key, pixels in bounds.items() if pixels is not None}
+def _set_limits(processor: Any, tower: NativeTower) -> None:
+    """Sets the pixels of images and videos, and the frames of videos, that the recipe sets."""
+    images = processor.image_processor
+    _bound_pixels(images, tower, PIXELS, _has_pixel_bounds(type(images)))
+    videos: Any = getattr(processor, "video_processor", None)
+    size = getattr(videos, "size", None)
+    has_bounds = all(getattr(size, edge, None) is not None for edge in EDGES)
+    _bound_pixels(videos, tower, VIDEO_PIXELS, has_bounds)
+    if tower.video_frames is not None and getattr(videos, "do_sample_frames", None) is not None:
+        # Processors take a number of frames or a rate.
+        videos.num_frames = tower.video_frames
+        videos.fps = None
+    # A later release of transformers has another default than the one that the model trains with.
+    if getattr(videos, "cap_pixels_per_frame", False) is None:
+        videos.cap_pixels_per_frame = False
+
+
+def _bound_pixels(part: Any, tower: NativeTower, keys: tuple[str, str], has_bounds: bool) -> None:
+    """Sets the least and most pixels of images or videos, as processors of Qwen-VL take them.
+
+    Args:
+        part: the processor of images or of videos.
+        tower: the recipe's values.
+        keys: the recipe's keys of the least and the most pixels.
+        has_bounds: whether the processor has such bounds.
+    """
+    values = [getattr(tower, key) for key in keys]
+    given = {edge: pixels for edge, pixels in zip(EDGES, values, strict=True) if pixels is not None}
     if not given:
         return
-    images = processor.image_processor
-    if not _has_pixel_bounds(type(images)):
-        raise ModelError(
-            f"model.min_pixels, max_pixels: a {type(images).__name__} has no pixel limits; "
-            "leave them out"
-        )
-    size = {key: images.size[key] for key in bounds} | given
+    if not has_bounds:
+        kind = f"a {type(part).__name__}" if part is not None else "the checkpoint's processor"
+        raise ModelError(f"model.{', '.join(keys)}: {kind} has no pixel limits; leave them out")
+    size = {edge: part.size[edge] for edge in EDGES} | given
     if size["shortest_edge"] > size["longest_edge"]:
         raise ModelError(
-            f"model.min_pixels, max_pixels: at least {size['shortest_edge']} and at most "
+            f"model.{', '.join(keys)}: at least {size['shortest_edge']} and at most "
             f"{size['longest_edge']} pixels, the checkpoint's own where the recipe has none"
         )
-    images.size = type(images.size)(**size)
+    part.size = type(part.size)(**size)
 
 
 def renderer(processor: Any) -> Render:
@@ -253,7 +282,7 @@ def stop_ids(name: str) -> list[int]:
 
 
 def native_images(processor: Any) -> NativeImages:
-    """Prepares images by a native model's own processor.
+    """Prepares images and videos by a native model's own processor.
 
     Raises `ModelError` if it makes of several images another thing than of each by itself.
     """
@@ -280,15 +309,15 @@ def native_images(processor: Any) -> NativeImages:
         controls=tuple(name for name in names if name in special),
         lead=lead,
         joins=image_joins(tried, of_images(together)),
-        token_types=_token_types(together),
+        token_types=token_types(together),
     )
-    if _same(tried, native, of_images(together)) and _same(
-        [tried[0], tried[0]], native, of_images(rows)
+    if is_joined(tried, native.joins, of_images(together)) and is_joined(
+        [tried[0], tried[0]], native.joins, of_images(rows)
     ):
         for numbered in (False, True):
             by_number = replace(native, numbered=numbered)
             if _ids_of_tried(by_number) == ids[lead:]:
-                return by_number
+                return with_videos(by_number, images, video_text(render), special)
     raise ModelError(
         f"a {type(processor).__name__} processes two images in a row differently from each one "
         "alone, so images can't be prepared one by one"
@@ -297,40 +326,11 @@ def native_images(processor: Any) -> NativeImages:
 
 def _ids_of_tried(images: NativeImages) -> list[int]:
     """The tokens of the tried images in a row, as each gets them by itself."""
-    media = [Media(_encoded(image)) for image in _tried_images()]
+    media = [Media(encoded(image)) for image in _tried_images()]
     segments = [
         segment for place, item in enumerate(media) for segment in images.segments(item, place)
     ]
     return [token for segment in segments for token in segment.ids or ()]
-
-
-def _same(alone: Sequence[NativeInputs], images: NativeImages, together: NativeInputs) -> bool:
-    """Whether the tensors of images by themselves, joined, are those of all together."""
-    if any(one.keys() != together.keys() for one in alone):
-        return False
-    joined = joined_inputs(alone, images.joins)
-    return all(
-        value.shape == together[name].shape and bool((value == together[name]).all())
-        for name, value in joined.items()
-    )
-
-
-def _token_types(prepared: Any) -> dict[str, dict[int, int]]:
-    """The type of each token id, by the names of the arguments that tell kinds of tokens apart.
-
-    Raises `ModelError` for an id of several types.
-    """
-    ids = prepared["input_ids"][0].tolist()
-    types: dict[str, dict[int, int]] = {}
-    for name in (name for name in TYPES if name in prepared):
-        pairs = set(zip(ids, prepared[name][0].tolist(), strict=True))
-        types[name] = {token: kind for token, kind in pairs if kind}
-        if len(dict(pairs)) != len(pairs):
-            raise ModelError(
-                f"this model's processor gives a token {name} by more than its id, so it can't be "
-                "trained here"
-            )
-    return types
 
 
 def _tried_images() -> list[Image]:
@@ -359,7 +359,10 @@ def fit_template(processor: Processor, native: Any, *, saved: bool) -> None:
         check_own_template(replace(processor, system=None), native)
         if processor.system is None:
             return
-    text = processor_jinja(processor.template, processor.system, image_text(renderer(native)))
+    render = renderer(native)
+    text = processor_jinja(
+        processor.template, processor.system, image_text(render), video=video_text(render)
+    )
     native.chat_template = native.tokenizer.chat_template = text
 
 
@@ -368,7 +371,9 @@ def check_own_template(processor: Processor, native: Any) -> None:
 
     Raises `DataError` where they differ.
     """
-    for row in _tried_rows(system=bool(processor.template.system)):
+    images = processor.images
+    videos = isinstance(images, NativeImages) and bool(images.video_text)
+    for row in _tried_rows(system=bool(processor.template.system), videos=videos):
         (example,) = processor.examples(row)
         trained = [*example.input_ids.tolist(), int(example.labels[-1])]
         theirs = _their_ids(native, row.messages, opened=False)
@@ -389,20 +394,33 @@ def _compare(ours: list[int], theirs: list[int]) -> None:
 
 
 def _their_ids(native: Any, messages: Sequence[Message], *, opened: bool) -> list[int]:
-    turns = [message(turn.role, *map(_decoded, turn.parts)) for turn in messages]
+    turns = [message(turn.role, *map(decoded, turn.parts)) for turn in messages]
+    shown = [part for turn in messages for part in turn.parts if isinstance(part, Media)]
+    videos = [item.source for item in shown if isinstance(item.source, Video)]
+    options = {"processor_kwargs": video_options(videos)} if videos else {}
     given = native.apply_chat_template(
-        turns, add_generation_prompt=opened, tokenize=True, return_dict=True, return_tensors="pt"
+        turns,
+        add_generation_prompt=opened,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **options,
     )
     return given["input_ids"][0].tolist()
 
 
-def _decoded(part: str | Media) -> Any:
-    return part if isinstance(part, str) else decode_image(encoded_bytes(part))
+def decoded(part: str | Media) -> Any:
+    """A part of a turn, as `message` takes it."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part.source, Video):
+        return [decoded(frame) for frame in part.source.frames]
+    return decode_image(encoded_bytes(part), part.name)
 
 
-def _tried_rows(*, system: bool) -> list[Conversation]:
-    """Conversations with images at several places, white space and system text."""
-    images = [Media(_encoded(image)) for image in _tried_images()]
+def _tried_rows(*, system: bool, videos: bool) -> list[Conversation]:
+    """Conversations with images at several places, white space, system text and videos."""
+    images = [Media(encoded(image)) for image in _tried_images()]
     question = Message("user", (images[0], "What is it?"))
     answer = Message("assistant", ("A wide one.",))
     compared = Message("user", ("And is ", images[0], " like ", images[1], " here?"))
@@ -412,12 +430,10 @@ def _tried_rows(*, system: bool) -> list[Conversation]:
         (question, answer, compared, Message("assistant", ("No: one is high.",))),
         (words, Message("assistant", (" Nothing. ",))),
     ]
+    if videos:
+        shown = Media(tried_video(_tried_images()[0], 3), "video")
+        seen = Message("user", ("Here:", shown, "What happens? ", images[1]))
+        rows.append((seen, answer, question, answer))
     if system:
         rows.append((Message("system", ("Be brief.",)), compared, answer, words, answer))
     return [Conversation(f"tried {number}", turns) for number, turns in enumerate(rows)]
-
-
-def _encoded(image: Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vlm_tune.config.data import DataSection, RowsSource
 from vlm_tune.config.model import AnySection, Llm, ModelSection, PretrainedModel
 from vlm_tune.config.native import NativeModel
 from vlm_tune.config.recipe import Recipe
@@ -90,6 +91,13 @@ def _overrides(source: PretrainedModel) -> dict[str, Any]:
     return {name: getattr(source.tower, name) for name in source.tower.model_fields_set}
 
 
+def _video_frames(data: DataSection) -> int | None:
+    """The number of frames of a video, if the sources of training rows set one and agree."""
+    rows = [source for source in data.train if isinstance(source, RowsSource)]
+    counts = {row.video_frames for row in rows if "video_frames" in row.model_fields_set}
+    return counts.pop() if len(counts) == 1 else None
+
+
 def model_section(recipe: Recipe) -> AnySection:
     """The recipe's tower, connector and LLM, or those of the model that `model.pretrained` names.
 
@@ -104,7 +112,7 @@ def model_section(recipe: Recipe) -> AnySection:
         check_model(recipe)
         return recipe.model
     if isinstance(recipe.model, NativeModel):
-        return native_section(recipe.model)
+        return native_section(recipe.model, _video_frames(recipe.last_stage.data))
     section = _section(recipe.model)
     check_parts(recipe, section)
     return section
