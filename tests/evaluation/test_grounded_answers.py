@@ -115,7 +115,7 @@ def test_rewards_are_of_pixels_too(folder: Path, model: VisionLanguageModel) -> 
         objective={"kind": "grpo", "reward_funcs": ["box_iou"]},
     ).objective
     (reward,) = reward_functions(objective)
-    assert reward([Sample(rows[1], text, ())]) == pytest.approx([0.5])
+    assert reward([Sample(rows[1], text, (), text)]) == pytest.approx([0.5])
 
 
 def test_the_metrics_are_those_that_recipes_name() -> None:

@@ -31,7 +31,7 @@ def sample(text: str, answer: str = "12", **references: Any) -> Sample:
         Message("assistant", (answer,)),
     )
     row = Conversation("row", messages, references=References(**references))
-    return Sample(row, text, [7, 8, 9])
+    return Sample(row, text, [7, 8, 9], text)
 
 
 def rewards(function: Any, *samples: Sample) -> list[float]:

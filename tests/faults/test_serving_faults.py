@@ -338,10 +338,20 @@ def test_fault_62_deep_json_is_400(serving: Callable[..., Server]) -> None:
 # --- 63, 64: templates, numbers -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["chat_template", "chat_template_kwargs", "template"])
+@pytest.mark.parametrize("name", ["chat_template", "template"])
 def test_fault_63_a_clients_template_is_refused(serving: Callable[..., Server], name: str) -> None:
     message = refusal(serving(), **{name: {"a": "{{ 1 }}"}})
     assert name in message and "the model's chat template" in message
+
+
+def test_fault_63_a_template_has_no_arguments_but_the_switch_of_reasoning(
+    serving: Callable[..., Server],
+) -> None:
+    message = refusal(serving(), chat_template_kwargs={"a": "{{ 1 }}"})
+    assert "chat_template_kwargs" in message
+    # A model without reasoning has none to switch on.
+    message = refusal(serving(), chat_template_kwargs={"enable_thinking": True})
+    assert "has no enable_thinking to set" in message
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,9 @@ def test_several_draws_are_written_together(
                 answers = end.value
                 break
             count += 1
-            for number, text in added:
-                assert text
-                texts[number] += text
+            for number, written in added:
+                assert written.text
+                texts[number] += written.text
     assert 2 <= count <= 15
     for number, expected in enumerate([first, *first.alternatives]):
         assert texts[number] == answers[number].text == expected.text
@@ -132,10 +132,15 @@ def test_what_can_not_be_answered_is_refused_before_the_first_piece(tiny_recipe:
         model.stream("a", messages=[{"role": "user", "content": "b"}])
 
 
+PLAIN: Any = SimpleNamespace(reasoning=None, opens_reasoning=False)
+"""A chat format without reasoning."""
+
+
 class _Letters:
     """A processor whose ids are characters, and `9` a byte of none."""
 
     stop_ids = (0,)
+    template = PLAIN
 
     encoder = SimpleNamespace(trailing_bytes=lambda ids: b"")
 
@@ -148,7 +153,7 @@ def test_what_later_tokens_may_change_is_held_back() -> None:
     reader = AnswerReader(letters, ["END", "\n\n"])
 
     def shown(text: str) -> str:
-        return reader.shown([ord(each) for each in text])
+        return reader.shown([ord(each) for each in text]).text
 
     assert shown(" a ") == "a"
     assert shown("a\t") == "a"
@@ -169,6 +174,7 @@ class _Bytes:
     """A processor whose tokenizer has a token for each byte, and one for `a`."""
 
     stop_ids = (257,)
+    template = PLAIN
 
     def __init__(self) -> None:
         tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), "a", "</s>"]
@@ -200,7 +206,7 @@ def test_pieces_of_byte_tokens_add_up_wherever_an_answer_ends(run: bytes, texts:
         written = iter([ids[:end] for end in range(1, count + 1)])
         assert "".join(streaming._pieces(written, reader)) == text
     # A run that a text token ends does not change any more.
-    assert reader.shown([*ids, 256]) == reader.answer([*ids, 256], None).text
+    assert reader.shown([*ids, 256]).text == reader.answer([*ids, 256], None).text
     assert reader.answer([256, 0xC3, 257], None).text == "a\ufffd"
 
 
@@ -209,6 +215,7 @@ class _Counting:
 
     def __init__(self, processor: Any) -> None:
         self.stop_ids = (-1,)
+        self.template = PLAIN
         self.encoder = processor.encoder
         self.decode = processor.raw_text
         self.decoded = 0

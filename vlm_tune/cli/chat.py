@@ -58,6 +58,16 @@ ChoicesOption = Annotated[
     typer.Option(help="answer with the likeliest of these comma-separated texts"),
 ]
 
+ThinkingOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--enable-thinking/--no-enable-thinking",
+        help="whether answers have reasoning, for chat formats with this switch; the model's own "
+        "mode by default",
+        show_default=False,
+    ),
+]
+
 
 def chat(
     model: ModelArgument,
@@ -72,6 +82,7 @@ def chat(
     seed: SeedOption = None,
     choices: ChoicesOption = None,
     json_schema: JsonSchemaOption = None,
+    enable_thinking: ThinkingOption = None,
     task: TaskOption = None,
     dtype: DtypeOption = None,
     base: BaseOption = None,
@@ -88,6 +99,7 @@ def chat(
         "top_k": top_k,
         "seed": seed,
         "json_schema": read_schema(json_schema),
+        "enable_thinking": enable_thinking,
     }
     texts = None if choices is None else [text.strip() for text in choices.split(",")]
     use_device(device)

@@ -113,10 +113,15 @@ class ChatTerminal:
             ) from None
 
     def answer(self, prompt: str) -> dict[str, Any]:
-        """Answers a question: `answer`, and where there are choices their `probabilities`."""
+        """Answers a question: `answer`, and where there are choices their `probabilities`.
+
+        Of a model that reasons it has `reasoning_content` too.
+        """
         with self._media_of_question() as (images, audios):
             answer = self.chat.ask(prompt, images, audios, choices=self.choices)
         described: dict[str, Any] = {"answer": answer.text}
+        if answer.reasoning is not None:
+            described["reasoning_content"] = answer.reasoning
         if answer.probabilities is not None:
             described["probabilities"] = answer.probabilities
         return described
@@ -224,7 +229,7 @@ class ChatTerminal:
             if media["audios"] and turn["role"] != "assistant":
                 # Where a row has audio, <audio> is a mark.
                 parts = [(kind, escaped_marks(text, "audio")) for kind, text in parts]
-            messages.append({"role": turn["role"], "content": joined_marks(parts)})
+            messages.append({**turn, "content": joined_marks(parts)})
         row = {"messages": messages, **{name: paths for name, paths in media.items() if paths}}
         with writing(path, "the conversation"):
             path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ RATES = ("learning_rate", "layer_decay", "lora_plus_ratio")
 PLACES = ("name", "pretrained")
 """Keys of the model section that name the places of weights."""
 
-IN_THE_MODEL = ("template", "system", "max_length")
+IN_THE_MODEL = ("template", "system", "enable_thinking", "max_length")
 """Keys of the data section that a checkpoint saves as a part of its model."""
 
 

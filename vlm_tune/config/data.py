@@ -49,6 +49,10 @@ class Source(Config):
         default=None,
         description="system text for conversations without one; data.system by default",
     )
+    enable_thinking: bool | None = Field(
+        default=None,
+        description="whether answers have reasoning; data.enable_thinking by default",
+    )
 
 
 SHARES = {"weight", "count", "loss_weight", "task_name", "objective"}
@@ -308,6 +312,11 @@ class DataSection(Config):
     template: HomePath = Field(description="a chat format of data_templates/chat, or a file")
     system: str | None = Field(
         default=None, description="system text for conversations without one"
+    )
+    enable_thinking: bool | None = Field(
+        default=None,
+        description="whether answers have reasoning, for chat formats with this switch; by default "
+        "as the format has it, and without reasoning for a checkpoint's own template",
     )
     max_length: PositiveInt = Field(
         default=2048, description="maximum tokens of an example, including image slots"

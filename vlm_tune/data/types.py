@@ -170,12 +170,14 @@ class Media:
 class Message:
     """One turn of a conversation; `parts` are texts and media in reading order.
 
-    An answer that is not `trained` is context only.
+    An answer that is not `trained` is context only. `reasoning` is what stands before an answer in
+    a field of its own; a row may have it in the answer's text too (`ChatTemplate.parted`).
     """
 
     role: str
     parts: tuple[str | Media, ...]
     trained: bool = True
+    reasoning: str = ""
 
     @property
     def text(self) -> str:

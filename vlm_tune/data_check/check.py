@@ -155,7 +155,7 @@ def _parts(
 ) -> Iterator[Part]:
     """Yields the parts of a stage; only the last stage has a test part."""
     data = stage.data
-    variant = processor.variant(data.template, data.system)
+    variant = processor.variant(data.template, data.system, data.enable_thinking)
     names: list[PartName] = ["train", "validation", *(("test",) if last else ())]
     try:
         corruption_of(stage.objective, variant, stage.seed)

@@ -14,7 +14,8 @@ from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.images.decode import PixelCache, image_size
 from vlm_tune.data.types import Conversation
 from vlm_tune.errors import DataError
-from vlm_tune.generation.answering import answer_prompts
+from vlm_tune.generation.answering import prompt_answers
+from vlm_tune.generation.answers import Answer
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.paths import writing
@@ -60,8 +61,9 @@ def write_answers(
         model: in evaluation mode.
         rows: conversations that end in an answer.
         unanswered: (source, row) of rows whose answer is a placeholder; their `expected` is null.
-        output: the JSONL file: id, source, row, image, question, expected, answer, and where an
-            answer about one image has boxes or points their `regions`, in pixels of that image.
+        output: the JSONL file: id, source, row, image, question, expected, answer, of a model that
+            reasons `reasoning_content`, and where an answer about one image has boxes or points
+            their `regions`, in pixels of that image.
         decoding: how answers are generated.
         batch_size: rows per batch.
         progress: called with the number of rows written and their total, also before the first.
@@ -74,6 +76,7 @@ def write_answers(
     if not rows:
         raise DataError("no rows to answer")
     started = time.perf_counter()
+    rows = [model.processor.template.parted(row) for row in rows]
     prompts = model.processor.prompts(rows)
     fetch: Fetch = PixelCache(model.processor.images)
     size = BLOCK * batch_size
@@ -81,7 +84,7 @@ def write_answers(
         for start in range(0, len(rows), size):
             if progress:
                 progress(start, len(rows))
-            answers = answer_prompts(
+            answers = prompt_answers(
                 model,
                 prompts[start : start + size],
                 decoding,
@@ -102,9 +105,11 @@ def write_answers(
     return Predictions(str(output), len(rows), answered, round(time.perf_counter() - started, 2))
 
 
-def _line(processor: Processor, row: Conversation, answer: str, unanswered: bool) -> dict[str, Any]:
+def _line(
+    processor: Processor, row: Conversation, answer: Answer, unanswered: bool
+) -> dict[str, Any]:
     alone = len(row.media) == 1 and row.media[0].modality == "image"
-    regions = processor.grounding.read(answer, image_size(row.media[0])) if alone else []
+    regions = processor.grounding.read(answer.text, image_size(row.media[0])) if alone else []
     return {
         "id": row.id,
         "source": row.source,
@@ -112,5 +117,6 @@ def _line(processor: Processor, row: Conversation, answer: str, unanswered: bool
         "image": row.media[0].name if row.media else "",
         "question": row.question,
         "expected": None if unanswered else row.messages[-1].text.strip(),
-        "answer": answer,
+        "answer": answer.text,
+        **({} if answer.reasoning is None else {"reasoning_content": answer.reasoning}),
     } | ({"regions": [each.coordinates for each in regions]} if regions else {})

@@ -32,11 +32,19 @@ MOST_REWARD = 1e9
 
 @dataclass(frozen=True)
 class Sample:
-    """A sampled completion: the row, its text, and its ids with the stop token."""
+    """A sampled completion of a row.
+
+    Attributes:
+        row: the row.
+        text: the answer, without the reasoning before it; metrics score it.
+        ids: the completion's ids with the stop token.
+        whole: the completion's text with its reasoning, as it was generated; functions get it.
+    """
 
     row: Conversation
     text: str
     ids: Sequence[int]
+    whole: str
 
 
 Reward = Callable[[Sequence[Sample]], list[float]]
@@ -158,7 +166,7 @@ def _function_reward(name: str, function: Callable[..., Any]) -> Reward:
         try:
             rewards = function(
                 prompts=[_messages(each.row.messages[:-1]) for each in samples],
-                completions=[[{"role": "assistant", "content": each.text}] for each in samples],
+                completions=[[{"role": "assistant", "content": each.whole}] for each in samples],
                 completion_ids=[list(each.ids) for each in samples],
                 **_columns([each.row for each in samples]),
             )

@@ -83,7 +83,7 @@ def prompt_answers(
     # Draws are answers of their own, to the same prompt; beams come from one search.
     samples = decoding.num_return_sequences if decoding.samples else 1
     repeated = [prompt for prompt in prompts for _ in range(samples)]
-    reader = AnswerReader(model.processor, decoding.stop_strings)
+    reader = reader_of(model, decoding)
     constraint = json_constraint(model.processor, decoding, model.llm.vocabulary)
     job = _Job(model, repeated, decoding, reader, samples, fetch, cached, constraint, seeds)
     groups: list[list[Answer]] = [[] for _ in repeated]
@@ -103,6 +103,12 @@ def prompt_answers(
         for start in range(0, len(groups), samples)
     ]
     return [replace(first, alternatives=tuple(others)) for first, *others in whole]
+
+
+def reader_of(model: VisionLanguageNetwork, decoding: Decoding) -> AnswerReader:
+    """Reads the answers to prompts of a model, in the decoding's mode of reasoning."""
+    processor = model.processor.thinking(decoding.enable_thinking)
+    return AnswerReader(processor, decoding.stop_strings)
 
 
 def continues(model: VisionLanguageNetwork, decoding: Decoding) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.generation.logprobs import TokenLogprobs
@@ -20,7 +20,7 @@ class Answer:
     """An answer of a model.
 
     Attributes:
-        text: The text, without outer white space.
+        text: The text, without outer white space, and without the reasoning before it.
         finish_reason: "stop" if it ended with a stop token or a stop string, "length" if
             `max_new_tokens` or the model's positions ended it.
         ids: The generated ids, without a stop token.
@@ -32,6 +32,8 @@ class Answer:
         alternatives: The further answers, of `num_return_sequences` above 1.
         probabilities: Of `choices`: the probability of each choice, which add up to 1.
         stop_id: The stop token that ended it, if one did.
+        reasoning: The reasoning before the answer, of a model whose chat format has some; None
+            without any. Where `max_new_tokens` ended it, the text is empty.
     """
 
     text: str
@@ -42,6 +44,14 @@ class Answer:
     alternatives: tuple[Answer, ...] = ()
     probabilities: dict[str, float] | None = None
     stop_id: int | None = None
+    reasoning: str | None = None
+
+
+class Written(NamedTuple):
+    """Text of an answer while it is written, and of the reasoning before it."""
+
+    text: str = ""
+    reasoning: str = ""
 
 
 def up_to_stop(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
@@ -59,6 +69,12 @@ def _unfinished(run: bytes) -> int:
     return 0
 
 
+def _without_begun(text: str, ends: Sequence[str]) -> str:
+    """A text without what may be the beginning of one of the texts that end it."""
+    sizes = (size for end in ends for size in range(1, len(end)) if text.endswith(end[:size]))
+    return text[: len(text) - max(sizes, default=0)]
+
+
 class AnswerReader:
     """Reads answers from generated ids: stop ids end them, and stop strings cut them."""
 
@@ -66,6 +82,8 @@ class AnswerReader:
         self.processor = processor
         self.stop_ids = processor.stop_ids
         self.stop_strings = stop_strings
+        self._reasoning = processor.template.reasoning
+        self._opened = processor.template.opens_reasoning
         # The cache: decoded ids and their text. A pair, so that threads replace both at once.
         self._decoded: tuple[list[int], str] = ([], "")
 
@@ -85,7 +103,11 @@ class AnswerReader:
                 answer_ids.pop()
         # Of an answer that was broken off inside a character, the bytes before it are text.
         broken = 0 if ended else _unfinished(self.processor.encoder.trailing_bytes(answer_ids))
-        text = self.processor.raw_text(answer_ids[: len(answer_ids) - broken])
+        whole = self.processor.raw_text(answer_ids[: len(answer_ids) - broken])
+        reasoning, text = self._parts(whole)
+        if text is None:
+            # What may have become an opening mark was none.
+            text = "" if reasoning else whole
         count = len(answer_ids)
         return Answer(
             self._cut(text).strip(),
@@ -94,41 +116,45 @@ class AnswerReader:
             None if logprobs is None else tuple(logprobs.chosen[:count].tolist()),
             None if logprobs is None else logprobs.likeliest(count),
             stop_id=stop_id,
+            reasoning=reasoning.strip() or None,
         )
 
+    def _parts(self, text: str) -> tuple[str, str | None]:
+        """The reasoning and the answer in a text; None for an answer that has not begun."""
+        if self._reasoning is None:
+            return "", text
+        return self._reasoning.split(text, opened=self._opened)
+
     def holds_stop(self, ids: Sequence[int]) -> bool:
-        """Whether the text of ids, up to the first stop id, holds a stop string."""
+        """Whether the text of ids, up to the first stop id, holds a stop string.
+
+        One in the reasoning before an answer does not count.
+        """
         if not self.stop_strings:
             return False
-        text = self._raw_text(up_to_stop(ids, self.stop_ids))
-        return any(stop in text for stop in self.stop_strings)
+        _, text = self._parts(self._raw_text(up_to_stop(ids, self.stop_ids)))
+        return text is not None and any(stop in text for stop in self.stop_strings)
 
     def ends(self, ids: list[list[list[int]]]) -> list[list[bool]]:
         """For ids [B, K, n]: whether each answer holds a stop string."""
         return [[self.holds_stop(branch) for branch in row] for row in ids]
 
-    def shown(self, ids: Sequence[int]) -> str:
-        """The beginning of an answer's text that later ids do not change.
+    def shown(self, ids: Sequence[int]) -> Written:
+        """The beginning of an answer's text and reasoning that later ids do not change.
 
         Held back are a character whose bytes have not all come, a run of byte tokens, and what may
-        begin a stop string.
+        begin a stop string, or in reasoning the mark that ends it.
         """
         ids = up_to_stop(ids, self.stop_ids)
         run = len(self.processor.encoder.trailing_bytes(ids))
-        text = self._raw_text(ids[: len(ids) - run]).rstrip("\ufffd")
+        reasoning, text = self._parts(self._raw_text(ids[: len(ids) - run]).rstrip("\ufffd"))
+        if text is None:
+            closing = "" if self._reasoning is None else self._reasoning.closing
+            return Written("", _without_begun(reasoning, [closing]).strip())
         whole = self._cut(text)
-        if whole != text:
-            return whole.strip()
-        begun = max(
-            (
-                size
-                for stop in self.stop_strings
-                for size in range(1, len(stop))
-                if text.endswith(stop[:size])
-            ),
-            default=0,
-        )
-        return text[: len(text) - begun].strip()
+        if whole == text:
+            whole = _without_begun(text, self.stop_strings)
+        return Written(whole.strip(), reasoning.strip())
 
     def _raw_text(self, ids: list[int]) -> str:
         """As `Processor.raw_text`; of an answer that grows only the last ids are decoded again."""

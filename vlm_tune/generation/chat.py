@@ -178,7 +178,7 @@ class VisionLanguageModel(VisionLanguageNetwork):
             of_each = choices_of_each(choices, len(conversations))
             with self.evaluating():
                 return choose(self, conversations, of_each, fetch=images, batch_size=batch_size)
-        prompts = self.processor.prompts(conversations)
+        prompts = self.processor.thinking(decoding.enable_thinking).prompts(conversations)
         with self.evaluating():
             return prompt_answers(self, prompts, decoding, fetch=images, batch_size=batch_size)
 
@@ -195,7 +195,8 @@ class VisionLanguageModel(VisionLanguageNetwork):
         _one_answer(settings, "a stream has one answer")
         decoding = Decoding.of(settings)
         request = request_conversation(1, _request(prompt, messages, images, audios))
-        return self._streamed(self.processor.prompts([request])[0], decoding)
+        (prompt,) = self.processor.thinking(decoding.enable_thinking).prompts([request])
+        return self._streamed(prompt, decoding)
 
     def _streamed(self, prompt: Example, decoding: Decoding) -> Iterator[str]:
         with self.evaluating():

@@ -11,13 +11,14 @@ import torch
 
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.chat.image_marks import escaped_marks
+from vlm_tune.data.chat.reasoning import FIELDS
 from vlm_tune.data.images.decode import PixelCache
 from vlm_tune.data.media_slots import owners, slots_of
 from vlm_tune.data.packing import Tree
 from vlm_tune.data.types import Conversation, Example, Media, Message
 from vlm_tune.errors import ArgumentError
-from vlm_tune.generation.answering import continuation_of, shares_prefix
-from vlm_tune.generation.answers import Answer, AnswerReader
+from vlm_tune.generation.answering import continuation_of, reader_of, shares_prefix
+from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.choices import check_not_generated, choices_of_each, choose
 from vlm_tune.generation.requests import check_text, request_conversation
 from vlm_tune.generation.streaming import Pieces, picker_of, pieces, streamed
@@ -129,7 +130,8 @@ class Chat:
         """
         decoding = _decoding({**self.settings, **settings})
         conversation = self._with_question(prompt, images, audios)
-        (example,) = self.model.processor.prompts([conversation])
+        processor = self.model.processor.thinking(decoding.enable_thinking)
+        (example,) = processor.prompts([conversation])
         return self._answer(conversation.messages[-1], example, decoding)
 
     def reset(self) -> None:
@@ -144,6 +146,7 @@ class Chat:
             {
                 "role": message.role,
                 "content": [_content(message.role, part) for part in message.parts],
+                **({FIELDS[0]: message.reasoning} if message.reasoning else {}),
             }
             for message in self._opened()
         ]
@@ -181,7 +184,8 @@ class Chat:
             # Also an answer that was broken off is one, if there was something of it.
             if answer is not None or text:
                 parts = (text,) if text else ()
-                self.turns += [question, Message("assistant", parts)]
+                reasoning = (answer.reasoning or "") if answer else ""
+                self.turns += [question, Message("assistant", parts, reasoning=reasoning)]
 
     def _pieces(self, prompt: Example, decoding: Decoding) -> Pieces:
         model = self.model
@@ -237,7 +241,7 @@ class _Prefix:
         spec = model.processor.spec
         batch = collate([prompt], spec).to(model.device)
         rest_batch = collate([rest], spec, fetch=model.processor.images).to(model.device)
-        reader = AnswerReader(model.processor, decoding.stop_strings)
+        reader = reader_of(model, decoding)
         with torch.inference_mode():
             embeds = model.embed(rest_batch)
         row = Tree(prompt, (0,), (len(keys) - 1,))

@@ -162,6 +162,11 @@ def json_constraint(
     """The constraint of `JsonConstraint`'s arguments; None where the decoding has no schema."""
     if decoding.json_schema is None:
         return None
+    if processor.thinking(decoding.enable_thinking).template.reasoning is not None:
+        raise ArgumentError(
+            "json_schema: the model's answers begin with reasoning, which is no JSON: set "
+            "enable_thinking to False, if its chat format has that"
+        )
     return JsonConstraint(processor, decoding, vocabulary)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.data.chat.image_marks import split_marks
+from vlm_tune.data.chat.reasoning import FIELDS
 from vlm_tune.data.images.decode import upright
 from vlm_tune.data.sources.legible import SURROGATE
 from vlm_tune.data.sources.media import base64_bytes, data_url
@@ -19,7 +20,7 @@ from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.quoting import quoted, reason_of
 
 KEYS = ("prompt", "messages", "image", "images", "audio", "audios")
-TURN_KEYS = ("role", "content")
+TURN_KEYS = ("role", "content", *FIELDS)
 PLAIN_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 """PIL modes that PNG supports; images of other modes are encoded as TIFF."""
 IMAGE_KINDS = "a path, a data URL, bytes, a file object, a PIL image or a uint8 array"
@@ -172,15 +173,26 @@ def _message(place: int, turn: Any, media: _RequestMedia) -> Message:
         content = turn.get("content")
         if role not in ROLES:
             raise DataError(f"the role must be one of {', '.join(ROLES)}, got {quoted(role)}")
+        reasoning = _reasoning(role, turn)
         if isinstance(content, str):
-            return Message(role, tuple(_marked(role, content, media)))
+            return Message(role, tuple(_marked(role, content, media)), reasoning=reasoning)
         if isinstance(content, list | tuple):
-            return Message(
-                role, tuple(part for entry in content for part in _part(role, entry, media))
-            )
+            parts = tuple(part for entry in content for part in _part(role, entry, media))
+            return Message(role, parts, reasoning=reasoning)
         raise DataError(f"`content` must be a string or a list of parts, got {quoted(content)}")
     except DataError as error:
         raise DataError(f"turn {place}: {error.message}", kind=error.kind) from None
+
+
+def _reasoning(role: str, turn: Mapping[str, Any]) -> str:
+    """The reasoning before an earlier answer, which a model reads if its chat format keeps it."""
+    name, text = next(((name, turn[name]) for name in FIELDS if turn.get(name)), ("", ""))
+    if not isinstance(text, str):
+        raise DataError(f"`{name}` must be a string, got {quoted(text)}")
+    if text and role != "assistant":
+        raise DataError(f"`{name}` in a turn of the {role}'s")
+    check_text(f"`{name}`", text)
+    return text
 
 
 def _marked(role: str, text: str, media: _RequestMedia) -> Iterator[str | Media]:

@@ -14,8 +14,14 @@ import torch
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.batching.collate import Fetch, collate
 from vlm_tune.data.types import Example
-from vlm_tune.generation.answering import continuation_of, continues, filled, prompt_rows
-from vlm_tune.generation.answers import Answer, AnswerReader
+from vlm_tune.generation.answering import (
+    continuation_of,
+    continues,
+    filled,
+    prompt_rows,
+    reader_of,
+)
+from vlm_tune.generation.answers import Answer, AnswerReader, Written
 from vlm_tune.generation.constraints import json_constraint
 from vlm_tune.generation.continuing import Continuation
 from vlm_tune.generation.generating import generated
@@ -40,7 +46,7 @@ def streamed(
         fetch: returns the pixels of a media item.
     """
     if decoding.num_beams > 1:
-        reader = AnswerReader(model.processor, decoding.stop_strings)
+        reader = reader_of(model, decoding)
         left = model.llm.layout == "causal"
         batch = collate([prompt], model.processor.spec, fetch=fetch, pad_left=left)
         picker = picker_of(model, prompt, decoding)
@@ -55,19 +61,20 @@ def streamed(
                 texts = next(answering)
             except StopIteration as end:
                 return end.value[0]
-            yield from (text for _, text in texts)
+            yield from (written.text for _, written in texts if written.text)
 
 
 def streamed_answers(
     model: VisionLanguageNetwork, prompt: Example, decoding: Decoding, fetch: Fetch
-) -> Generator[list[tuple[int, str]], None, list[Answer]]:
+) -> Generator[list[tuple[int, Written]], None, list[Answer]]:
     """Gives one prompt all its answers together; yields after each token, returns the answers.
 
-    What it yields are the texts to add: (number of the answer, text), of those that have one. The
+    What it yields are the texts to add: (number of the answer, texts), of those that have some. The
     arguments are those of `streamed`; there is no beam search.
     """
+    processor = model.processor.thinking(decoding.enable_thinking)
     shown = [
-        ShownText(AnswerReader(model.processor, decoding.stop_strings))
+        ShownText(AnswerReader(processor, decoding.stop_strings))
         for _ in range(decoding.num_return_sequences)
     ]
     with closing(_steps(model, prompt, decoding, fetch)) as steps:
@@ -78,9 +85,9 @@ def streamed_answers(
                 answers: list[Answer] = end.value
                 break
             texts = [text.more(ids) for text, ids in zip(shown, written, strict=True)]
-            yield [(number, text) for number, text in enumerate(texts) if text]
+            yield [(number, text) for number, text in enumerate(texts) if any(text)]
     rests = [text.rest(answer) for text, answer in zip(shown, answers, strict=True)]
-    yield [(number, text) for number, text in enumerate(rests) if text]
+    yield [(number, text) for number, text in enumerate(rests) if any(text)]
     return answers
 
 
@@ -91,7 +98,7 @@ def _steps(
 
     It returns the answers.
     """
-    reader = AnswerReader(model.processor, decoding.stop_strings)
+    reader = reader_of(model, decoding)
     # Equal prompts are branches of one row, or rows of one branch each.
     rows = prompt_rows(model, [prompt] * decoding.num_return_sequences, decoding)
     order = [place for tree in rows for place in tree.members]
@@ -162,31 +169,35 @@ class ShownText:
 
     def __init__(self, reader: AnswerReader) -> None:
         self._reader = reader
-        self._shown = ""
+        self._shown = Written()
 
-    def more(self, ids: Sequence[int]) -> str:
-        """The text to add for the ids so far; empty if there is none."""
-        text = self._reader.shown(ids)
-        if len(text) <= len(self._shown) or not text.startswith(self._shown):
-            return ""
-        more = text[len(self._shown) :]
-        self._shown = text
-        return more
+    def more(self, ids: Sequence[int]) -> Written:
+        """The texts to add for the ids so far; empty where there is none."""
+        now = self._reader.shown(ids)
+        longer = [
+            new if new.startswith(old) else old for new, old in zip(now, self._shown, strict=True)
+        ]
+        return self._add(Written(*longer))
 
-    def rest(self, answer: Answer) -> str:
-        """The text to add at the answer's end."""
-        return answer.text[len(self._shown) :]
+    def rest(self, answer: Answer) -> Written:
+        """The texts to add at the answer's end."""
+        return self._add(Written(answer.text, answer.reasoning or ""))
+
+    def _add(self, whole: Written) -> Written:
+        added = [new[len(old) :] for new, old in zip(whole, self._shown, strict=True)]
+        self._shown = whole
+        return Written(*added)
 
 
 def _pieces(written: Iterator[list[int]], reader: AnswerReader) -> Pieces:
     shown = ShownText(reader)
     ids: list[int] = []
     for ids in written:
-        text = shown.more(ids)
+        text = shown.more(ids).text
         if text:
             yield text
     answer = reader.answer(ids, None)
-    text = shown.rest(answer)
+    text = shown.rest(answer).text
     if text:
         yield text
     return answer
@@ -199,7 +210,7 @@ def beam_search_steps(
 
     The arguments are those of `streamed`.
     """
-    reader = AnswerReader(model.processor, decoding.stop_strings)
+    reader = reader_of(model, decoding)
     left = model.llm.layout == "causal"
     batch = collate([prompt], model.processor.spec, fetch=fetch, pad_left=left).to(model.device)
     picker = picker_of(model, prompt, decoding)

@@ -96,7 +96,9 @@ def _read(
     if processor is None or data.streaming:
         return Reading(None, None, 0, f"max_length ({why or 'rows are streamed'})")
     variant = processor.variant(
-        data.template if data.template != recipe.data.template else None, data.system
+        data.template if data.template != recipe.data.template else None,
+        data.system,
+        data.enable_thinking,
     )
     try:
         prepared = prepare(

@@ -66,7 +66,8 @@ def sample_tokens(recipe: Recipe, n: int) -> list[dict[str, Any]]:
     processor = build_processor(recipe, scratch_texts(recipe))
     samples = []
     for name, stage in recipe.resolved_stages():
-        of_stage = processor.variant(stage.data.template, stage.data.system)
+        data = stage.data
+        of_stage = processor.variant(data.template, data.system, data.enable_thinking)
         for unit in list(_units(stage, of_stage, n).values())[:n]:
             if isinstance(stage.objective, Grpo):
                 shown = _groups(unit, stage.objective, of_stage, stage.data.row_length)
@@ -160,7 +161,10 @@ def _groups(
                 "number": objective.num_generations,
                 "most_tokens": objective.max_completion_length,
                 "rewarded_by": objective.names,
-                "references": [unit[place][0].messages[-1].text for place in tree.members],
+                "references": [
+                    processor.template.parted(unit[place][0]).messages[-1].text
+                    for place in tree.members
+                ],
                 "after": list(tree.leaves),
             },
         }

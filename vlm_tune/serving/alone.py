@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Generic, TypeVar
 
 from vlm_tune.data.batching.collate import Fetch
-from vlm_tune.generation.answers import Answer
+from vlm_tune.generation.answers import Answer, Written
 from vlm_tune.generation.choices import choice_steps
 from vlm_tune.generation.streaming import beam_search_steps, streamed_answers
 from vlm_tune.serving.features import Features, features_of
@@ -72,13 +72,13 @@ def _chosen(request: Request, remembered: Features | None) -> Generator[None, No
 def _whole(request: Request, answers: list[Answer]) -> Iterator[JobEvent]:
     """Answers that come as a whole."""
     for number, answer in enumerate(answers):
-        if answer.text:
-            yield Piece(number, answer.text)
+        if answer.text or answer.reasoning:
+            yield Piece(number, answer.text, reasoning=answer.reasoning or "")
         yield Finished(number, answer, len(request.prompt.input_ids))
 
 
 def _in_pieces(
-    answering: Generator[list[tuple[int, str]], None, list[Answer]],
+    answering: Generator[list[tuple[int, Written]], None, list[Answer]],
 ) -> Generator[Piece | None, None, list[Answer]]:
     """The pieces of a job's answers, which the generator returns; None after each token."""
     with closing(answering):
@@ -87,7 +87,10 @@ def _in_pieces(
                 texts = next(answering)
             except StopIteration as end:
                 return end.value
-            yield from (Piece(number, text) for number, text in texts)
+            yield from (
+                Piece(number, written.text, reasoning=written.reasoning)
+                for number, written in texts
+            )
             yield None
 
 

@@ -88,6 +88,7 @@ def decoding_of(request: ChatRequest, limits: Limits) -> Decoding:
         "logprobs": request.logprobs,
         "top_logprobs": request.top_logprobs,
         "json_schema": _json_schema(request),
+        "enable_thinking": _thinking(request),
     }
     temperature = _temperature(request)
     if temperature > 0:
@@ -126,6 +127,14 @@ def _json_schema(request: ChatRequest) -> dict[str, Any] | None:
                 raise ApiError(400, message, param="response_format")
             return named.json_schema
     return None
+
+
+def _thinking(request: ChatRequest) -> bool | None:
+    """Whether the model reasons before its answer; None for its own mode."""
+    arguments = request.chat_template_kwargs
+    if arguments is not None and arguments.enable_thinking is not None:
+        return arguments.enable_thinking
+    return None if request.reasoning_effort is None else False
 
 
 def _temperature(request: ChatRequest) -> float:
@@ -183,9 +192,11 @@ def _media_parts(message: ChatMessage) -> list[ImagePart | AudioPart]:
 
 def _texts(message: ChatMessage) -> list[str]:
     content = message.content
+    reasoning = message.reasoning_content if message.role == "assistant" else None
+    texts = [reasoning] if reasoning else []
     if isinstance(content, str):
-        return [content]
-    return [part.text for part in content or () if isinstance(part, TextPart)]
+        return [*texts, content]
+    return [*texts, *(part.text for part in content or () if isinstance(part, TextPart))]
 
 
 async def _message(
@@ -201,4 +212,5 @@ async def _message(
             text = part if isinstance(part, str) else part.text
             parts += [text] if text else []
     role = "system" if message.role == "developer" else message.role
-    return Message(role, tuple(parts))
+    reasoning = message.reasoning_content if message.role == "assistant" else None
+    return Message(role, tuple(parts), reasoning=reasoning or "")

@@ -75,7 +75,10 @@ class Exchange:
             for place, waiting in enumerate(self._events):
                 if isinstance(waiting, Piece) and waiting.answer == event.answer:
                     self._events[place] = Piece(
-                        event.answer, waiting.text + event.text, waiting.scored + event.scored
+                        event.answer,
+                        waiting.text + event.text,
+                        waiting.scored + event.scored,
+                        waiting.reasoning + event.reasoning,
                     )
                     return
         self._events.append(event)

@@ -18,7 +18,6 @@ NO_TEMPLATE = ": a conversation is laid out by the model's chat template, which 
 NO_TOOLS = ": this server calls no tools"
 REFUSED = {
     "chat_template": NO_TEMPLATE,
-    "chat_template_kwargs": NO_TEMPLATE,
     "add_generation_prompt": NO_TEMPLATE,
     "continue_final_message": NO_TEMPLATE,
     "template": NO_TEMPLATE,
@@ -30,7 +29,6 @@ REFUSED = {
     "logit_bias": ": logits can't be changed by token",
     "modalities": ": answers are text",
     "audio": ": answers are text",
-    "reasoning_effort": ": the models here do not reason apart from their answer",
     "best_of": "; use n, or num_beams",
 }
 """Fields of other servers that are refused unless they ask for nothing, each with the reason."""
@@ -42,7 +40,6 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
-    "reasoning_effort": ("none",),
     "best_of": (1,),
 }
 """Settings of those fields that ask for what this server does anyway."""

@@ -79,6 +79,7 @@ class Piece:
     Attributes:
         answer: The number of the answer, from 0.
         text: What is added to its text.
+        reasoning: What is added to the reasoning before it.
         scored: The tokens since the last piece, where log-probabilities are wanted and the answer
             is written in a batch; else they are in the whole answer alone.
     """
@@ -86,6 +87,7 @@ class Piece:
     answer: int
     text: str
     scored: tuple[ScoredToken, ...] = ()
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ class Reply:
         self._logprobs = logprobs
         self._created = int(time.time())
         self._shown: dict[int, int] = {}
+        self._reasoned: dict[int, int] = {}
         # The ids of each answer's tokens whose log-probabilities were streamed.
         self._scored: dict[int, list[int]] = {}
 
@@ -99,7 +100,9 @@ class Reply:
             choices=[
                 CompletionChoice(
                     index=each.answer,
-                    message=AnswerMessage(content=each.whole.text),
+                    message=AnswerMessage(
+                        content=each.whole.text, reasoning_content=each.whole.reasoning
+                    ),
                     logprobs=self._logprobs_of(each.whole),
                     finish_reason=each.whole.finish_reason,
                     probabilities=each.whole.probabilities,
@@ -125,8 +128,16 @@ class Reply:
         """The chunk of more text of an answer, as JSON; an answer's first one names the role."""
         begun = event.answer in self._shown
         self._shown[event.answer] = self._shown.get(event.answer, 0) + len(event.text)
-        delta = Delta(content=event.text) if begun else Delta(role="assistant", content=event.text)
-        choice = ChunkChoice(index=event.answer, delta=delta, finish_reason=None)
+        reasoned = self._reasoned.get(event.answer, 0) + len(event.reasoning)
+        self._reasoned[event.answer] = reasoned
+        fields: dict[str, str] = {} if begun else {"role": "assistant"}
+        if event.reasoning:
+            fields["reasoning_content"] = event.reasoning
+        if event.text or not event.reasoning:
+            fields["content"] = event.text
+        choice = ChunkChoice(
+            index=event.answer, delta=Delta.model_validate(fields), finish_reason=None
+        )
         if event.scored:
             choice.logprobs = self._streamed_logprobs(event.answer, event.scored)
         return self._chunk(choice)
@@ -138,11 +149,12 @@ class Reply:
         """
         self.finished.append(event)
         rest = event.whole.text[self._shown.get(event.answer, 0) :]
+        reasoning = (event.whole.reasoning or "")[self._reasoned.get(event.answer, 0) :]
         scored: Sequence[ScoredToken] = ()
         if self._logprobs:
             scored = _scored(event.whole, len(self._scored.get(event.answer, ())))
-        if rest or event.answer not in self._shown:
-            yield self.piece(Piece(event.answer, rest, tuple(scored)))
+        if rest or reasoning or event.answer not in self._shown:
+            yield self.piece(Piece(event.answer, rest, tuple(scored), reasoning))
             scored = ()
         choice = ChunkChoice(
             index=event.answer, delta=Delta(), finish_reason=event.whole.finish_reason

@@ -126,7 +126,8 @@ def request_of(
     if job.choices:
         choices_of_each(list(job.choices), 1)
         choices = answered(model, job.conversation, job.choices)
-    (prompt,) = model.processor.prompts([job.conversation])
+    processor = model.processor.thinking(job.decoding.enable_thinking)
+    (prompt,) = processor.prompts([job.conversation])
     try:
         model.llm.check_length(model.llm.virtual + len(prompt.input_ids))
     except ModelError as error:

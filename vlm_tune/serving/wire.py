@@ -137,6 +137,10 @@ class AssistantMessage(Strict):
     audio: None = None
     function_call: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    reasoning_content: Annotated[
+        str | None,
+        Field(description="The reasoning before it, for models that read that of earlier answers."),
+    ] = None
 
 
 ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Discriminator("role")]
@@ -182,6 +186,15 @@ class JsonSchemaFormat(Strict):
 
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Discriminator("type")]
+
+
+class TemplateArguments(Strict):
+    """Arguments of the model's chat template."""
+
+    enable_thinking: Annotated[
+        bool | None,
+        Field(description="Whether the model reasons before its answer, if it has that switch."),
+    ] = None
 
 
 class ChatRequest(Strict):
@@ -287,6 +300,11 @@ class ChatRequest(Strict):
         ResponseFormat | None,
         Field(description="What the answer's text is: any text, a JSON object, JSON of a schema."),
     ] = None
+    chat_template_kwargs: TemplateArguments | None = None
+    reasoning_effort: Annotated[
+        Literal["none"] | None,
+        Field(description="none: without reasoning, as with enable_thinking: false."),
+    ] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -322,10 +340,11 @@ class Logprobs(BaseModel):
 
 
 class AnswerMessage(BaseModel):
-    """An answer's text."""
+    """An answer's text, and of a model that reasons what was before it."""
 
     role: Literal["assistant"] = "assistant"
     content: str
+    reasoning_content: str | None = None
     refusal: None = None
 
 
@@ -359,10 +378,11 @@ class Completion(BaseModel):
 
 
 class Delta(BaseModel):
-    """More text of an answer."""
+    """More text of an answer, or of the reasoning before it."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChunkChoice(BaseModel):

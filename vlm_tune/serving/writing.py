@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from vlm_tune.errors import VlmTuneError
-from vlm_tune.generation.answers import AnswerReader
+from vlm_tune.generation.answering import reader_of
+from vlm_tune.generation.answers import Written
 from vlm_tune.generation.logprobs import TokenLogprobs
 from vlm_tune.generation.picking import Picker, draws, penalised_ids
 from vlm_tune.generation.streaming import ShownText
@@ -39,7 +40,7 @@ class Writing:
         self.ids: list[int] = []
         self.picker = None if decoding.plain else _picker(request, number)
         self._limit = model.llm.room(decoding, len(prompt.input_ids)).max_new_tokens
-        self._reader = AnswerReader(model.processor, decoding.stop_strings)
+        self._reader = reader_of(model, decoding)
         self._stop_ids = frozenset(self._reader.stop_ids)
         self._shown = ShownText(self._reader)
         self._logprobs: list[TokenLogprobs] = []
@@ -71,14 +72,14 @@ class Writing:
         self.request.emit(Finished(self.number, answer, len(self.request.prompt.input_ids)))
         return True
 
-    def _emit(self, text: str, count: int) -> None:
+    def _emit(self, written: Written, count: int) -> None:
         """Hands out new text, if any, with those of the first `count` tokens that none had."""
-        if not text:
+        if not any(written):
             return
         new = slice(self._scored, count)
         scored = map(_scored, self.ids[new], self._logprobs[new])
         self._scored = count
-        self.request.emit(Piece(self.number, text, tuple(scored)))
+        self.request.emit(Piece(self.number, written.text, tuple(scored), written.reasoning))
 
 
 def _scored(token: int, logprobs: TokenLogprobs) -> ScoredToken:

@@ -17,7 +17,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batch import Batch, Completions
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.packing import completed, group_layout, numbered, trees
-from vlm_tune.data.types import CHOSEN, Example, Media, NativeInputs, Prompt
+from vlm_tune.data.types import CHOSEN, Conversation, Example, Media, NativeInputs, Prompt
 from vlm_tune.evaluation.rewards import Sample, reward_functions
 from vlm_tune.events import Note, StageReport
 from vlm_tune.generation.answering import prompt_answers
@@ -84,9 +84,8 @@ class Sampler:
             self.model.evaluating(),
         ):
             groups = self._groups(batches, prompts, step)
-        read_back = self.model.processor.grounding.read_back
         samples = [
-            Sample(prompt.row, read_back(prompt.row, answer.text), completion_ids(answer))
+            self._sample(prompt.row, answer)
             for prompt, group in zip(prompts, groups, strict=True)
             for answer in group
         ]
@@ -96,6 +95,14 @@ class Sampler:
         number = len(prompts), self.config.num_generations
         by_prompt = iter(zip(groups, rewards.reshape(*number, len(columns)), strict=True))
         return [self._batch(batch, by_prompt) for batch in batches]
+
+    def _sample(self, row: Conversation, answer: Answer) -> Sample:
+        """A completion with what rewards read: boxes are in pixels of the original image."""
+        processor = self.model.processor
+        row = processor.template.parted(row)
+        text = processor.grounding.read_back(row, answer.text)
+        whole = processor.decode(answer.ids) if processor.template.reasoning else text
+        return Sample(row, text, completion_ids(answer), whole)
 
     def _note_none(self, rewards: torch.Tensor, step: int) -> None:
         """Reports, once, that the rewards [N, F] of a step are none at all."""

@@ -128,7 +128,11 @@ def read_rows(
     common = context.recipe.data
     return read_stage(
         recipe,
-        processor.variant(data.template if data.template != common.template else None, data.system),
+        processor.variant(
+            data.template if data.template != common.template else None,
+            data.system,
+            data.enable_thinking,
+        ),
         last=number == len(context.recipe.stages or [recipe]) - 1,
         report=lambda event: context.report(event.of_stage(number, name)),
         stop=context.stop,

@@ -5,6 +5,7 @@ Equal to the tokenizer's own chat template, masks by construction, malformed for
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,10 @@ def test_answers_and_their_end_are_trained_and_nothing_else(name: str) -> None:
             spans.append([])
     spans = [span for span in spans if span]
     assert [span[-1] for span in spans] == [end, end]
-    assert [tokens.decode(span[:-1]).strip() for span in spans] == ["zebra", "quick fox"]
+    # A format with reasoning begins its last answer with an empty block where there is none.
+    block = "<think>\n\n</think>\n\n" if load_template(name).reasoning else ""
+    written = [tokens.decode(span[:-1]).strip() for span in spans]
+    assert written == ["zebra", f"{block}quick fox"]
     trained = np.append(False, following)
     rest = tokens.decode(example.input_ids[~trained & ~example.image_mask].tolist())
     assert (
@@ -271,6 +275,39 @@ def test_the_processors_chat_template_gives_the_same_ids(name: str, kind: Kind) 
                     return_dict=False,
                 )
                 assert ids == expected_ids(name, kind, messages, prompt=prompt), label
+
+
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("kind", ["bytes", "unigram"])
+def test_ids_of_reasoning_equal_the_chat_template(kind: Kind, inline: bool) -> None:
+    """Of the last answer alone, whether it is in a field or in the answer's text."""
+    template = load_template("qwen3")
+    tokens = tokenizer("qwen3", kind)
+    messages = turns("Is it a circle?", "no", "Is it red?", "\n yes", system="You are helpful.")
+    reasons = {2: "It has corners.", 4: "\n It is \n\n red. \n"}
+    given = as_dicts(messages)
+    rows = list(messages)
+    for place, reason in reasons.items():
+        text = f"<think>\n{reason}\n</think>\n\n{messages[place].text}"
+        rows[place] = (
+            replace(messages[place], parts=(text,), trained=place == 4)
+            if inline
+            else replace(messages[place], reasoning=reason, trained=place == 4)
+        )
+        given[place] |= {"content": text} if inline else {"reasoning_content": reason}
+    (example,) = processor("qwen3", kind, "causal").examples(Conversation("r", tuple(rows)))
+    for jinja in (template.jinja, processor_jinja(template, None, "<image>")):
+        expected = tokens.apply_chat_template(given, chat_template=jinja, return_dict=False)
+        assert_same_ids(example, expected)
+        prompt = tokens.apply_chat_template(
+            given[:-1],
+            chat_template=jinja,
+            add_generation_prompt=True,
+            enable_thinking=False,
+            return_dict=False,
+        )
+        without = processor("qwen3", kind, "causal").thinking(False)
+        assert without.prompt(Conversation("r", messages)).input_ids.tolist() == prompt
 
 
 @pytest.mark.parametrize(

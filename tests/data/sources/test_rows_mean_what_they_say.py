@@ -248,8 +248,6 @@ TURNS = [
     [
         ("tool_calls", CALL),
         ("function_call", {"name": "look"}),
-        ("reasoning_content", "I think"),
-        ("thinking", "I think"),
         ("name", "Bob"),
         ("audio", {"id": "x"}),
         ("images", ["0.png"]),

@@ -95,9 +95,9 @@ def test_reasoning_is_left_out_unless_it_is_asked_for(tmp_path: Path) -> None:
     template = template_of(processor, stops)
     answer = Message("assistant", ("<think>\nIt is June.\n</think>\n\nYes.",))
     row = Conversation("one", (Message("user", ("Hot?",)), answer))
-    with pytest.raises(DataError, match="has answers without reasoning") as caught:
+    with pytest.raises(DataError, match="answers are without reasoning") as caught:
         template.segments(row)
-    assert "data.template" in str(caught.value)
+    assert "data.enable_thinking: true" in str(caught.value)
 
 
 def test_a_default_system_text_gives_way_to_a_rows_own() -> None:

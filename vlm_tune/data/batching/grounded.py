@@ -103,7 +103,9 @@ class GroundedFeed(PreparedFeed):
         assert self.augment is not None
         spec = replace(processor.spec, max_length=prepared.data.max_length)
         self.processors = [
-            replace(processor, spec=spec).variant(source.template, source.system)
+            replace(processor, spec=spec).variant(
+                source.template, source.system, source.enable_thinking
+            )
             for source in prepared.sources
         ]
         self.follower = Follower(self.augment, prepared.data, self.plan.seed)

@@ -144,7 +144,8 @@ class StreamFeed:
             open_source(source, seed=self.seed, streaming=True) for source in self.sources
         ]
         self.processors = [
-            self.processor.variant(source.template, source.system) for source in self.sources
+            self.processor.variant(source.template, source.system, source.enable_thinking)
+            for source in self.sources
         ]
         self.kinds = row_kinds(self.sources, by_task=self.by_task)
         self._last: Group | None = None
@@ -339,7 +340,10 @@ def usable_rows(
     They can be read and decoded, and their prompts fit into `max_length`.
     """
     readers = [open_source(source, seed=seed, streaming=True) for source in sources]
-    processors = [processor.variant(source.template, source.system) for source in sources]
+    processors = [
+        processor.variant(source.template, source.system, source.enable_thinking)
+        for source in sources
+    ]
     rows: list[Conversation] = []
     for number, row in islice(mixed(readers, sources, seed), most):
         if isinstance(row, DataError):

@@ -2,7 +2,8 @@
 
 The template is a program. It is run on conversations of marks, and what stands between the marks is
 what it writes around turns. An answer before the last question may open otherwise than one after
-it, as where templates leave out earlier reasoning; answers with reasoning of their own are refused.
+it, as where templates leave out earlier reasoning. Where the template writes reasoning before an
+answer, the marks show how.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import takewhile
 from typing import Any, Literal
 
 from vlm_tune.config.native import OWN_TEMPLATE
+from vlm_tune.data.chat.reasoning import FIELDS, WRITTEN, Reasoning
 from vlm_tune.data.chat.template import ChatTemplate, Piece
 from vlm_tune.errors import DataError
 
@@ -21,12 +23,18 @@ Render = Callable[[list[dict[str, Any]], bool], str]
 """Renders messages of transformers; the second argument opens the assistant's turn."""
 MARKS = ("first question", "first answer", "second question", "second answer")
 SYSTEM = "system words"
-THOUGHTS = ("</think>", "<channel|>", "[/THINK]")
-"""Ends of reasoning, by which templates take answers apart."""
+THOUGHTS = (WRITTEN, ("<|channel>", "<channel|>"), ("[THINK]", "[/THINK]"))
+"""Beginnings and ends of reasoning, by which templates take answers apart."""
+REASONS = ("first reason", "second reason")
 
 
 def own_template(
-    render: Render, special: Sequence[str], stops: Sequence[str] = (), lead: str = ""
+    render: Render,
+    special: Sequence[str],
+    stops: Sequence[str] = (),
+    lead: str = "",
+    *,
+    reasons: bool = True,
 ) -> ChatTemplate:
     """Takes a chat template apart.
 
@@ -35,12 +43,14 @@ def own_template(
         special: the tokenizer's special tokens, by their texts.
         stops: the tokens at which the model's generation stops.
         lead: the special token that the processor puts before what the template writes.
+        reasons: whether answers may have reasoning, if the template writes some.
 
     Raises:
         DataError: it can't be taken apart.
     """
     turns = _turns(render)
-    start, system, default = _system(render, turns)
+    reasoned = _reasoned(render, turns) if reasons else None
+    start, system, default, without = _system(render, turns)
     pieces = _Pieces(special)
     user = pieces.of(turns.user[0])
     answer_end = pieces.of(turns.end)
@@ -52,14 +62,20 @@ def own_template(
         name=OWN_TEMPLATE,
         layouts=["causal"],
         start=pieces.of(lead + start),
+        without_system=pieces.of(without),
         system=[]
         if system is None
         else [*pieces.of(system[0]), Piece(content="prompt"), *pieces.of(system[1])],
         user=[*user, Piece(content="prompt"), *pieces.of(turns.user[1])],
-        assistant=[*pieces.openings(turns), Piece(content="trained"), *_trained_end(answer_end)],
+        assistant=[
+            *pieces.openings(turns, reasoned),
+            Piece(content="trained"),
+            *_trained_end(answer_end),
+        ],
         default_system=default,
         strip=_strips(render),
-        thoughts=[mark for mark in THOUGHTS if not _writes(render, mark)],
+        reasoning=None if reasoned is None else reasoned.reasoning,
+        thoughts=[mark for _, mark in THOUGHTS if not _writes(render, mark)],
     )
 
 
@@ -167,6 +183,80 @@ def _turns(render: Render) -> _Turns:
     )
 
 
+@dataclass(frozen=True)
+class _Reasoned:
+    """The texts around the reasoning of an answer after the last question.
+
+    Attributes:
+        before: what opens the answer, up to its reasoning.
+        after: what stands between reasoning and answer.
+        reasoning: what is known of the reasoning.
+    """
+
+    before: str
+    after: str
+    reasoning: Reasoning
+
+
+def _reasoned(render: Render, turns: _Turns) -> _Reasoned | None:
+    """How a template writes reasoning; None if it writes none, or none after its own prompts."""
+    first, answer, second, last = MARKS
+    for name in FIELDS:
+        messages = [message("user", first), message("assistant", answer)]
+        messages += [message("user", second), message("assistant", last)]
+        for place, reason in zip((1, 3), REASONS, strict=True):
+            messages[place][name] = reason
+        try:
+            _, earlier, _, before, after, end = _between(
+                render(messages, False), [first, answer, second, REASONS[1], last]
+            )
+            return _taken(render, turns, name, (earlier, before, after, end))
+        except DataError:
+            continue
+    return None
+
+
+def _taken(
+    render: Render, turns: _Turns, name: str, texts: tuple[str, str, str, str]
+) -> _Reasoned | None:
+    """Reasoning by the texts before an earlier answer, around the last one's, and at its end.
+
+    None where prompts end otherwise than answers with reasoning open, or marks are unknown.
+    """
+    earlier, before, after, end = texts
+    question = turns.user[1]
+    history = earlier.removeprefix(question)
+    opening = before.removeprefix(question)
+    kept = opening + REASONS[0] + after
+    marks = next((pair for pair in THOUGHTS if pair[0] in opening and pair[1] in after), None)
+    if (
+        marks is None
+        or end != turns.end
+        or not opening.startswith(turns.opened)
+        or history not in (turns.earlier, kept)
+    ):
+        return None
+
+    def written(reason: str, answer: str) -> str:
+        turn = message("assistant", answer) | {name: reason}
+        return render([message("user", MARKS[0]), turn], False)
+
+    reason, answer = REASONS[0], MARKS[1]
+    lines = written(f"\n {reason} \n", answer)
+    strip = (
+        "space" if f" {reason}" not in lines else "lines" if f"\n {reason}" not in lines else None
+    )
+    reasoning = Reasoning(
+        opening=opening[opening.rindex(marks[0]) :].strip(),
+        closing=marks[1],
+        strip=strip,
+        strip_answer=f"{after}\n" not in written(reason, f"\n {answer}"),
+        kept=history == kept,
+        name=name,
+    )
+    return _Reasoned(opening, after, reasoning)
+
+
 def _between(text: str, marks: Sequence[str]) -> list[str]:
     """The texts before, between and after marks. Raises `DataError` if one is missing."""
     pieces: list[str] = []
@@ -178,23 +268,27 @@ def _between(text: str, marks: Sequence[str]) -> list[str]:
     return [*pieces, text]
 
 
-def _system(render: Render, turns: _Turns) -> tuple[str, tuple[str, str] | None, str | None]:
-    """The opening of a conversation, the texts around a system text, and the default one."""
+def _system(render: Render, turns: _Turns) -> tuple[str, tuple[str, str] | None, str | None, str]:
+    """The opening of a conversation, the texts around a system text, and the default one.
+
+    The last text opens conversations without system text, after the opening.
+    """
     try:
         text = render([message("system", SYSTEM), message("user", MARKS[0])], False)
     except DataError:
-        return turns.opening, None, None
+        return turns.opening, None, None, ""
     before, _, behind = text.partition(SYSTEM)
     middle = behind.partition(MARKS[0])[0]
     if not middle.endswith(turns.user[0]):
-        return turns.opening, None, None
+        return turns.opening, None, None, ""
     after = middle.removesuffix(turns.user[0])
     if before.startswith(turns.opening):
-        return turns.opening, (before.removeprefix(turns.opening), after), None
+        return turns.opening, (before.removeprefix(turns.opening), after), None, ""
     if turns.opening.startswith(before) and turns.opening.endswith(after):
         default = turns.opening.removeprefix(before).removesuffix(after)
-        return "", (before, after), default
-    raise refusal("it opens conversations with and without a system text differently")
+        if default:
+            return "", (before, after), default, ""
+    return "", (before, after), None, turns.opening
 
 
 def _strips(render: Render) -> bool | Literal["texts", "answers"]:
@@ -230,8 +324,8 @@ class _Pieces:
             if part
         ]
 
-    def openings(self, turns: _Turns) -> list[Piece]:
-        """The pieces that open an answer; those that a prompt does not end with train.
+    def openings(self, turns: _Turns, reasoned: _Reasoned | None) -> list[Piece]:
+        """The pieces that open an answer, and its reasoning; those after the prompt's end train.
 
         Raises `DataError` if a prompt ends otherwise than an answer opens.
         """
@@ -241,13 +335,16 @@ class _Pieces:
             )
         last = self._opening(turns.last, turns.opened)
         earlier = self._opening(turns.earlier, turns.opened)
-        same = (one == other for one, other in zip(last, earlier, strict=False))
-        shared = len(list(takewhile(bool, same)))
-        return [
-            *last[:shared],
-            *(piece.model_copy(update={"when": "earlier"}) for piece in earlier[shared:]),
-            *(piece.model_copy(update={"when": "last"}) for piece in last[shared:]),
-        ]
+        if reasoned is not None:
+            before = self._opening(reasoned.before, turns.opened)
+            after = [
+                piece.model_copy(update={"trained": True}) for piece in self.of(reasoned.after)
+            ]
+            whole = [*before, Piece(content="reasoning"), *after]
+            last = _joined(last, whole, {"reasoned": False}, {"reasoned": True})
+            if reasoned.reasoning.kept:
+                earlier = _joined(earlier, whole, {"reasoned": False}, {"reasoned": True})
+        return _joined(earlier, last, {"when": "earlier"}, {"when": "last"})
 
     def _opening(self, text: str, opened: str) -> list[Piece]:
         if not text.startswith(opened):
@@ -255,6 +352,19 @@ class _Pieces:
         written = self.of(text.removeprefix(opened))
         trained = [piece.model_copy(update={"trained": True}) for piece in written]
         return [*self.of(opened), *trained]
+
+
+def _joined(
+    one: list[Piece], other: list[Piece], of_one: dict[str, Any], of_other: dict[str, Any]
+) -> list[Piece]:
+    """Two lists of pieces as one: what they begin with together, and each rest on its condition."""
+    same = (a == b for a, b in zip(one, other, strict=False))
+    shared = len(list(takewhile(bool, same)))
+    return [
+        *one[:shared],
+        *(piece.model_copy(update=of_one) for piece in one[shared:]),
+        *(piece.model_copy(update=of_other) for piece in other[shared:]),
+    ]
 
 
 def _trained_end(pieces: list[Piece]) -> list[Piece]:

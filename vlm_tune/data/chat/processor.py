@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vlm_tune.config.boxes import Boxes
 from vlm_tune.config.native import OWN_TEMPLATE
 from vlm_tune.data.affine import Affine
 from vlm_tune.data.chat.grounding import Grounding
-from vlm_tune.data.chat.template import ChatTemplate, joined_texts, load_template
+from vlm_tune.data.chat.segments import joined_texts
+from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.data.chat.tokenize import LAYOUTS, TextEncoder
 from vlm_tune.data.images.shaped import ShapedImages
 from vlm_tune.data.media_processor import MediaProcessor
@@ -99,15 +101,35 @@ class Processor:
         # `__getstate__` and lose the tokenizer.
         return self
 
-    def variant(self, template: str | None, system: str | None) -> Processor:
-        """This processor with another chat format or system text, if not None."""
+    def variant(
+        self, template: str | None, system: str | None, enable_thinking: bool | None = None
+    ) -> Processor:
+        """This processor with another chat format, system text or mode of reasoning, if not None.
+
+        Raises `DataError` if the chat format has no switch `enable_thinking`.
+        """
         if template == self.template.name == OWN_TEMPLATE:
             template = None
-        changes: dict[str, Any] = (
-            {"template": load_template(template)} if template is not None else {}
-        )
-        changes |= {"system": system} if system is not None else {}
-        return replace(self, **changes) if changes else self
+        chosen = self.template if template is None else load_template(template)
+        chosen = chosen.with_thinking(enable_thinking)
+        system = self.system if system is None else system
+        if chosen is self.template and system == self.system:
+            return self
+        return replace(self, template=chosen, system=system)
+
+    def thinking(self, enable: bool | None) -> Processor:
+        """This processor in a mode of `enable_thinking`; None is its own.
+
+        Raises `DataError` if the chat format has no such switch.
+        """
+        template = self.template.with_thinking(enable)
+        if template is self.template:
+            return self
+        # A tokenizer takes long to read, and `copy` leaves it out.
+        switched = object.__new__(type(self))
+        changed = {name: value for name, value in vars(self).items() if name != "_marks"}
+        vars(switched).update(changed | {"template": template})
+        return switched
 
     def fingerprint(self) -> str:
         """A hash that changes whenever the examples that the processor makes change."""
@@ -220,11 +242,20 @@ class Processor:
     def examples(self, conversation: Conversation) -> list[Example]:
         """Examples to train on.
 
-        A row of preferences gives one, in which its prompt stands once. Raises `DataError` if one
-        of them has no supervised token, or an answer what ends answers.
+        A row of preferences gives one, in which its prompt stands once, and one whose earlier
+        answers have reasoning one for each answer. Raises `DataError` if one of them has no
+        supervised token, or an answer what ends answers.
         """
         self.template.check_ends(conversation)
-        examples = self._lay_out(conversation, prompt_only=False)
+        examples = [
+            example
+            for sample in self.template.samples(self.written(conversation))
+            for example in self._lay_out(sample, prompt_only=False)
+        ]
+        examples = [
+            replace(example, id=f"{conversation.id}#{number}" if number else conversation.id)
+            for number, example in enumerate(examples)
+        ]
         if conversation.rejected is not None:
             other = replace(
                 conversation, messages=(*conversation.messages[:-1], conversation.rejected)
@@ -286,7 +317,29 @@ class Processor:
         return self.raw_text(ids).strip()
 
     def raw_text(self, ids: Sequence[int]) -> str:
-        """Decodes generated ids to text, with control tokens removed."""
+        """Decodes generated ids to text, with control tokens removed but for marks of reasoning."""
+        texts: list[str] = []
+        start = 0
+        for place, token in enumerate(ids) if self._marks else ():
+            if token in self._marks:
+                texts += [self._text_of(ids[start:place]), self._marks[token]]
+                start = place + 1
+        return "".join([*texts, self._text_of(ids[start:])])
+
+    @cached_property
+    def _marks(self) -> dict[int, str]:
+        """The control tokens that stand around reasoning, by their ids."""
+        reasoning = self.template.reasoning
+        if reasoning is None:
+            return {}
+        names = [
+            name
+            for name in self.template.control_tokens
+            if name in reasoning.opening or name in reasoning.closing
+        ]
+        return {self.encoder.control(name): name for name in names}
+
+    def _text_of(self, ids: Sequence[int]) -> str:
         # An added word is part of the answer even if it is a special token.
         if self.words:
             ids = [token for token in ids if not self.encoder.is_control(token)]

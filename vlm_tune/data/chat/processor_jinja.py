@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+from vlm_tune.data.chat.reasoning import FIELDS, Reasoning
 from vlm_tune.data.chat.template import PARTS_OF_TURN, ChatTemplate, Piece
 
 TURN = "content(message)"
 """The Jinja expression of a turn's content."""
 MARK_ENDS = "__>"
 """The end of the texts that stand for images in llama.cpp."""
+ANSWER = "answer"
+"""The Jinja expression of an answer, and `reason` of what is before it, where formats have that."""
 LAST_QUESTION = (
     "{%- set questions = namespace(last=-1) -%}{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}{%- set questions.last = loop.index0 -%}{%- endif -%}"
@@ -55,6 +58,12 @@ def processor_jinja(
     ]
     if any(piece.content in PARTS_OF_TURN for piece in template.user):
         lines += _macros_of_parts(is_image, shown, whole, text, template.between_words)
+    if template.without_system and not system:
+        lines += [
+            "{%- if messages[0]['role'] != 'system' -%}",
+            _written(template.without_system, ""),
+            "{%- endif -%}",
+        ]
     if system:
         words = system.strip() if template.strip is True else system
         lines += [
@@ -62,7 +71,7 @@ def processor_jinja(
             _written(template.system, _quoted(words)),
             "{%- endif -%}",
         ]
-    if any(piece.when for piece in template.assistant):
+    if template.reasoning or any(piece.when for piece in template.assistant):
         lines.append(LAST_QUESTION)
     lines.append("{%- for message in messages -%}")
     for role, word in (("system", "if"), ("user", "elif"), ("assistant", "elif")):
@@ -71,13 +80,50 @@ def processor_jinja(
             "{{- raise_exception("
             f"{_quoted(f'the {template.name} format has no {role} turn')}) -}}}}"
         )
+        reasoning = template.reasoning if role == "assistant" else None
+        content = TURN if reasoning is None else ANSWER
         lines += [
             f"{{%- {word} message['role'] == '{role}' -%}}",
-            _written(pieces, TURN, system=bool(system), marker=marker) if pieces else refusal,
+            "" if reasoning is None else _parting(reasoning),
+            _written(pieces, content, system=bool(system), marker=marker) if pieces else refusal,
         ]
     lines += ["{%- endif -%}", "{%- endfor -%}"]
-    lines += ["{%- if add_generation_prompt -%}", _written(template.opened, ""), "{%- endif -%}"]
+    lines += ["{%- if add_generation_prompt -%}", _opened(template), "{%- endif -%}"]
     return "\n".join(line for line in lines if line)
+
+
+def _opened(template: ChatTemplate) -> str:
+    """Jinja that opens the assistant's turn, by `enable_thinking` if that changes nothing else."""
+    opened = _written(template.opened, "")
+    other = template.switched
+    parts = ("start", "without_system", "system", "user")
+    if other is None or any(getattr(template, name) != getattr(other, name) for name in parts):
+        return opened
+    mode = "" if other.enable_thinking else "not "
+    return (
+        f"{{%- if enable_thinking is defined and {mode}enable_thinking -%}}"
+        f"{_written(other.opened, '')}{{%- else -%}}{opened}{{%- endif -%}}"
+    )
+
+
+def _parting(reasoning: Reasoning) -> str:
+    """Jinja that sets `reason` and `answer`, the parts of an assistant's turn, as trained."""
+    opening, closing = _quoted(reasoning.opening), _quoted(reasoning.closing)
+    fields = " or ".join(f"message['{name}']" for name in FIELDS)
+    strip = {"space": " | trim", "lines": ".strip('\\n')", None: ""}[reasoning.strip]
+    lines = [
+        f"{{%- set answer = {TURN} -%}}{{%- set reason = {fields} or '' -%}}",
+        f"{{%- if not reason and {closing} in answer -%}}",
+        f"{{%- set reason = answer.split({closing})[0].split({opening})[-1].strip('\\n') -%}}",
+        f"{{%- set answer = answer.split({closing})[-1].lstrip('\\n') -%}}{{%- endif -%}}",
+    ]
+    if reasoning.strip_answer:
+        lines.append(
+            "{%- if loop.index0 > questions.last -%}"
+            "{%- set answer = answer.lstrip('\\n') -%}{%- endif -%}"
+        )
+    # White space alone is no reasoning that a row could have.
+    return "\n".join([*lines, f"{{%- set reason = reason{strip} -%}}" if strip else ""])
 
 
 def _shown_texts(template: ChatTemplate, mark: str | None) -> tuple[str, str]:
@@ -203,6 +249,7 @@ def _written(
     `processor_jinja`.
     """
     begins_with_text = _begins_with_text(marker)
+    in_turn = content in (TURN, ANSWER)
 
     def left_out(role: str) -> str:
         first = str(system and role == "system").lower()
@@ -211,18 +258,22 @@ def _written(
     def written(piece: Piece) -> str:
         if piece.content in PARTS_OF_TURN:
             return f"{piece.content}(message)"
-        if piece.content:
+        if piece.content and piece.content != "reasoning":
             return content
         if piece.control in ("bos", "eos"):
             return f"{piece.control}_token"
-        literal = _quoted(piece.text or piece.control or "")
-        if content == TURN and piece.unless:
+        literal = "reason" if piece.content else _quoted(piece.text or piece.control or "")
+        if in_turn and piece.unless:
             return f"('' if {left_out(piece.unless)} else {literal})"
-        if content == TURN and piece.when:
-            sign = ">" if piece.when == "last" else "<"
-            return f"({literal} if loop.index0 {sign} questions.last else '')"
-        at_text = piece.before is not None and content == TURN
-        return f"({literal} if {begins_with_text} else '')" if at_text else literal
+        conditions: list[str] = []
+        if piece.when:
+            conditions.append(f"loop.index0 {'>' if piece.when == 'last' else '<'} questions.last")
+        if piece.reasoned is not None:
+            conditions.append("reason" if piece.reasoned else "not reason")
+        if piece.before is not None:
+            conditions.append(begins_with_text)
+        stands = " and ".join(f"({each})" for each in conditions)
+        return f"({literal} if {stands} else '')" if in_turn and stands else literal
 
     parts = [written(piece) for piece in pieces]
     return f"{{{{- {' + '.join(parts)} -}}}}" if parts else ""

@@ -73,7 +73,10 @@ def plan_job(
     """Makes a part's job. Raises `DataError` if a source or template cannot be opened."""
     readers = [open_source(source, seed=seed) for source in sources]
     bounded = replace(processor, spec=replace(processor.spec, max_length=data.max_length))
-    processors = [bounded.variant(source.template, source.system) for source in sources]
+    processors = [
+        bounded.variant(source.template, source.system, source.enable_thinking)
+        for source in sources
+    ]
     return Job(part, part_section(data, part), sources, readers, processors, seed)
 
 

@@ -136,7 +136,7 @@ def checked(messages: Iterable[Message]) -> tuple[Message, ...]:
             raise DataError(
                 f"the role {quoted(message.role)} is not one of {', '.join(ROLES)}", kind="role"
             )
-        if SURROGATE.search(message.text):
+        if SURROGATE.search(message.reasoning + message.text):
             raise DataError(
                 f"the {message.role}'s text contains half of a surrogate pair, which is not a "
                 "character",

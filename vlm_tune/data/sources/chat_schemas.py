@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from vlm_tune.data.chat.reasoning import FIELDS as REASONING
 from vlm_tune.data.sources.fields import is_empty
 from vlm_tune.data.sources.media import MediaFinder
 from vlm_tune.data.sources.media_places import Parts, Row, RowMedia, marked_parts, with_media
@@ -47,16 +48,7 @@ LISTS = (
 """Fields that hold lists; tables store them as JSON text where a column can't hold a list."""
 
 UNSUPPORTED_IN_TURNS = (
-    *(
-        "tool_calls",
-        "tool_call_id",
-        "function_call",
-        "tools",
-        "reasoning_content",
-        "reasoning",
-        "thinking",
-        "refusal",
-    ),
+    *("tool_calls", "tool_call_id", "function_call", "tools", "refusal"),
     *("name", "audio", "audios", "image", "images", "video", "videos", "loss_scale", "mask"),
 )
 """Fields of a turn that carry meaning, and that no chat format here renders."""
@@ -116,6 +108,25 @@ def _trained(turn: Row, place: int) -> bool:
     return (weight is None or weight == 1) and train is not False and (loss is None or loss == 1)
 
 
+def _reasoning(turn: Row, place: int, role: str) -> str:
+    """The reasoning before a turn's answer, in whichever field it is; empty if there is none."""
+    given = {name: turn[name] for name in REASONING if not is_empty(turn.get(name))}
+    if not given:
+        return ""
+    (name, text), *others = given.items()
+    if role != "assistant":
+        raise DataError(f"turn {place}: `{name}` in a {role}'s turn", kind="field")
+    if not isinstance(text, str):
+        raise DataError(f"turn {place}: `{name}` must be text, got {quoted(text)}", kind="field")
+    different = next((other for other, value in others if value != text), None)
+    if different is not None:
+        raise DataError(
+            f"turn {place}: `{name}` and `{different}` differ: name one in the source's `ignore`",
+            kind="field",
+        )
+    return text
+
+
 def with_system(row: Row, messages: list[Message]) -> list[Message]:
     """The turns, preceded by the row's `system` text if it has one."""
     system = row.get("system")
@@ -147,9 +158,9 @@ def from_value_turns(row: Row, finder: MediaFinder) -> list[Message]:
                 f"turn {place}: from {quoted(turn.get('from'))} is not one of {', '.join(NAMES)}",
                 kind="role",
             )
-        messages.append(
-            Message(role, text_parts(turn["value"], role, media), _trained(turn, place))
-        )
+        parts = text_parts(turn["value"], role, media)
+        reasoning = _reasoning(turn, place, role)
+        messages.append(Message(role, parts, _trained(turn, place), reasoning))
     return with_system(row, with_media(messages, media, always=True))
 
 
@@ -207,6 +218,7 @@ def cauldron(row: Row, finder: MediaFinder) -> list[Message]:
                     role,
                     text_parts(turn[role], role, media),
                     role == "user" or _trained(turn, place),
+                    _reasoning(turn, place, role) if role == "assistant" else "",
                 )
             )
     return with_system(row, with_media(messages, media))
@@ -283,7 +295,7 @@ def messages_of(
                 f"turn {place}: `content` must be text or a list of parts, got {quoted(content)}",
                 kind="field",
             )
-        messages.append(Message(role, parts, trained))
+        messages.append(Message(role, parts, trained, _reasoning(turn, place, role)))
     return messages
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from vlm_tune.data.chat.reasoning import FIELDS as REASONING
 from vlm_tune.errors import DataError
 from vlm_tune.quoting import quoted
 
@@ -58,15 +59,8 @@ FIELDS = EVERY_FORM.union(*USED.values()) - set(LETTERS)
 MEANT = {
     *CHOICES,
     *("label", "labels", "kto_tag", "weight", "weights", "sample_weight", "loss_weight"),
-    *(
-        "tools",
-        "functions",
-        "tool_calls",
-        "function_call",
-        "reasoning_content",
-        "reasoning",
-        "thinking",
-    ),
+    *("tools", "functions", "tool_calls", "function_call"),
+    *REASONING,
     *("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images"),
     "documents",
 }
@@ -90,15 +84,7 @@ MEANT_IN_TASKS = {
 With `form` the recipe states that they are not meant.
 """
 
-UNSUPPORTED = {
-    "tools",
-    "functions",
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-}
+UNSUPPORTED = {"tools", "functions", "tool_calls", "function_call"}
 """Those of `MEANT` that no chat format and no model here supports."""
 
 

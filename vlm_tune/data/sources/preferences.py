@@ -226,7 +226,7 @@ def _one_answer(name: str, completion: str | Sequence[Row], media: RowMedia) -> 
         raise DataError(f"`{name}` is an empty answer", kind="empty_answer")
     if any(isinstance(part, Media) for part in answer.parts):
         raise DataError(f"`{name}`: an image in an answer", kind="image_count")
-    if SURROGATE.search(answer.text):
+    if SURROGATE.search(answer.reasoning + answer.text):
         raise DataError(
             f"`{name}` contains half of a surrogate pair, which is not a character", kind="text"
         )

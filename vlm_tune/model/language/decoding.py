@@ -53,6 +53,7 @@ class Settings(TypedDict, total=False):
     logprobs: bool
     top_logprobs: int
     json_schema: Mapping[str, Any] | None
+    enable_thinking: bool | None
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Decoding:
         top_logprobs: The number of likeliest tokens, up to 20, whose log-probabilities are returned
             for each token of an answer, beside `logprobs`.
         json_schema: A JSON schema that the answer's text follows, unless `max_new_tokens` ends it.
+        enable_thinking: Whether answers have reasoning before them, for chat formats with this
+            switch; None for the model's own mode. `max_new_tokens` counts both.
 
     Raises:
         ArgumentError: A setting is of the wrong type, out of range, or without effect beside the
@@ -98,6 +101,7 @@ class Decoding:
     logprobs: bool = False
     top_logprobs: int = 0
     json_schema: Mapping[str, Any] | None = field(default=None, hash=False)
+    enable_thinking: bool | None = None
 
     def __post_init__(self) -> None:
         check_count("max_new_tokens", self.max_new_tokens)
@@ -115,6 +119,10 @@ class Decoding:
         _check_whole("top_logprobs", self.top_logprobs, MOST_LIKELIEST)
         if self.seed is not None:
             _check_whole("seed", self.seed)
+        if not isinstance(self.enable_thinking, bool | None):
+            raise ArgumentError(
+                f"enable_thinking must be True, False or None, got {quoted(self.enable_thinking)}"
+            )
         if not isinstance(self.logprobs, bool):
             raise ArgumentError(f"logprobs must be True or False, got {quoted(self.logprobs)}")
         stops = (self.stop_strings,) if isinstance(self.stop_strings, str) else self.stop_strings

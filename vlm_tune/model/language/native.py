@@ -32,8 +32,8 @@ from vlm_tune.model.language.image_axes import Shown, image_axes
 from vlm_tune.model.language.masks import joining_reason, layer_masks, tree_mask
 from vlm_tune.model.language.native_branches import NativeBranches
 from vlm_tune.model.language.positions import learned_positions
-from vlm_tune.model.weights import is_sharded
 from vlm_tune.model.language.vision_shapes import vision_shapes
+from vlm_tune.model.weights import is_sharded
 from vlm_tune.transfer import to_device
 
 MERGERS = ("merger", "projector", "connector")

@@ -18,7 +18,6 @@ from vlm_tune.data.chat.own_template import (
     message,
     own_template,
     refusal,
-    untrained_opening,
     video_text,
 )
 from vlm_tune.data.chat.processor import Processor
@@ -36,6 +35,7 @@ from vlm_tune.errors import DataError, ModelError
 from vlm_tune.model.families.boxes import family_boxes
 from vlm_tune.model.hub import check_base, config_source, is_ours, load_reason, unmerged
 from vlm_tune.model.pretrained.image_joins import image_joins, is_joined, token_types
+from vlm_tune.model.pretrained.native_thinking import has_switch, set_thinking
 from vlm_tune.model.pretrained.native_videos import encoded, tried_video, with_videos
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted, reason_of
@@ -50,8 +50,6 @@ VIDEO_PIXELS = ("video_min_pixels", "video_max_pixels")
 """Keys of the least and most pixels of an image, and of a video."""
 EDGES = ("shortest_edge", "longest_edge")
 """What processors call these numbers."""
-NO_REASONING = "{%- set enable_thinking = enable_thinking | default(false) -%}"
-"""Before a chat template: answers begin without reasoning unless a caller wants it."""
 
 
 def native_section(model: NativeModel, video_frames: int | None = None) -> NativeSection:
@@ -127,10 +125,15 @@ def _has_pixel_bounds(images: Any) -> bool:
     return "min_pixels" in getattr(images.valid_kwargs, "__annotations__", {})
 
 
-def load_native_processor(section: NativeSection, folder: Path | None) -> Any:
+def load_native_processor(
+    section: NativeSection, folder: Path | None, enable_thinking: bool | None = None
+) -> Any:
     """transformers' own processor of a native model, from a saved folder or by its name.
 
-    Raises `ModelError` if it can't be loaded, or has none of the pixel limits that the recipe sets.
+    Its chat template has the mode of reasoning of `enable_thinking`, see `set_thinking`.
+
+    Raises `ModelError` if it can't be loaded, or has none of the pixel limits that the recipe sets,
+    or no such mode.
     """
     from transformers import AutoProcessor
 
@@ -147,32 +150,8 @@ def load_native_processor(section: NativeSection, folder: Path | None) -> Any:
             "preprocessor_config.json and chat_template.jinja"
         )
     _set_limits(processor, section.tower)
-    _leave_out_reasoning(processor)
+    set_thinking(processor, renderer, enable_thinking)
     return processor
-
-
-def _leave_out_reasoning(processor: Any) -> None:
-    """Makes a template open answers as it writes them, where it can open them by reasoning too.
-
-    Answers have none in training. `enable_thinking` still chooses where a caller gives it.
-    """
-    text = processor.chat_template
-    if "enable_thinking" not in text:
-        return
-    by_default = _untrained(processor)
-    processor.chat_template = NO_REASONING + text
-    without = _untrained(processor)
-    if without is None or (by_default is not None and by_default <= without):
-        processor.chat_template = text
-    processor.tokenizer.chat_template = processor.chat_template
-
-
-def _untrained(processor: Any) -> int | None:
-    """`untrained_opening`; None as well for a template that can't be taken apart."""
-    try:
-        return untrained_opening(renderer(processor))
-    except DataError:
-        return None
 
 
 def _set_limits(processor: Any, tower: NativeTower) -> None:
@@ -217,14 +196,17 @@ def _bound_pixels(part: Any, tower: NativeTower, keys: tuple[str, str], has_boun
     part.size = type(part.size)(**size)
 
 
-def renderer(processor: Any) -> Render:
-    """Runs a processor's chat template. Its function raises `DataError` where that refuses."""
+def renderer(processor: Any, **switches: bool) -> Render:
+    """Runs a processor's chat template. Its function raises `DataError` where that refuses.
+
+    `switches` are given to the template by their names.
+    """
     from jinja2 import TemplateError
 
     def render(messages: list[dict[str, Any]], opened: bool) -> str:
         try:
             return processor.apply_chat_template(
-                messages, add_generation_prompt=opened, tokenize=False
+                messages, add_generation_prompt=opened, tokenize=False, **switches
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise refusal(reason_of(error)) from None
@@ -238,18 +220,32 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return list(dict.fromkeys([*added, *map(str, tokenizer.all_special_tokens)]))
 
 
-def template_of(processor: Any, stop_ids: Sequence[int] = ()) -> ChatTemplate:
-    """A processor's own chat template. Raises `DataError` if it can't be taken apart.
+def template_of(
+    processor: Any, stop_ids: Sequence[int] = (), enable_thinking: bool | None = None
+) -> ChatTemplate:
+    """A processor's own chat template, in both modes of reasoning if it has the switch for them.
+
+    Raises `DataError` if it can't be taken apart.
 
     Args:
         processor: transformers' processor of the whole model.
         stop_ids: the ids at which the model's generation stops.
+        enable_thinking: the mode that was set; None for answers without reasoning.
     """
     tokenizer = processor.tokenizer
-    render = renderer(processor)
-    lead = "".join(tokenizer.convert_ids_to_tokens(lead_ids(processor, render)))
+    lead = "".join(tokenizer.convert_ids_to_tokens(lead_ids(processor, renderer(processor))))
     stops = tokenizer.convert_ids_to_tokens(list(stop_ids))
-    return own_template(render, special_tokens(tokenizer), stops, lead)
+    parts = (special_tokens(tokenizer), stops, lead)
+    if not has_switch(processor):
+        return own_template(renderer(processor), *parts)
+    other = not enable_thinking
+    template = own_template(renderer(processor), *parts, reasons=not other)
+    switched = None
+    with suppress(DataError):
+        switched = own_template(
+            renderer(processor, enable_thinking=other), *parts, reasons=other
+        ).model_copy(update={"enable_thinking": other})
+    return template.model_copy(update={"enable_thinking": enable_thinking, "switched": switched})
 
 
 def lead_ids(processor: Any, render: Render) -> list[int]:
@@ -263,9 +259,10 @@ def lead_ids(processor: Any, render: Render) -> list[int]:
 def recipe_template(recipe: Recipe, section: AnySection) -> ChatTemplate:
     """The recipe's chat format; the checkpoint's own where a native model's recipe wants that."""
     if isinstance(section, NativeSection) and recipe.data.template == OWN_TEMPLATE:
-        processor = load_native_processor(section, None)
-        return template_of(processor, stop_ids(str(section.llm.name)))
-    return load_template(recipe.data.template)
+        mode = recipe.data.enable_thinking
+        processor = load_native_processor(section, None, mode)
+        return template_of(processor, stop_ids(str(section.llm.name)), mode)
+    return load_template(recipe.data.template).with_thinking(recipe.data.enable_thinking)
 
 
 def stop_ids(name: str) -> list[int]:
@@ -356,7 +353,13 @@ def fit_template(processor: Processor, native: Any, *, saved: bool) -> None:
     if saved:
         return
     if processor.template.name == OWN_TEMPLATE:
-        check_own_template(replace(processor, system=None), native)
+        plain = replace(processor, system=None)
+        check_own_template(plain, native)
+        if plain.template.switched is not None:
+            try:
+                check_own_template(replace(plain, template=plain.template.switched), native)
+            except DataError:  # only the mode that nothing has asked for is missing
+                processor.template = processor.template.model_copy(update={"switched": None})
         if processor.system is None:
             return
     render = renderer(native)
@@ -371,18 +374,20 @@ def check_own_template(processor: Processor, native: Any) -> None:
 
     Raises `DataError` where they differ.
     """
+    template = processor.template
     images = processor.images
     videos = isinstance(images, NativeImages) and bool(images.video_text)
-    for row in _tried_rows(system=bool(processor.template.system), videos=videos):
-        (example,) = processor.examples(row)
+    reasons = template.reasoning is not None
+    for row in _tried_rows(system=bool(template.system), reasoning=reasons, videos=videos):
+        example = processor.examples(row)[-1]
         trained = [*example.input_ids.tolist(), int(example.labels[-1])]
-        theirs = _their_ids(native, row.messages, opened=False)
+        theirs = _their_ids(native, row.messages, template, opened=False)
         # Where a template leaves the end of an answer to the next turn, the last one has none.
         ended = trained[:-1] if len(theirs) == len(trained) - 1 else trained
         _compare(ended, theirs[: len(trained)])
         _compare(
             processor.prompt(row).input_ids.tolist(),
-            _their_ids(native, row.messages[:-1], opened=True),
+            _their_ids(native, row.messages[:-1], template, opened=True),
         )
 
 
@@ -393,8 +398,15 @@ def _compare(ours: list[int], theirs: list[int]) -> None:
         raise refusal(f"token {place} of a conversation would differ from the processor's")
 
 
-def _their_ids(native: Any, messages: Sequence[Message], *, opened: bool) -> list[int]:
+def _their_ids(
+    native: Any, messages: Sequence[Message], template: ChatTemplate, *, opened: bool
+) -> list[int]:
     turns = [message(turn.role, *map(decoded, turn.parts)) for turn in messages]
+    for turn, ours in zip(turns, messages, strict=True):
+        if ours.reasoning and template.reasoning is not None:
+            turn[template.reasoning.name] = ours.reasoning
+    mode = template.enable_thinking
+    switches = {} if mode is None else {"enable_thinking": mode}
     shown = [part for turn in messages for part in turn.parts if isinstance(part, Media)]
     videos = [item.source for item in shown if isinstance(item.source, Video)]
     options = {"processor_kwargs": video_options(videos)} if videos else {}
@@ -405,6 +417,7 @@ def _their_ids(native: Any, messages: Sequence[Message], *, opened: bool) -> lis
         return_dict=True,
         return_tensors="pt",
         **options,
+        **switches,
     )
     return given["input_ids"][0].tolist()
 
@@ -418,8 +431,8 @@ def decoded(part: str | Media) -> Any:
     return decode_image(encoded_bytes(part), part.name)
 
 
-def _tried_rows(*, system: bool, videos: bool) -> list[Conversation]:
-    """Conversations with images at several places, white space, system text and videos."""
+def _tried_rows(*, system: bool, reasoning: bool, videos: bool) -> list[Conversation]:
+    """Conversations with images at several places, white space, system text, reasoning, videos."""
     images = [Media(encoded(image)) for image in _tried_images()]
     question = Message("user", (images[0], "What is it?"))
     answer = Message("assistant", ("A wide one.",))
@@ -430,6 +443,9 @@ def _tried_rows(*, system: bool, videos: bool) -> list[Conversation]:
         (question, answer, compared, Message("assistant", ("No: one is high.",))),
         (words, Message("assistant", (" Nothing. ",))),
     ]
+    if reasoning:
+        thought = replace(answer, reasoning="\n Its sides \n differ. ")
+        rows += [(question, thought), (question, thought, compared, thought)]
     if videos:
         shown = Media(tried_video(_tried_images()[0], 3), "video")
         seen = Message("user", ("Here:", shown, "What happens? ", images[1]))
