@@ -225,8 +225,11 @@ def _own_scale(model: VisionLanguageNetwork) -> float:
     return (model.llm.rule.scale or 1.0) if scaled and model.llm.rule else 1.0
 
 
-def messages_of(row: Conversation, *, prompt: bool = False) -> list[dict[str, Any]]:
-    """A conversation in the form that transformers' processors take, with decoded images."""
+def messages_of(
+    model: VisionLanguageNetwork, row: Conversation, *, prompt: bool = False
+) -> list[dict[str, Any]]:
+    """A conversation in the form that a model's exported processor takes, with decoded images."""
+    reasoning = model.processor.template.reasoning
 
     def part(one: str | Media) -> dict[str, Any]:
         if isinstance(one, str):
@@ -234,7 +237,13 @@ def messages_of(row: Conversation, *, prompt: bool = False) -> list[dict[str, An
         return {"type": "image", "image": decode_image(encoded_bytes(one), one.name)}
 
     turns = row.messages[:-1] if prompt and row.messages[-1].role == "assistant" else row.messages
-    return [{"role": turn.role, "content": [part(one) for one in turn.parts]} for turn in turns]
+    messages: list[dict[str, Any]] = [
+        {"role": turn.role, "content": [part(one) for one in turn.parts]} for turn in turns
+    ]
+    for message, turn in zip(messages, turns, strict=True):
+        if reasoning is not None and turn.reasoning:
+            message[reasoning.name] = turn.reasoning
+    return messages
 
 
 def their_inputs(
@@ -261,7 +270,7 @@ def _their_logits(
     (example,) = model.processor.examples(row)
     # The answer of an encoder-decoder is none of its input.
     apart = model.llm.layout == "seq2seq"
-    inputs = their_inputs(processor, model, messages_of(row, prompt=apart), prompt=False)
+    inputs = their_inputs(processor, model, messages_of(model, row, prompt=apart), prompt=False)
     ids = (
         torch.from_numpy(example.input_ids)
         .long()
@@ -286,7 +295,7 @@ def _their_logits(
 def _their_answer(
     theirs: Any, processor: Any, model: VisionLanguageNetwork, row: Conversation
 ) -> str:
-    inputs = their_inputs(processor, model, messages_of(row, prompt=True), prompt=True)
+    inputs = their_inputs(processor, model, messages_of(model, row, prompt=True), prompt=True)
     # An encoder-decoder's answer begins with its start token.
     start = 1 if model.llm.layout == "seq2seq" else inputs["input_ids"].shape[1]
     ids = theirs.generate(**inputs, max_new_tokens=16)[0, start:]

@@ -97,7 +97,7 @@ def _their_logits(
 ) -> torch.Tensor:
     """The export's logits [S, V] at a row's supervised positions."""
     (example,) = model.processor.examples(row)
-    inputs = their_inputs(processor, model, messages_of(row), prompt=False)
+    inputs = their_inputs(processor, model, messages_of(model, row), prompt=False)
     ids = example.input_ids.tolist()
     given = inputs["input_ids"][0, : len(ids) + 1].tolist()
     # A template that leaves an answer's end to the next turn writes none after the last one.
@@ -124,7 +124,7 @@ def _check_images(inputs: Any, model: VisionLanguageNetwork, example: Example) -
 def _their_answer(
     theirs: Any, processor: Any, model: VisionLanguageNetwork, row: Conversation
 ) -> str:
-    inputs = their_inputs(processor, model, messages_of(row, prompt=True), prompt=True)
+    inputs = their_inputs(processor, model, messages_of(model, row, prompt=True), prompt=True)
     ids = theirs.generate(**inputs, max_new_tokens=16, do_sample=False)
     new = ids[0, inputs["input_ids"].shape[1] :].tolist()
     return AnswerReader(model.processor, ()).answer(new, None).text

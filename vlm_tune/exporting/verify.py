@@ -48,7 +48,9 @@ def probe_rows(path: Path, model: VisionLanguageNetwork) -> list[Conversation]:
         )
     except DataError:  # the data may have moved since training; a merge does not need it
         rows = []
-    return rows[:: max(len(rows) // PROBES, 1)][:PROBES] or [plain_probe(model)]
+    chosen = rows[:: max(len(rows) // PROBES, 1)][:PROBES] or [plain_probe(model)]
+    # Where earlier answers of a row are samples of their own, its last one is compared.
+    return [model.processor.template.samples(row)[-1] for row in chosen]
 
 
 def plain_probe(model: VisionLanguageNetwork) -> Conversation:

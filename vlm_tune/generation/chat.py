@@ -195,8 +195,8 @@ class VisionLanguageModel(VisionLanguageNetwork):
         _one_answer(settings, "a stream has one answer")
         decoding = Decoding.of(settings)
         request = request_conversation(1, _request(prompt, messages, images, audios))
-        (prompt,) = self.processor.thinking(decoding.enable_thinking).prompts([request])
-        return self._streamed(prompt, decoding)
+        (example,) = self.processor.thinking(decoding.enable_thinking).prompts([request])
+        return self._streamed(example, decoding)
 
     def _streamed(self, prompt: Example, decoding: Decoding) -> Iterator[str]:
         with self.evaluating():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vlm_tune.compat import cache_name
+from vlm_tune.data.chat.reasoning import FIELDS
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example, Media
 from vlm_tune.exporting.gguf.language import ROPE_FACTORS
 from vlm_tune.exporting.gguf.mmproj_reading import Mmproj
@@ -157,7 +158,11 @@ def _check_texts(
     tokenizer = read_tokenizer(fields)
     for row in rows:
         turns = [
-            {"role": turn.role, "content": [_part(part) for part in turn.parts]}
+            {
+                "role": turn.role,
+                "content": [_part(part) for part in turn.parts],
+                FIELDS[0]: turn.reasoning,
+            }
             for turn in row.messages
         ]
         pieces = tokenizer.apply_chat_template(turns, tokenize=False).split(MARKER)
