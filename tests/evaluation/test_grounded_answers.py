@@ -24,6 +24,7 @@ from vlm_tune.evaluation.evaluate import score
 from vlm_tune.evaluation.predict import write_answers
 from vlm_tune.evaluation.registry import METRICS
 from vlm_tune.evaluation.rewards import Sample, reward_functions
+from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.build import build_processor
 from vlm_tune.model.checkpoint import save_model
@@ -91,8 +92,8 @@ def test_predictions_have_regions_beside_the_models_own_text(
         + "\n"
     )
     rows, unanswered = read_path(str(path), seed=0, unanswered=True)
-    texts = [GENERATED[0], "nowhere"]
-    monkeypatch.setattr(predict, "answer_prompts", lambda *_, **__: texts)
+    answers = [Answer(text, "stop", ()) for text in (GENERATED[0], "nowhere")]
+    monkeypatch.setattr(predict, "prompt_answers", lambda *_, **__: answers)
     write_answers(model, rows, unanswered, folder / "out.jsonl", decoding=Decoding(8), batch_size=2)
     first, second = map(json.loads, (folder / "out.jsonl").read_text().splitlines())
     assert (first["answer"], first["expected"]) == (GENERATED[0], None)

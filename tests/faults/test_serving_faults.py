@@ -349,9 +349,6 @@ def test_fault_63_a_template_has_no_arguments_but_the_switch_of_reasoning(
 ) -> None:
     message = refusal(serving(), chat_template_kwargs={"a": "{{ 1 }}"})
     assert "chat_template_kwargs" in message
-    # A model without reasoning has none to switch on.
-    message = refusal(serving(), chat_template_kwargs={"enable_thinking": True})
-    assert "has no enable_thinking to set" in message
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,12 @@ def test_an_answer_is_the_models(model: VisionLanguageModel, server: Server) -> 
         logprobs=True,
     )
     (choice,) = reply["choices"]
-    assert choice["message"] == {"role": "assistant", "content": answer.text, "refusal": None}
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": answer.text,
+        "reasoning_content": None,
+        "refusal": None,
+    }
     assert choice["finish_reason"] == answer.finish_reason
     assert [token["logprob"] for token in choice["logprobs"]["content"]] == pytest.approx(
         answer.logprobs, abs=1e-4

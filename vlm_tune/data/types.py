@@ -184,6 +184,11 @@ class Message:
         """The turn's text without its media."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
+    @property
+    def words(self) -> str:
+        """The turn's text, behind its reasoning if it has some."""
+        return f"{self.reasoning} {self.text}" if self.reasoning else self.text
+
 
 @dataclass(frozen=True)
 class References:

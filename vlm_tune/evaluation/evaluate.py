@@ -67,10 +67,8 @@ def score(
     if not conversations:
         raise DataError("no rows to evaluate")
     # Of a pair, the chosen answer is the reference, and reasoning is no part of it.
-    conversations = [
-        model.processor.template.parted(replace(row, rejected=None, desirable=None))
-        for row in conversations
-    ]
+    judged = [replace(row, rejected=None, desirable=None) for row in conversations]
+    conversations = list(map(model.processor.template.parted, judged))
     source: dict[str, Any] = {
         "fetch": features or PixelCache(model.processor.images),
         "cached": features is not None,

@@ -233,9 +233,9 @@ def _processor(
         raise ModelError(f"the tokenizer of {quoted(section.llm.name)} has no end token")
     check_questions(section, template)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    native = None
-    if isinstance(section, NativeSection):
-        native = load_native_processor(section, folder, template.enable_thinking)
+    is_native = isinstance(section, NativeSection)
+    mode = template.enable_thinking
+    native = load_native_processor(section, folder, mode) if is_native else None
     images = media_processor(section, tower) if native is None else native_images(native)
     joins = images.joins if isinstance(images, NativeImages) else ()
     special = (pad, tokenizer.eos_token_id, joins, reads_branches(section))

@@ -119,10 +119,7 @@ def _odd_row(finding: Finding, row: Conversation | DataError | None) -> dict[str
     turns: list[tuple[str, str]] = []
     image = None
     if isinstance(row, Conversation):
-        turns = [
-            (message.role, " ".join(filter(None, (message.reasoning, message.text))))
-            for message in row.messages
-        ]
+        turns = [(message.role, message.words) for message in row.messages]
         image = row.media[0] if row.media else None
     elif row is not None and isinstance(row.content, dict | list):
         turns = [("row", repr(row.content))]

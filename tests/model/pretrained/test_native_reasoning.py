@@ -146,10 +146,9 @@ def test_reasoning_is_refused_where_it_is_switched_off(kind: str, tmp_path: Path
         assert texts_of(template.segments(Conversation("two", tuple(TURNS)), prompt_only=True))
         empty = Message("assistant", ("<think>\n\n</think>\n\nYes.",))
         plain = Message("assistant", ("Yes.",))
-        asked = TURNS[2]
         if template.thoughts and "</think>" in template.thoughts:
-            assert template.segments(Conversation("three", (asked, empty))) == template.segments(
-                Conversation("three", (asked, plain))
+            assert template.segments(Conversation("three", (TURNS[2], empty))) == template.segments(
+                Conversation("three", (TURNS[2], plain))
             )
         assert template.with_thinking(True).segments(row) == loaded(
             kind, tmp_path / f"{enable} and on", True

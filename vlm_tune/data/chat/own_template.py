@@ -227,13 +227,13 @@ def _taken(
     question = turns.user[1]
     history = earlier.removeprefix(question)
     opening = before.removeprefix(question)
-    kept = opening + REASONS[0] + after
+    preserved = opening + REASONS[0] + after
     marks = next((pair for pair in THOUGHTS if pair[0] in opening and pair[1] in after), None)
     if (
         marks is None
         or end != turns.end
         or not opening.startswith(turns.opened)
-        or history not in (turns.earlier, kept)
+        or history not in (turns.earlier, preserved)
     ):
         return None
 
@@ -251,7 +251,7 @@ def _taken(
         closing=marks[1],
         strip=strip,
         strip_answer=f"{after}\n" not in written(reason, f"\n {answer}"),
-        kept=history == kept,
+        preserved=history == preserved,
         name=name,
     )
     return _Reasoned(opening, after, reasoning)
@@ -342,7 +342,7 @@ class _Pieces:
             ]
             whole = [*before, Piece(content="reasoning"), *after]
             last = _joined(last, whole, {"reasoned": False}, {"reasoned": True})
-            if reasoned.reasoning.kept:
+            if reasoned.reasoning.preserved:
                 earlier = _joined(earlier, whole, {"reasoned": False}, {"reasoned": True})
         return _joined(earlier, last, {"when": "earlier"}, {"when": "last"})
 

@@ -58,38 +58,37 @@ def processor_jinja(
     ]
     if any(piece.content in PARTS_OF_TURN for piece in template.user):
         lines += _macros_of_parts(is_image, shown, whole, text, template.between_words)
-    if template.without_system and not system:
+    if system or template.without_system:
+        words = system.strip() if system and template.strip is True else system or ""
+        pieces = template.system if system else template.without_system
         lines += [
             "{%- if messages[0]['role'] != 'system' -%}",
-            _written(template.without_system, ""),
-            "{%- endif -%}",
-        ]
-    if system:
-        words = system.strip() if template.strip is True else system
-        lines += [
-            "{%- if messages[0]['role'] != 'system' -%}",
-            _written(template.system, _quoted(words)),
+            _written(pieces, _quoted(words)),
             "{%- endif -%}",
         ]
     if template.reasoning or any(piece.when for piece in template.assistant):
         lines.append(LAST_QUESTION)
     lines.append("{%- for message in messages -%}")
     for role, word in (("system", "if"), ("user", "elif"), ("assistant", "elif")):
-        pieces = getattr(template, role)
-        refusal = (
-            "{{- raise_exception("
-            f"{_quoted(f'the {template.name} format has no {role} turn')}) -}}}}"
-        )
-        reasoning = template.reasoning if role == "assistant" else None
-        content = TURN if reasoning is None else ANSWER
-        lines += [
-            f"{{%- {word} message['role'] == '{role}' -%}}",
-            "" if reasoning is None else _parting(reasoning),
-            _written(pieces, content, system=bool(system), marker=marker) if pieces else refusal,
-        ]
+        lines.append(f"{{%- {word} message['role'] == '{role}' -%}}")
+        lines += _turn(template, role, system=bool(system), marker=marker)
     lines += ["{%- endif -%}", "{%- endfor -%}"]
     lines += ["{%- if add_generation_prompt -%}", _opened(template), "{%- endif -%}"]
     return "\n".join(line for line in lines if line)
+
+
+def _turn(template: ChatTemplate, role: str, *, system: bool, marker: str | None) -> list[str]:
+    """Jinja that writes a turn of a role; `system` and `marker` are as in `_written`."""
+    pieces = getattr(template, role)
+    if not pieces:
+        fault = _quoted(f"the {template.name} format has no {role} turn")
+        return [f"{{{{- raise_exception({fault}) -}}}}"]
+    if role != "assistant" or template.reasoning is None:
+        return [_written(pieces, TURN, system=system, marker=marker)]
+    return [
+        _parting(template.reasoning),
+        _written(pieces, ANSWER, system=system, marker=marker),
+    ]
 
 
 def _opened(template: ChatTemplate) -> str:

@@ -24,7 +24,7 @@ class Reasoning(BaseModel):
         closing: The text that ends it, likewise.
         strip: Which white space at both ends is left out: all, or the ends of lines alone.
         strip_answer: Whether line ends that an answer begins with are left out.
-        kept: Whether answers before the last question keep theirs.
+        preserved: Whether answers before the last question keep theirs.
         empty: Whether reasoning is always empty, so that marks around a text are no reasoning.
         name: The field of a message in which the checkpoint's own template reads it.
     """
@@ -35,7 +35,7 @@ class Reasoning(BaseModel):
     closing: str = WRITTEN[1]
     strip: Literal["space", "lines"] | None = None
     strip_answer: bool = False
-    kept: bool = False
+    preserved: bool = False
     empty: bool = False
     name: str = "reasoning_content"
 
@@ -96,7 +96,7 @@ class Reasoning(BaseModel):
         ]
         questions = [place for place, message in enumerate(messages) if message.role == "user"]
         lost = any(messages[place].reasoning for place in trained if place < max(questions))
-        if self.kept or not lost:
+        if self.preserved or not lost:
             return [whole]
         context = [replace(message, trained=False) for message in messages]
         return [replace(whole, messages=(*context[:place], messages[place])) for place in trained]

@@ -89,13 +89,8 @@ class ChatTemplate(BaseModel):
     @property
     def control_tokens(self) -> list[str]:
         """Control tokens by their text, without `bos` and `eos`."""
-        pieces = [
-            *self.start,
-            *self.without_system,
-            *self.system,
-            *self.user,
-            *self.assistant,
-        ]
+        roles = ("start", "without_system", "system", "user", "assistant")
+        pieces: list[Piece] = [piece for role in roles for piece in getattr(self, role)]
         return list(
             dict.fromkeys(
                 p.control for p in pieces if p.control and p.control not in ("bos", "eos")
@@ -130,20 +125,7 @@ class ChatTemplate(BaseModel):
         questions = [place for place, message in enumerate(messages) if message.role == "user"]
         before: Message | None = None
         for place, message in enumerate(messages):
-            if message.role not in ROLES:
-                raise DataError(
-                    f"the role {quoted(message.role)} is not one of {', '.join(ROLES)}",
-                    source="conversation",
-                    row=conversation.id,
-                    kind="role",
-                )
-            if message.role == "system" and not self.system:
-                raise DataError(
-                    f"the {self.name} format has no system turn",
-                    source="conversation",
-                    row=conversation.id,
-                    kind="template",
-                )
+            self._check_role(message, conversation)
             self._check_thoughts(message, conversation, context=prompt_only)
             pieces: list[Piece] = getattr(self, message.role)
             role_before = None if before is None else before.role
@@ -220,6 +202,22 @@ class ChatTemplate(BaseModel):
         opened = "".join(piece.control or piece.text or "" for piece in self.opened)
         marks = self.reasoning
         return marks is not None and opened.rfind(marks.opening) > opened.rfind(marks.closing)
+
+    def _check_role(self, message: Message, conversation: Conversation) -> None:
+        if message.role not in ROLES:
+            raise DataError(
+                f"the role {quoted(message.role)} is not one of {', '.join(ROLES)}",
+                source="conversation",
+                row=conversation.id,
+                kind="role",
+            )
+        if message.role == "system" and not self.system:
+            raise DataError(
+                f"the {self.name} format has no system turn",
+                source="conversation",
+                row=conversation.id,
+                kind="template",
+            )
 
     def _check_thoughts(
         self, message: Message, conversation: Conversation, *, context: bool

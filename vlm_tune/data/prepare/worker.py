@@ -96,7 +96,7 @@ def text_hash(conversation: Conversation) -> int:
     Letter case, the kind and amount of white space, and images are ignored.
     """
     turns = "\0".join(
-        f"{message.role}\1{' '.join(_words(message).casefold().split())}"
+        f"{message.role}\1{' '.join(message.words.casefold().split())}"
         for message in _all_turns(conversation)
     )
     return _hash(turns)
@@ -109,12 +109,8 @@ def content_hash(conversation: Conversation) -> int:
     """
     conversation = conversation.without_shots()
     turns = [
-        (
-            m.role,
-            m.trained,
-            [part if isinstance(part, str) else None for part in m.parts],
-            *([m.reasoning] if m.reasoning else []),
-        )
+        (m.role, m.trained, [part if isinstance(part, str) else None for part in m.parts])
+        + ((m.reasoning,) if m.reasoning else ())
         for m in _all_turns(conversation)
     ]
     return _hash(
@@ -128,11 +124,6 @@ def _all_turns(conversation: Conversation) -> tuple[Message, ...]:
     """The turns, and after them the rejected answer of a pair."""
     rejected = conversation.rejected
     return conversation.messages if rejected is None else (*conversation.messages, rejected)
-
-
-def _words(message: Message) -> str:
-    """A turn's text, behind its reasoning if it has some."""
-    return f"{message.reasoning} {message.text}" if message.reasoning else message.text
 
 
 def _hash(text: str) -> int:
@@ -268,7 +259,7 @@ class ShardMaker:
         roles = {
             name: message.role
             for message in _all_turns(conversation)
-            for name in processor.encoder.controls_in(_words(message))
+            for name in processor.encoder.controls_in(message.words)
         }
         return ", ".join(f"{name} in the {role}'s text" for name, role in roles.items())
 
@@ -299,13 +290,13 @@ class ShardMaker:
                         f"{image.media.name}: {image.info.width}x{image.info.height}, "
                         f"a side under {clean.min_side}",
                     )
-        size = sum(len(_words(message)) for message in _all_turns(conversation))
+        size = sum(len(message.words) for message in _all_turns(conversation))
         if clean.min_chars is not None and size < clean.min_chars:
             return "short_text", f"{size} characters, under {clean.min_chars}"
         if clean.max_chars is not None and size > clean.max_chars:
             return "long_text", f"{size} characters, over {clean.max_chars}"
         if clean.languages:
-            language = language_of(" ".join(_words(turn) for turn in _all_turns(conversation)))
+            language = language_of(" ".join(turn.words for turn in _all_turns(conversation)))
             if language is not None and language not in clean.languages:
                 return "language", f"in {quoted(language)}, none of {', '.join(clean.languages)}"
         return None

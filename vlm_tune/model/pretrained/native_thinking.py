@@ -8,7 +8,7 @@ from vlm_tune.data.chat.own_template import untrained_opening
 from vlm_tune.errors import DataError, ModelError
 
 NAME = "enable_thinking"
-BEGIN = f"{{%- set {NAME} = {NAME} | default("
+SET = f"{{%- set {NAME} = {NAME} | default("
 """What a template begins with whose mode was set."""
 
 
@@ -32,9 +32,10 @@ def set_thinking(processor: Any, renderer: Any, enable: bool | None) -> None:
         ModelError: a mode is wanted and the template has no switch.
     """
     text = processor.chat_template
-    # A folder that was saved has the mode in its template.
-    if text.startswith(BEGIN):
-        return
+    if text.startswith(SET):
+        # A model that was saved has its mode there.
+        text = text.partition("-%}")[2]
+        processor.chat_template = text
     if not has_switch(processor):
         if enable is not None:
             raise ModelError(
@@ -43,7 +44,7 @@ def set_thinking(processor: Any, renderer: Any, enable: bool | None) -> None:
             )
         return
     by_default = _untrained(renderer(processor))
-    processor.chat_template = f"{BEGIN}{str(bool(enable)).lower()}) -%}}{text}"
+    processor.chat_template = f"{SET}{str(bool(enable)).lower()}) -%}}{text}"
     if enable is None:
         without = _untrained(renderer(processor))
         if without is None or (by_default is not None and by_default <= without):
