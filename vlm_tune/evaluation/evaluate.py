@@ -66,9 +66,7 @@ def score(
     """
     if not conversations:
         raise DataError("no rows to evaluate")
-    # Of a pair, the chosen answer is the reference, and reasoning is no part of it.
-    judged = [replace(row, rejected=None, desirable=None) for row in conversations]
-    conversations = list(map(model.processor.template.parted, judged))
+    conversations = _referred(model, conversations)
     source: dict[str, Any] = {
         "fetch": features or PixelCache(model.processor.images),
         "cached": features is not None,
@@ -90,6 +88,14 @@ def score(
         retrieved = retrieve(model, conversations, answers, temperature=temperature, **source)
         answers = with_ranks(answers, retrieved, answering=False)
     return _with_losses(model, conversations, answers, loss, perplexity, **source)
+
+
+def _referred(
+    model: VisionLanguageNetwork, conversations: Sequence[Conversation]
+) -> list[Conversation]:
+    """The rows with their references: of a pair the chosen answer, and no answer's reasoning."""
+    rows = (replace(row, rejected=None, desirable=None) for row in conversations)
+    return list(map(model.processor.template.parted, rows))
 
 
 def _with_losses(

@@ -234,8 +234,7 @@ def _processor(
     check_questions(section, template)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     is_native = isinstance(section, NativeSection)
-    mode = template.enable_thinking
-    native = load_native_processor(section, folder, mode) if is_native else None
+    native = load_native_processor(section, folder, template.enable_thinking) if is_native else None
     images = media_processor(section, tower) if native is None else native_images(native)
     joins = images.joins if isinstance(images, NativeImages) else ()
     special = (pad, tokenizer.eos_token_id, joins, reads_branches(section))

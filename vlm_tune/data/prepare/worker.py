@@ -95,11 +95,9 @@ def text_hash(conversation: Conversation) -> int:
 
     Letter case, the kind and amount of white space, and images are ignored.
     """
-    turns = "\0".join(
-        f"{message.role}\1{' '.join(message.words.casefold().split())}"
-        for message in _all_turns(conversation)
-    )
-    return _hash(turns)
+    turns = _all_turns(conversation)
+    texts = (f"{turn.role}\1{' '.join(turn.words.casefold().split())}" for turn in turns)
+    return _hash("\0".join(texts))
 
 
 def content_hash(conversation: Conversation) -> int:
