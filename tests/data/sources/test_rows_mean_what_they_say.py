@@ -648,3 +648,63 @@ def test_a_check_names_the_rows_and_a_run_does_not_train_on_them(
         (10, "missing_field"),
         (11, "missing_field"),
     ]
+
+
+# --- reasoning ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [TURNS[0], TURNS[1]]},
+        {"prompt": [TURNS[0]], "completion": [TURNS[1]]},
+        {"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "this"}]},
+        {"texts": [{"user": "what?", "assistant": "this"}]},
+        {"prompt": [TURNS[0]], "chosen": [TURNS[1]], "rejected": [TURNS[3]]},
+    ],
+    ids=["messages", "prompt_completion", "sharegpt", "cauldron", "preference"],
+)
+def test_the_reasoning_of_a_turn_is_read(folder: Path, row: dict[str, Any], name: str) -> None:
+    field = list(row)[0 if len(row) == 1 else 1]
+    row = {**row, field: [*row[field][:-1], {**row[field][-1], name: "Let me see."}]}
+    conversation = only(folder, row)
+    assert isinstance(conversation, Conversation), conversation
+    assert conversation.messages[-1].reasoning == "Let me see."
+    assert not any(message.reasoning for message in conversation.messages[:-1])
+    ignored = only(folder, row, ignore=[name])
+    assert isinstance(ignored, Conversation) and not ignored.messages[-1].reasoning
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "0.png", "question": "what?", "answer": "this"},
+        {"image": "0.png", "question": "what?", "choices": ["this", "that"], "answer": "this"},
+        {"instruction": "what?", "output": "this"},
+        {"prompt": "what?", "completion": "this"},
+    ],
+    ids=["vqa", "multiple_choice", "alpaca", "prompt_completion"],
+)
+def test_the_reasoning_of_a_row_is_that_of_its_answer(folder: Path, row: dict[str, Any]) -> None:
+    conversation = only(folder, {**row, "reasoning": "Let me see."})
+    assert isinstance(conversation, Conversation), conversation
+    assert conversation.messages[-1].reasoning == "Let me see."
+    renamed = only(folder, {**row, "rationale": "So."}, columns={"reasoning_content": "rationale"})
+    assert isinstance(renamed, Conversation) and renamed.messages[-1].reasoning == "So."
+
+
+def test_reasoning_that_is_not_before_one_answer_is_refused(folder: Path) -> None:
+    user, answer = TURNS[:2]
+    odd = {"messages": [{**user, "reasoning_content": "Why?"}, answer]}
+    assert "in a turn of the user's" in message_of(folder, odd)
+    odd = {"messages": [user, {**answer, "reasoning_content": ["a", "b"]}]}
+    assert "must be text" in message_of(folder, odd)
+    odd = {"messages": [user, {**answer, "reasoning_content": "a", "thinking": "b"}]}
+    assert "`reasoning_content` and `thinking` differ" in message_of(folder, odd)
+    completion = [{**answer, "reasoning": "a"}]
+    odd = {"prompt": [user], "completion": completion, "reasoning": "b"}
+    assert "in a field of the row, and in its last turn" in message_of(folder, odd)
+    # A conversation has it in its turns; in a caption nothing reads it.
+    for odd in ({"messages": [user, answer]}, {"image": "0.png", "caption": "a cup"}):
+        assert "`reasoning`" in message_of(folder, {**odd, "reasoning": "b"})

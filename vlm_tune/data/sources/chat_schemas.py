@@ -108,20 +108,23 @@ def _trained(turn: Row, place: int) -> bool:
     return (weight is None or weight == 1) and train is not False and (loss is None or loss == 1)
 
 
-def _reasoning(turn: Row, place: int, role: str) -> str:
-    """The reasoning before a turn's answer, in whichever field it is; empty if there is none."""
+def reasoning_of(turn: Row, role: str = "assistant") -> str:
+    """The reasoning before an answer, in whichever field of a turn or row; empty if there is none.
+
+    Raises `DataError` if it is no text, differs from field to field, or is another role's.
+    """
     given = {name: turn[name] for name in REASONING if not is_empty(turn.get(name))}
     if not given:
         return ""
     (name, text), *others = given.items()
     if role != "assistant":
-        raise DataError(f"turn {place}: `{name}` in a {role}'s turn", kind="field")
+        raise DataError(f"`{name}` in a turn of the {role}'s", kind="field")
     if not isinstance(text, str):
-        raise DataError(f"turn {place}: `{name}` must be text, got {quoted(text)}", kind="field")
+        raise DataError(f"`{name}` must be text, got {quoted(text)}", kind="field")
     different = next((other for other, value in others if value != text), None)
     if different is not None:
         raise DataError(
-            f"turn {place}: `{name}` and `{different}` differ: name one in the source's `ignore`",
+            f"`{name}` and `{different}` differ: name one in the source's `ignore`",
             kind="field",
         )
     return text
@@ -159,7 +162,7 @@ def from_value_turns(row: Row, finder: MediaFinder) -> list[Message]:
                 kind="role",
             )
         parts = text_parts(turn["value"], role, media)
-        reasoning = _reasoning(turn, place, role)
+        reasoning = reasoning_of(turn, role)
         messages.append(Message(role, parts, _trained(turn, place), reasoning))
     return with_system(row, with_media(messages, media, always=True))
 
@@ -218,7 +221,7 @@ def cauldron(row: Row, finder: MediaFinder) -> list[Message]:
                     role,
                     text_parts(turn[role], role, media),
                     role == "user" or _trained(turn, place),
-                    _reasoning(turn, place, role) if role == "assistant" else "",
+                    reasoning_of(turn, role) if role == "assistant" else "",
                 )
             )
     return with_system(row, with_media(messages, media))
@@ -295,7 +298,7 @@ def messages_of(
                 f"turn {place}: `content` must be text or a list of parts, got {quoted(content)}",
                 kind="field",
             )
-        messages.append(Message(role, parts, trained, _reasoning(turn, place, role)))
+        messages.append(Message(role, parts, trained, reasoning_of(turn, role)))
     return messages
 
 

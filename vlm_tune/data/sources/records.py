@@ -11,7 +11,12 @@ from typing import Any
 from vlm_tune.config.data import SHARES, DatasetSource, RowsSource
 from vlm_tune.data.chat.instructions import WORDED_BY_MEDIUM, load_instructions
 from vlm_tune.data.sources.base import Chunk, Container, StoredRow, checked, digest
-from vlm_tune.data.sources.chat_schemas import CHAT_FORMS, decoded_lists, with_system
+from vlm_tune.data.sources.chat_schemas import (
+    CHAT_FORMS,
+    decoded_lists,
+    reasoning_of,
+    with_system,
+)
 from vlm_tune.data.sources.few_shot import Shots
 from vlm_tune.data.sources.fields import EVERY_FORM, USED, refuse_unused, without
 from vlm_tune.data.sources.legible import MAYBE_NULLS, NULLS, SURROGATE
@@ -156,7 +161,7 @@ class RowsReader:
             row_id = f"{stored.label}:{self._id(row, stored)}:{stored.number}"
             finder = self._finder(stored.folder)
             judged, references = self._read(row_id, row, finder)
-            judged = _with_regions(judged, row, self._boxes)
+            judged = _with_regions(_with_reasoning(judged, row), row, self._boxes)
             messages = judged.messages
             category = row.get("category")
             if category is None and self.form == "classify":
@@ -290,6 +295,17 @@ class RowsReader:
                 images, self._config.video_frames, self._config.video_fps
             )
         return finder
+
+
+def _with_reasoning(judged: Judged, row: dict[str, Any]) -> Judged:
+    """The turns of a row with the reasoning that it has in a field, before the last answer."""
+    reasoning = reasoning_of(row)
+    if not reasoning or not judged.messages:
+        return judged
+    *before, answer = judged.messages
+    if answer.reasoning:
+        raise DataError("reasoning in a field of the row, and in its last turn", kind="field")
+    return replace(judged, messages=[*before, replace(answer, reasoning=reasoning)])
 
 
 def _with_regions(judged: Judged, row: dict[str, Any], options: BoxOptions) -> Judged:

@@ -100,7 +100,8 @@ REASONS = {
     "additional_target": "name the parameters in a rule of their own: tune, how: full",
     "adapter_name_or_path": "merge the adapter first, and name the merged model",
     "create_new_adapter": "an adapter is merged before another one is trained",
-    "enable_thinking": "rows with reasoning are refused: no chat format here renders it",
+    "enable_thinking": "it is data.enable_thinking, for data.template own, if the checkpoint's "
+    "template has that switch",
     "freeze_extra_modules": "name the parameters in a rule of their own: tune, how: full",
     "image_max_pixels": "a tower reads images of one size: model.tower.image_size, and tiles for "
     "larger ones",
