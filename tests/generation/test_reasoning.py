@@ -8,7 +8,8 @@ import pytest
 
 from tests.helpers.chat_samples import processor
 from vlm_tune.data.chat.processor import Processor
-from vlm_tune.data.chat.template import load_template
+from vlm_tune.data.chat.reasoning import Reasoning
+from vlm_tune.data.chat.template import Piece, load_template
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.generation.answers import AnswerReader, Written
@@ -74,8 +75,9 @@ def test_unfinished_and_odd_texts_lose_nothing(
     assert "".join(piece.reasoning for piece in pieces) == (expected[1] or "")
 
 
-def test_a_prompt_that_opens_reasoning_is_part_of_it(reasoning: Processor) -> None:
-    template = reasoning.template
+def opening_in_the_prompt(processor: Processor) -> Processor:
+    """A processor whose prompts end inside reasoning, as those of Qwen3.5."""
+    template = processor.template
     prompted = [
         piece.model_copy(update={"trained": False, "reasoned": None})
         if piece.text == "<think>\n"
@@ -83,9 +85,13 @@ def test_a_prompt_that_opens_reasoning_is_part_of_it(reasoning: Processor) -> No
         for piece in template.assistant
         if piece.reasoned is not False
     ]
-    opening = replace(
-        reasoning, template=template.model_copy(update={"assistant": prompted, "switched": None})
-    )
+    changes = {"assistant": prompted, "switched": None}
+    return replace(processor, template=template.model_copy(update=changes))
+
+
+def test_a_prompt_that_opens_reasoning_is_part_of_it(reasoning: Processor) -> None:
+    template = reasoning.template
+    opening = opening_in_the_prompt(reasoning)
     assert opening.template.opens_reasoning and not template.opens_reasoning
     reader = AnswerReader(opening, ())
     answer = reader.answer(ids_of(opening, "It is June.\n</think>\n\nYes."), None)
@@ -121,13 +127,57 @@ def test_the_switch_changes_the_prompt_and_what_is_read(reasoning: Processor) ->
         plain.thinking(True)
 
 
-def test_json_is_for_answers_without_reasoning(reasoning: Processor) -> None:
-    decoding = Decoding(json_schema={"type": "object"})
+SCHEMA = {"type": "object", "properties": {"hot": {"type": "boolean"}}, "required": ["hot"]}
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_json_follows_reasoning(reasoning: Processor, opened: bool) -> None:
+    """The schema holds for what follows the closing mark, and the answer can't end before."""
+    if opened:
+        reasoning = opening_in_the_prompt(reasoning)
+    constraint = json_constraint(reasoning, Decoding(json_schema=SCHEMA), len(reasoning.tokenizer))
+    assert constraint is not None
+    start = "" if opened else "<think>"
+    ids: list[int] = []
+    matcher = constraint.first.deep_copy()
+
+    def allowed(text: str) -> bool:
+        """Whether the first token of a text may follow; `<end>` stands for the end token."""
+        token = reasoning.stop_ids[0] if text == "<end>" else ids_of(reasoning, text)[0]
+        return bool(constraint.allowed(matcher, ids, len(reasoning.tokenizer))[token])
+
+    def write(text: str) -> None:
+        for token in ids_of(reasoning, text, ended=False):
+            assert constraint.allowed(matcher, ids, len(reasoning.tokenizer))[token], text
+            matcher.consume_token(token)
+            ids.append(token)
+
+    if not opened:
+        assert not allowed("{")
+    write(f"{start}\nSo {{it}} is.\n")
+    assert allowed("x") and allowed("<") and not allowed("<end>")
+    write("</think>")
+    assert not allowed("x") and allowed("\n") and allowed("{")
+    write('\n\n{"hot": tr')
+    assert not allowed("x") and not allowed("<end>")
+    write("ue}")
+    assert allowed("<end>")
+    answer = AnswerReader(reasoning, ()).answer(ids, None)
+    assert (answer.text, answer.reasoning) == ('{"hot": true}', "So {it} is.")
+
+
+def test_json_follows_no_reasoning_that_control_tokens_end(reasoning: Processor) -> None:
+    template = reasoning.template
+    ended = template.model_copy(
+        update={"assistant": [*template.assistant, Piece(control="</s>", trained=True)],
+                "reasoning": Reasoning(closing="</s>")}
+    )  # fmt: skip
+    decoding = Decoding(json_schema=SCHEMA)
+    other = replace(reasoning, template=ended)
     with pytest.raises(ArgumentError, match="set enable_thinking to False"):
-        json_constraint(reasoning, decoding, len(reasoning.tokenizer))
-    assert json_constraint(
-        reasoning, replace(decoding, enable_thinking=False), len(reasoning.tokenizer)
-    )
+        json_constraint(other, decoding, len(reasoning.tokenizer))
+    decoding = replace(decoding, enable_thinking=False)
+    assert json_constraint(other, decoding, len(reasoning.tokenizer))
     with pytest.raises(ArgumentError, match="must be True, False or None"):
         Decoding(enable_thinking="yes")  # pyright: ignore[reportArgumentType]
 

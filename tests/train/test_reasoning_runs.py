@@ -15,7 +15,6 @@ from tests.helpers.tiny_recipes import tiny_text
 from vlm_tune import VisionLanguageModel, export
 from vlm_tune.api import sft
 from vlm_tune.config.recipe import Recipe
-from vlm_tune.errors import ArgumentError
 from vlm_tune.evaluation.evaluate import score
 from vlm_tune.generation.requests import request_conversation
 from vlm_tune.model.language.decoding import Decoding
@@ -98,7 +97,6 @@ def test_the_mask_shows_reasoning_and_answer(trained: Path) -> None:
 
 def test_reasoning_comes_apart_from_the_answer(trained: Path) -> None:
     model = VisionLanguageModel.from_pretrained(trained / "run")
-    image = png()
     question = "Is it red, number 3?"
     answer = model.answer(question, png(), max_new_tokens=48)
     assert (answer.text, answer.reasoning) == ("yes", REASON)
@@ -108,8 +106,9 @@ def test_reasoning_comes_apart_from_the_answer(trained: Path) -> None:
     assert short.text == "" and short.reasoning and REASON.startswith(short.reasoning)
     without = model.answer(question, png(), max_new_tokens=48, enable_thinking=False)
     assert without.reasoning is None
-    with pytest.raises(ArgumentError, match="enable_thinking to False"):
-        model.answer(question, image, json_schema={"type": "object"})
+    schema = {"enum": ["yes", "no"]}
+    answer = model.answer(question, png(), max_new_tokens=48, json_schema=schema)
+    assert (answer.text, answer.reasoning) == ('"yes"', REASON)
     session = model.start_chat(max_new_tokens=48)
     session.ask(question, png())
     session.ask("Is it red, number 4?")

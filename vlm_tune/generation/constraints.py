@@ -53,9 +53,10 @@ class JsonConstraint:
             vocabulary: V, the number of rows of the model's embedding.
 
         Raises:
-            ArgumentError: The tokenizer has no token that an answer could begin with.
+            ArgumentError: The tokenizer has no token that an answer could begin with, or control
+                tokens stand around reasoning.
         """
-        self.grammar = json_grammar(decoding.json_schema)
+        self.grammar = json_grammar(decoding.json_schema, _reasoning_marks(processor))
         self.stop_ids = processor.stop_ids
         # For a text that a tokenizer can't write, llguidance lets the unknown token follow.
         self.special_ids: list[int] = processor.tokenizer.all_special_ids
@@ -156,18 +157,30 @@ def _matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     return LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
 
 
+def _reasoning_marks(processor: Processor) -> tuple[str, str] | None:
+    """The texts around the reasoning that an answer begins with; None if it has none.
+
+    Raises `ArgumentError` for marks that are control tokens, which no grammar of texts has.
+    """
+    template = processor.template
+    if template.reasoning is None:
+        return None
+    opening, closing = template.reasoning.opening, template.reasoning.closing
+    if any(name in opening or name in closing for name in template.control_tokens):
+        raise ArgumentError(
+            f"json_schema: the model's answers begin with reasoning, which {quoted(closing)} ends, "
+            "and no schema can follow a control token: set enable_thinking to False"
+        )
+    return "" if template.opens_reasoning else opening, closing
+
+
 def json_constraint(
     processor: Processor, decoding: Decoding, vocabulary: int
 ) -> JsonConstraint | None:
     """The constraint of `JsonConstraint`'s arguments; None where the decoding has no schema."""
     if decoding.json_schema is None:
         return None
-    if processor.thinking(decoding.enable_thinking).template.reasoning is not None:
-        raise ArgumentError(
-            "json_schema: the model's answers begin with reasoning, which is no JSON: set "
-            "enable_thinking to False, if its chat format has that"
-        )
-    return JsonConstraint(processor, decoding, vocabulary)
+    return JsonConstraint(processor.thinking(decoding.enable_thinking), decoding, vocabulary)
 
 
 def _tokenizer(processor: Processor, vocabulary: int) -> LLTokenizer:

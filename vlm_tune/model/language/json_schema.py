@@ -11,12 +11,22 @@ from vlm_tune.quoting import quoted, reason_of
 
 GRAMMAR = 'start: " "? answer\nanswer: %json '
 """A grammar in Lark's notation; a tokenizer's word may begin with a space."""
+REASONED = """start: {opening} reasoning lines answer
+reasoning[suffix={closing}]: /(?s:.*)/
+lines: /\\n{{0,2}}/
+answer: %json """
+"""The same after reasoning, up to the text that ends it, and up to two line ends."""
 SPACE = {"whitespace_pattern": " "}
 """At most one space between the tokens of JSON: any number of them would not end."""
 
 
-def json_grammar(schema: Any) -> str:
+def json_grammar(schema: Any, reasoning: tuple[str, str] | None = None) -> str:
     """The grammar of the JSON texts that fit a schema.
+
+    Args:
+        schema: The schema.
+        reasoning: The texts that begin and end the reasoning before an answer; the first is empty
+            where the prompt has it.
 
     Raises:
         ArgumentError: The schema is no mapping, or none that JSON can hold, nothing fits it, or it
@@ -33,4 +43,8 @@ def json_grammar(schema: Any) -> str:
     fault = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(text))
     if fault:
         raise ArgumentError(f"json_schema: no answer can follow it: {' '.join(fault.split())}")
-    return LLMatcher.grammar_from_lark(GRAMMAR + text)
+    if reasoning is None:
+        return LLMatcher.grammar_from_lark(GRAMMAR + text)
+    opening, closing = map(json.dumps, reasoning)
+    begin = REASONED.format(opening=opening if reasoning[0] else "", closing=closing)
+    return LLMatcher.grammar_from_lark(begin + text)
