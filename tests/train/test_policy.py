@@ -164,6 +164,20 @@ def test_check_takes_the_objective(tiny_recipe: Callable[..., str]) -> None:
         check(missing)
 
 
+def test_check_refuses_a_model_whose_answers_can_not_be_branches(
+    tiny_recipe: Callable[..., str],
+) -> None:
+    """An LFM2's convolutions carry a state from one completion to the next."""
+
+    def make(kind: str, output: str) -> str:
+        lfm2 = "model_type: lfm2, vocab_size: 400, config: {layer_types: [conv, full_attention], "
+        llama = "model_type: llama, vocab_size: 400, config: {"
+        return tiny_recipe(kind, output=output).replace(llama, lfm2)
+
+    (error,) = check(policy_recipe(make, "causal", data__validation=[])).errors
+    assert error.kind == "unfit" and "for preferences and rewards, another model" in error.message
+
+
 def test_another_command_is_named(tiny_recipe: Callable[..., str]) -> None:
     with pytest.raises(RecipeError, match="is trained by `vlm-tune grpo`"):
         sft(policy_recipe(tiny_recipe, "causal"))

@@ -266,7 +266,7 @@ def _check_fits(report: CheckReport, recipe: Recipe, tokenizer: Any) -> None:
     for part in report.read:
         if part.name == "train":
             try:
-                check_fits(language, part.prepared, part.recipe.tune)
+                check_fits(language, part.prepared, part.recipe)
             except ModelError as error:
                 report.add_whole(part.stage, part.name, "unfit", str(error), "model.llm")
 

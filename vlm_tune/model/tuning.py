@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
+from vlm_tune.config.grpo import Grpo
+from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.tune import TuneRule
 from vlm_tune.data.prepare.dataset import Prepared
 from vlm_tune.errors import ModelError
@@ -26,16 +28,19 @@ from vlm_tune.model.weights import castable
 from vlm_tune.quoting import quoted
 
 
-def check_fits(llm: LanguageModel, rows: Prepared, rules: Sequence[TuneRule]) -> None:
+def check_fits(llm: LanguageModel, rows: Prepared, stage: Recipe) -> None:
     """Checks that a language model supports a stage's rows.
 
     Raises `ModelError` if they are longer than its positions, or joined and it can't separate them.
+    Answers to one prompt are joined too, also those that are sampled in training.
     """
     virtual = max(
-        (rule.tokens or TOKENS for rule in rules if rule.how in ("prompt", "prefix")), default=0
+        (rule.tokens or TOKENS for rule in stage.tune if rule.how in ("prompt", "prefix")),
+        default=0,
     )
     llm.check_length(rows.longest + virtual)
-    if rows.joins or (rows.store.has_answers and llm.reads_branches):
+    several = rows.store.has_answers or isinstance(stage.objective, Grpo)
+    if rows.joins or (several and llm.reads_branches):
         llm.check_joined()
 
 

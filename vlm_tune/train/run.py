@@ -345,7 +345,7 @@ def _stages(context: Context) -> tuple[VisionLanguageModel, float, StageRows]:
         stages[progress.stage :], rows[progress.stage :], strict=True
     ):
         if stage_rows.train is not None:
-            check_fits(model.llm, stage_rows.train, stage.tune)
+            check_fits(model.llm, stage_rows.train, stage)
     seconds = earlier_seconds(context.run, names[: progress.stage], context.note) if main else 0.0
     for number in range(progress.stage, len(stages)):
         name, stage = stages[number]

@@ -188,7 +188,7 @@ class LanguageModel(nn.Module):
     def check_joined(self) -> None:
         """Raises `ModelError` if samples can't be joined to one row."""
         if self.unjoined:
-            other = "; for preferences, take another model" if self.reads_branches else ""
+            other = "; for preferences and rewards, another model" if self.reads_branches else ""
             raise ModelError(
                 f"rows of {type(self.model).__name__} can't be joined, {self.unjoined}: "
                 f"set data.group: none and data.packing: false{other}"
