@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +26,10 @@ from tests.helpers.tiny_models import (
     loss_and_gradients,
     parsed,
     rows_of,
+    save_llm,
     tuned_by,
     wake_adapters,
+    with_llm,
     with_tune,
 )
 from vlm_tune.config.recipe import Recipe
@@ -38,12 +41,18 @@ from vlm_tune.data.types import Example
 from vlm_tune.generation.answering import answer_prompts
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.model.acceleration.install import uninstall
+from vlm_tune.model.acceleration.lora_layers import merge_projections
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.registry import LLMS
 from vlm_tune.model.tuning import apply_rules
 
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
+WIDE = {
+    "causal": {"hidden_size": 64, "intermediate_size": 128},
+    "seq2seq": {"d_model": 64, "d_kv": 32, "d_ff": 128},
+}
+"""Widths that blocks of quantised weights divide."""
 QUESTIONS = 3
 """Two about one image, which branch from one prefill where the model allows it, and a third."""
 
@@ -158,6 +167,40 @@ def test_adapters_answer(llm: str, tiny_recipe: Tiny) -> None:
     expected = answers(model, recipe)
     with pretended(model, CUDA):
         assert answers(model, recipe) == expected
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "fp4", "null"])
+@both_llms
+def test_adapters_over_any_weights_train_and_answer(
+    quantize: str, llm: str, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    """Codes and scales are dequantised where they are; projections of one input are one product."""
+    text = tiny_recipe(llm)
+    folder = save_llm(tmp_path / "base", llm, rows_of(parsed(text)), **WIDE[llm])
+    recipe = parsed(with_tune(with_llm(text, folder, llm, f", quantize: {quantize}"), LORA_TUNE))
+    model = built(recipe).eval()
+    tuned_by(model, recipe)
+    wake_adapters(model)
+    uninstall(model.llm)
+    expected = answers(model, recipe)
+    batch = batch_of(model, examples_of(model, recipe))
+    loss, gradients = loss_and_gradients(model, [batch])
+    with pretended(model, META):
+        merge_projections(model)
+        outcome: Any = model(on(batch, META))
+        outcome.sum.backward()
+        other = {
+            name: parameter.grad.host
+            for name, parameter in model.named_parameters()
+            if isinstance(parameter.grad, PretendedTensor)
+        }
+    assert_close(other, gradients, 1e-4)
+    with pretended(model, CUDA):
+        merge_projections(model)
+        assert answers(model, recipe) == expected
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            outcome = model(on(batch, CUDA))
+    assert float(outcome.sum) == pytest.approx(float(loss), rel=1e-2)
 
 
 @both_llms

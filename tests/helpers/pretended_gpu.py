@@ -12,6 +12,7 @@ run on a pretended meta device, whose code takes all the paths of a GPU's but th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -131,12 +132,23 @@ def _made(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
     return made if device is None else made.to(device)
 
 
+_is_enabled = torch.is_autocast_enabled
+
+
+def _autocasts(kind: str | None = None) -> bool:
+    """`torch.is_autocast_enabled`, which knows no autocast of `meta`."""
+    if kind == "meta":
+        return False
+    return _is_enabled() if kind is None else _is_enabled(kind)
+
+
 @contextmanager
 def _autocast() -> Iterator[None]:
     """Context in which CUDA's autocast is not switched off for lack of a GPU."""
     with (
         patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         patch("torch.cuda.is_bf16_supported", lambda **_: True),
+        patch("torch.is_autocast_enabled", _autocasts),
     ):
         yield
 
@@ -168,6 +180,10 @@ def pretended(
                         wrapped: Any = PretendedTensor(tensor.detach(), device)
                         if isinstance(tensor, nn.Parameter):
                             wrapped = nn.Parameter(wrapped, tensor.requires_grad)
+                        if hasattr(tensor, "quant_state"):
+                            # bitsandbytes moves it with the weight.
+                            wrapped.quant_state = copy.deepcopy(tensor.quant_state)
+                            wrapped.quant_state.to(device)
                         placed[id(tensor)] = wrapped
                     tensors[name] = None if tensor is None else placed[id(tensor)]
             yield
