@@ -13,7 +13,9 @@ from tests.helpers.device_recipes import COMPOSED, recipe_of
 from tests.helpers.native_models import KINDS as NATIVE
 from tests.helpers.pretended_gpu import CUDA, pretended
 from tests.helpers.tiny_models import batch_of, built, parsed
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.packing import pack_layout
+from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.memory_plan.cuda import cuda_autocast
 
 HALF = torch.bfloat16
@@ -26,26 +28,33 @@ def test_a_family_trains_and_answers(name: str, tmp_path: Path) -> None:
     model = built(recipe).eval()
     native = model.llm.native
     examples = examples_of(model, recipe)
-    batch = batch_of(model, examples)
-    expected = answers(model, recipe)
-    batches = [batch]
+    batches = [batch_of(model, examples)]
     if model.llm.unjoined is None:
         batches.append(batch_of(model, [pack_layout(examples, model.llm.layout)]))
+    expected = answers(model, recipe)
+    losses = [loss_of(model, batch) for batch in batches]
+    with pretended(model, CUDA, copies_indices=native):
+        there = [on(batch, CUDA) for batch in batches]
+        assert [loss_of(model, batch) for batch in there] == pytest.approx(losses, rel=1e-5)
+        assert answers(model, recipe) == expected
+        with torch.autocast("cuda", HALF):
+            by_autocast = [loss_of(model, batch) for batch in there]
+            assert len(answers(model, recipe)) == len(expected)
     # A bias of keys has no gradient but rounding.
     assert_same_passes(model, batches, copies_indices=native, relative=5e-4)
-    with torch.no_grad(), cuda_autocast(HALF):
-        half: Any = model(batch)
-    with pretended(model, CUDA, copies_indices=native):
-        assert answers(model, recipe) == expected
-        with torch.no_grad(), torch.autocast("cuda", HALF):
-            there: Any = model(on(batch, CUDA))
-            assert len(answers(model, recipe)) == len(expected)
-    assert float(there.sum) == pytest.approx(float(half.sum), rel=1e-3)
+    with cuda_autocast(HALF):
+        halves = [loss_of(model, batch) for batch in batches]
+    assert by_autocast == pytest.approx(halves, rel=1e-3)
     # After training the connector stays in fp32.
     model.tower.to(HALF)
     model.llm.to(HALF)
     with pretended(model, CUDA, copies_indices=native):
         assert len(answers(model, recipe)) == len(expected)
-        with torch.no_grad(), torch.autocast("cuda", HALF):
-            there = model(on(batch, CUDA))
-    assert float(there.sum) == pytest.approx(float(half.sum), rel=1e-2)
+        with torch.autocast("cuda", HALF):
+            assert [loss_of(model, batch) for batch in there] == pytest.approx(halves, rel=1e-2)
+
+
+@torch.no_grad()
+def loss_of(model: VisionLanguageModel, batch: Batch) -> float:
+    outcome: Any = model(batch)
+    return float(outcome.sum)
