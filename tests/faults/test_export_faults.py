@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.export_samples import llava_text, photos, saved_model
 from tests.helpers.tiny_models import built, parsed, with_tower
+from vlm_tune.cli import main
 from vlm_tune.errors import ModelError, RecipeError
 from vlm_tune.exporting import export, hf_export, merge, source
 from vlm_tune.exporting.gguf import export as gguf
@@ -30,6 +32,7 @@ from vlm_tune.exporting.hf_export import verify_transformers
 from vlm_tune.exporting.source import Expected, count_parameters, expected_of, text_config
 from vlm_tune.exporting.verify import observe, probe_rows
 from vlm_tune.generation.chat import VisionLanguageModel
+from vlm_tune.model import committed_folders
 from vlm_tune.model.checkpoint import load_model
 from vlm_tune.model.committed_folders import verify_folder
 from vlm_tune.model.restoring import read_config
@@ -48,6 +51,30 @@ def test_fault_54_an_adapter_that_is_not_applied_is_not_exported(
     with pytest.raises(ModelError, match="the merge had no effect"):
         export(run, tmp_path / "llava", verify=False)
     assert [path.name for path in tmp_path.iterdir() if "llava" in path.name] == []
+
+
+def test_fault_56_sigterm_leaves_nothing_of_an_export(
+    tiny_recipe: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, _ = saved_model(llava_text(tiny_recipe), tmp_path / "saved", lora=True)
+    before = sorted(tmp_path.rglob("*"))
+
+    def signalled(folder: Path) -> None:
+        assert any(tmp_path.glob(".merged.tmp-*/*"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(committed_folders, "write_manifest", signalled)
+    handler = signal.getsignal(signal.SIGTERM)
+    arguments = ["vlm-tune", "merge", str(run), "--output", str(tmp_path / "merged")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130 and capsys.readouterr().err.endswith("interrupted\n")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_fault_54_any_corrupted_tensor_is_found(

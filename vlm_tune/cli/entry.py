@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Annotated, Any, NoReturn
 
@@ -129,7 +131,8 @@ def main() -> None:
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     sys.excepthook = report_bug
     try:
-        _run()
+        with _terminated_as_interrupted():
+            _run()
     # Also while an error is printed.
     except (KeyboardInterrupt, typer.Abort):
         if "--json" in sys.argv:
@@ -137,6 +140,24 @@ def main() -> None:
         else:
             typer.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Context in which SIGTERM ends a command as Ctrl-C does.
+
+    What it was writing is removed, where its default would leave that behind. Training and serving
+    have handlers of their own meanwhile.
+    """
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not the main thread: signals are the caller's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run() -> NoReturn:
