@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import resource
+import signal
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.tiny_models import cli, parsed
 from vlm_tune.api import sft
 from vlm_tune.errors import RecipeError, VlmTuneError
-from vlm_tune.paths import ANSWERS, check_writable, shown_path, writing
+from vlm_tune.paths import ANSWERS, check_writable, shown_path, write_whole, writing
 
 
 def everything(folder: Path) -> list[Path]:
@@ -180,3 +187,59 @@ def test_a_name_that_no_file_can_have_is_an_error_of_ours(
     with pytest.raises(VlmTuneError) as caught:
         sft(recipe)
     assert len(str(caught.value)) < 1000
+
+
+@contextmanager
+def small_files(most: int) -> Iterator[None]:
+    """Context in which no file can be larger than `most` bytes, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_file_that_can_not_be_written_whole_stays_as_it_was(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    too_large = pytest.raises(RecipeError, match="the page can't be written: file too large")
+    with too_large, small_files(1000), writing(page, "the page"):
+        write_whole(page, "x" * 5000)
+    assert everything(tmp_path) == []
+    page.write_text("old")
+    page.chmod(0o640)
+    with pytest.raises(OSError, match="too large"), small_files(1000):
+        write_whole(page, "x" * 5000)
+    assert everything(tmp_path) == [page] and page.read_text() == "old"
+    write_whole(page, "new")
+    assert page.read_text() == "new" and page.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_stays_a_link_and_what_is_no_file_is_written_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("page.html")
+    write_whole(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "page.html").read_text() == "text"
+    write_whole("/dev/null", "text")
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("library", ["safetensors", "numpy"])
+def test_a_librarys_words_for_a_full_disk_are_ours(library: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    with pytest.raises(RecipeError) as refused, small_files(1000), writing(path, "the model"):
+        if library == "numpy":
+            with path.open("wb") as file:
+                np.zeros(10_000).tofile(file)
+        else:
+            save_file({"weight": torch.zeros(10_000)}, path)
+    assert "model: the model can't be written: " in str(refused.value)
+    words = {"safetensors": "file too large", "numpy": "the disk is full, or files may not be"}
+    assert words[library] in str(refused.value)
+
+
+def test_errors_of_reading_weights_are_not_taken_for_those_of_writing(tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(SafetensorError), writing(tmp_path, "the model"):
+        load_file(tmp_path / "cut.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ PAGE = b"<!doctype html>"
 
 FIRST_LINE = 1_000_000
 """Bytes of a file's first line that are searched for its mark."""
+
+UNFINISHED = re.compile(r"\d+ requested and \d+ written")
+"""What numpy says of a write that stopped in the middle."""
 
 SHOWN = 200
 """Characters of a path that a message shows."""
@@ -96,7 +100,8 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
     Their messages name both.
     """
     try:
-        yield
+        with _full_disks():
+            yield
     except (OSError, UnicodeEncodeError) as error:
         raise RecipeError(
             [
@@ -118,11 +123,62 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _full_disks() -> Iterator[None]:
+    """Context that turns safetensors' own error for a write that failed into an `OSError`."""
+    try:
+        yield
+    except Exception as error:
+        # By name: to import it for this would load the library in commands that need it not.
+        if type(error).__name__ != "SafetensorError" or "I/O error" not in str(error):
+            raise
+        raise OSError(str(error).rpartition("I/O error: ")[2]) from error
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Context that yields the name of a new file, which takes the place of `path` at its end.
+
+    So whoever reads `path` meets the old content or the new one, and a failure leaves it as it was.
+    What is no regular file, such as a pipe, is written as it is.
+
+    Raises `OSError`.
+    """
+    target = Path(path)
+    if os.path.lexists(target):
+        target = Path(os.path.realpath(target))  # a link stays a link
+    if os.path.lexists(target) and not (
+        target.is_file() and os.access(target, os.W_OK) and os.access(target.parent, os.W_OK)
+    ):
+        yield target
+        return
+    written = target.with_name(f".vlm-tune-{secrets.token_hex(8)}{target.suffix[:20]}")
+    try:
+        yield written
+        if target.exists():
+            shutil.copymode(target, written)
+        written.replace(target)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: str | Path, text: str, errors: str = "strict") -> None:
+    """Writes a text in UTF-8 as a file that is there whole or not at all.
+
+    Raises `OSError`.
+    """
+    with replacing(path) as written:
+        written.write_text(text, encoding="utf-8", errors=errors)
+
+
 def reason(error: OSError | UnicodeEncodeError) -> str:
     """Returns a file system error in words, with the file where that helps."""
     if isinstance(error, UnicodeEncodeError):
         return "its name contains half of a surrogate pair"
     text = (error.strerror or str(error) or type(error).__name__).lower()
+    if UNFINISHED.fullmatch(text):
+        return "the disk is full, or files may not be as large"
     if error.errno in (errno.ENOTDIR, errno.EEXIST) and error.filename:
         above = next(
             (

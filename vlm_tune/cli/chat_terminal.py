@@ -19,7 +19,7 @@ from vlm_tune.errors import ArgumentError, VlmTuneError
 from vlm_tune.generation.chat_session import Chat
 from vlm_tune.generation.choices import check_not_generated
 from vlm_tune.model.language.decoding import DRAWING, Decoding
-from vlm_tune.paths import exists, home, is_file, is_folder, shown_path, writing
+from vlm_tune.paths import exists, home, is_file, is_folder, shown_path, write_whole, writing
 from vlm_tune.quoting import escaped, escaped_lines, quoted
 
 COMMANDS = {
@@ -232,7 +232,7 @@ class ChatTerminal:
             messages.append({**turn, "content": joined_marks(parts)})
         row = {"messages": messages, **{name: paths for name, paths in media.items() if paths}}
         with writing(path, "the conversation"):
-            path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_whole(path, json.dumps(row, ensure_ascii=False) + "\n")
         typer.echo(f"wrote {shown_path(path)}", err=True)
 
 

@@ -25,7 +25,7 @@ from vlm_tune.cli.options import (
 )
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.errors import EXIT_TRAINING, Problem, RecipeError
-from vlm_tune.paths import PAGE, check_writable, shown_path, writing
+from vlm_tune.paths import PAGE, check_writable, shown_path, write_whole, writing
 from vlm_tune.quoting import quoted, reason_of
 
 
@@ -251,7 +251,7 @@ def recipes(
                 raise RecipeError(
                     [Problem(shown_path(target), "already exists and was not changed")]
                 )
-            target.write_text(shipped.read_text(encoding="utf-8"), encoding="utf-8")
+            write_whole(target, shipped.read_text(encoding="utf-8"))
         print_json({"path": str(target)}) if as_json else print_text(str(target))
         return
     rows = []

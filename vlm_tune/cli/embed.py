@@ -24,7 +24,7 @@ from vlm_tune.cli.options import (
     use_device,
 )
 from vlm_tune.errors import Problem, RecipeError
-from vlm_tune.paths import check_writable, shown_path, writing
+from vlm_tune.paths import check_writable, replacing, shown_path, writing
 
 ZIP = b"PK"
 """How a file of NumPy arrays begins."""
@@ -70,7 +70,11 @@ def embed(
     if lines is not None:
         arrays["texts"] = vlm.embed_texts(lines)
         arrays["text_lines"] = np.array(lines)
-    with writing(output, "the file of vectors"), output.open("wb") as file:
+    with (
+        writing(output, "the file of vectors"),
+        replacing(output) as written,
+        written.open("wb") as file,
+    ):
         np.savez(file, **arrays)
     counts = {"images": len(images or ()), "texts": len(lines or ())}
     width = next(iter(arrays.values())).shape[1]

@@ -12,6 +12,7 @@ from typing import Any
 from vlm_tune.data.types import References
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.metrics import Answer, Ranks
+from vlm_tune.paths import replacing
 
 ANSWERS_FILE = "answers.jsonl"
 """The test answers in a run's folder."""
@@ -19,7 +20,7 @@ ANSWERS_FILE = "answers.jsonl"
 
 def save_answers(path: Path, answers: Sequence[Answer]) -> None:
     """Writes scored answers. A loss that is not finite, which JSON can't hold, is null."""
-    with path.open("w", encoding="utf-8") as file:
+    with replacing(path) as written, written.open("w", encoding="utf-8") as file:
         for answer in answers:
             entry = asdict(answer)
             if not math.isfinite(answer.loss):

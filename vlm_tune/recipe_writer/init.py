@@ -13,7 +13,7 @@ from vlm_tune.config.load import load_recipe
 from vlm_tune.data_check.check import check
 from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.events import Report
-from vlm_tune.paths import check_path, check_writable, shown_path, writing
+from vlm_tune.paths import check_path, check_writable, shown_path, write_whole, writing
 from vlm_tune.quoting import reason_of
 from vlm_tune.recipe_writer.audio_models import audio_candidates
 from vlm_tune.recipe_writer.choose import (
@@ -93,7 +93,7 @@ def _for_data(
     chosen = fit(choices, facts, machine, drafted_for, show)
     with writing(target, "the recipe"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(chosen.draft.text(_title(named, machine, chosen)), encoding="utf-8")
+        write_whole(target, chosen.draft.text(_title(named, machine, chosen)))
     return Written(
         target,
         load_recipe(target),

@@ -15,6 +15,7 @@ from vlm_tune.data.images.decode import decode_image
 from vlm_tune.data.regions import mentions
 from vlm_tune.data.types import Media
 from vlm_tune.errors import DataError
+from vlm_tune.paths import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -57,7 +58,7 @@ def write_html(path: Path, template: str, values: Mapping[str, Any]) -> None:
     """Renders a template of `templates/` into a file; text among `values` is escaped."""
     page = _environment().get_template(template).render(values, shown=SHOWN)
     # JSON may hold lone surrogates, which UTF-8 can't encode.
-    path.write_text(page, encoding="utf-8", errors="replace")
+    write_whole(path, page, errors="replace")
 
 
 def percent(share: float, digits: int = 1) -> str:

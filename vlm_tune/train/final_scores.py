@@ -30,6 +30,7 @@ from vlm_tune.model.checkpoint import find_model, save_model
 from vlm_tune.model.feature_cache import tower_features
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.vlm import VisionLanguageNetwork
+from vlm_tune.paths import write_whole
 from vlm_tune.precision import DTYPES
 from vlm_tune.resources import peak_resident_memory
 from vlm_tune.run_folder import check_present, finished_stages
@@ -108,7 +109,7 @@ def caches_features(stage: Recipe | None, model: Path) -> bool | Literal["auto"]
 
 def write_result(run: Path, result: dict[str, Any]) -> None:
     """Writes result.json."""
-    (run / "result.json").write_text(json.dumps(result, indent=2))
+    write_whole(run / "result.json", json.dumps(result, indent=2))
 
 
 def _summary(scores: Scores) -> dict[str, Any]:
@@ -304,7 +305,7 @@ def write_samples(
             "size": answer.references.size,
         }
         table.append({"before": None, "after": None, **entry, column: answer.generated})
-    path.write_text(json.dumps(table, indent=1, ensure_ascii=False))
+    write_whole(path, json.dumps(table, indent=1, ensure_ascii=False))
 
 
 def peak_memory_mb() -> int:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from vlm_tune.data.prepare.fingerprints import fingerprint_differences
 from vlm_tune.errors import DataError
+from vlm_tune.paths import write_whole
 from vlm_tune.quoting import reason_of
 from vlm_tune.train.checkpoint import Progress, checkpoints, stage_folder
 
@@ -79,7 +80,7 @@ def changed_data(differences: Sequence[str], advice: str) -> DataError:
 
 def write_data(run: Path, now: Sequence[dict[str, Any]]) -> None:
     """Writes the fingerprints of the stages' data to the run's folder."""
-    (run / DATA).write_text(json.dumps(now))
+    write_whole(run / DATA, json.dumps(now))
 
 
 def earlier_seconds(run: Path, names: Sequence[str], note: Note) -> float:
@@ -120,4 +121,4 @@ def forget_after(run: Path, progress: Progress) -> None:
             continue
         if where <= (progress.stage, progress.step):
             lines.append(line + "\n")
-    path.write_text("".join(lines))
+    write_whole(path, "".join(lines))

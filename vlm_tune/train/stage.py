@@ -41,6 +41,7 @@ from vlm_tune.model.precisions import load_dtype, trained_later
 from vlm_tune.model.tuning import apply_rules
 from vlm_tune.model.vlm import Network, VisionLanguageNetwork
 from vlm_tune.model.weights import CPU, own_memory, page_out
+from vlm_tune.paths import write_whole
 from vlm_tune.precision import DTYPES
 from vlm_tune.resources import cache_folder
 from vlm_tune.run_folder import keep_recipe, retire_result
@@ -410,7 +411,7 @@ def end_stage(context: Context, name: str, progress: Progress) -> None:
     if context.accelerator.is_main_process:
         path = stage_folder(context.run, progress.stage, name) / "done.json"
         done = asdict(progress) | {"cached": context.caches}
-        path.write_text(json.dumps(done, indent=1))
+        write_whole(path, json.dumps(done, indent=1))
 
 
 def _best(context: Context, folder: Path, progress: Progress) -> Path | None:
@@ -445,4 +446,5 @@ def _tuning_table(context: Context, number: int, name: str, table: Sequence[Tune
     if context.accelerator.is_main_process:
         path = context.run / "tuning.json"
         tables = read_json(path, list, context.note, "the tables of earlier stages are lost") or []
-        path.write_text(json.dumps([*tables[:number], {"stage": name, "rows": rows}], indent=1))
+        tables = [*tables[:number], {"stage": name, "rows": rows}]
+        write_whole(path, json.dumps(tables, indent=1))

@@ -13,7 +13,7 @@ from vlm_tune.data_check.check import check
 from vlm_tune.data_check.findings import CheckReport
 from vlm_tune.errors import ModelError, Problem, RecipeError
 from vlm_tune.events import Report
-from vlm_tune.paths import shown_path, writing
+from vlm_tune.paths import shown_path, write_whole, writing
 from vlm_tune.quoting import json_line, name_list, reason_of
 from vlm_tune.recipe_writer.converting import llama_factory, llava, ms_swift, trl
 from vlm_tune.recipe_writer.converting.arguments import Arguments
@@ -109,7 +109,7 @@ def convert(
     with writing(output, "the recipe"):
         output.parent.mkdir(parents=True, exist_ok=True)
         text = conversion.draft.text(_title(place, framework, unmatched))
-        output.write_text(text, encoding="utf-8")
+        write_whole(output, text)
     recipe = load_recipe(output)
     report, unchecked = _checked(recipe, conversion, show)
     return Written(
