@@ -235,7 +235,8 @@ def _processor(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     is_native = isinstance(section, NativeSection)
     native = load_native_processor(section, folder, template.enable_thinking) if is_native else None
-    images = media_processor(section, tower) if native is None else native_images(native)
+    name = None if folder else section.llm.name
+    images = media_processor(section, tower) if native is None else native_images(native, name)
     joins = images.joins if isinstance(images, NativeImages) else ()
     special = (pad, tokenizer.eos_token_id, joins, reads_branches(section))
     processor = Processor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,9 @@ def test_a_default_system_text_gives_way_to_a_rows_own() -> None:
         (PLAIN.replace("{{ part.text", "{{ (part.text | upper)"), "changes a turn's text"),
         (PLAIN.replace("'<|image_pad|>'", "''"), "writes nothing for an image"),
         ("{{ raise_exception('tools only') }}", "tools only"),
+        ("{% for a in range(10 ** 9) %}x{% endfor %}", "Range too big"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion"),
     ],
 )
 def test_a_template_that_cant_be_taken_apart_is_refused(jinja: str, reason: str) -> None:
@@ -160,6 +164,18 @@ def test_models_without_images_are_refused(tmp_path: Path) -> None:
         native_section(NativeModel(kind="native", pretrained=str(tmp_path / "none")))
     with pytest.raises(ModelError, match="no processor in"):
         load_native_processor(NativeSection(llm=NativeLlm(name=str(tmp_path))), None)
+
+
+@pytest.mark.parametrize("token", [0, 10**6])
+def test_a_config_with_another_image_token_than_the_processors_is_refused(
+    token: int, tmp_path: Path
+) -> None:
+    save_native(tmp_path, "qwen2_5_vl")
+    native_images(native_processor("qwen2_5_vl"), str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "image_token_id": token}))
+    with pytest.raises(ModelError, match=f"has image_token_id {token} in its config, and its"):
+        native_images(native_processor("qwen2_5_vl"), str(tmp_path))
 
 
 def test_a_processor_that_joins_images_is_refused(tmp_path: Path) -> None:

@@ -208,7 +208,16 @@ def renderer(processor: Any, **switches: bool) -> Render:
             return processor.apply_chat_template(
                 messages, add_generation_prompt=opened, tokenize=False, **switches
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        # A template is a program: its filters and loops may fail in any way.
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise refusal(reason_of(error)) from None
 
     return render
@@ -278,10 +287,16 @@ def stop_ids(name: str) -> list[int]:
     return list(dict.fromkeys(token for each in lists for token in each if token is not None))
 
 
-def native_images(processor: Any) -> NativeImages:
+def native_images(processor: Any, name: str | None = None) -> NativeImages:
     """Prepares images and videos by a native model's own processor.
 
-    Raises `ModelError` if it makes of several images another thing than of each by itself.
+    Args:
+        processor: the processor.
+        name: the checkpoint, whose config is compared with the processor; None for a saved model.
+
+    Raises:
+        ModelError: the processor makes of several images another thing than of each by itself, or
+            writes another token for them than the config has.
     """
     render = renderer(processor)
     text = image_text(render)
@@ -296,6 +311,8 @@ def native_images(processor: Any) -> NativeImages:
             f"a {type(processor).__name__} can't be used here: {reason_of(error)}"
         ) from None
     ids = together["input_ids"][0].tolist()
+    if name is not None:
+        _check_image_token(name, ids)
     special = set(special_tokens(processor.tokenizer))
     names = processor.tokenizer.convert_ids_to_tokens(sorted(set(ids[lead:])))
     tried = [of_images(each) for each in alone]
@@ -319,6 +336,18 @@ def native_images(processor: Any) -> NativeImages:
         f"a {type(processor).__name__} processes two images in a row differently from each one "
         "alone, so images can't be prepared one by one"
     )
+
+
+def _check_image_token(name: str, ids: Sequence[int]) -> None:
+    """Raises `ModelError` if the ids of images are not those by which the model finds images."""
+    config = native_config(name)
+    keys = ("image_token_id", "image_token_index")
+    key = next((key for key in keys if isinstance(getattr(config, key, None), int)), None)
+    if key is not None and getattr(config, key) not in ids:
+        raise ModelError(
+            f"model.pretrained: {quoted(name)} has {key} {getattr(config, key)} in its config, and "
+            "its processor writes no such token for an image: they belong to different checkpoints"
+        )
 
 
 def _ids_of_tried(images: NativeImages) -> list[int]:
