@@ -8,8 +8,7 @@ import pytest
 
 from tests.helpers.chat_samples import processor
 from vlm_tune.data.chat.processor import Processor
-from vlm_tune.data.chat.reasoning import Reasoning
-from vlm_tune.data.chat.template import Piece, load_template
+from vlm_tune.data.chat.template import load_template
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import ArgumentError, DataError
 from vlm_tune.generation.answers import AnswerReader, Written
@@ -166,18 +165,7 @@ def test_json_follows_reasoning(reasoning: Processor, opened: bool) -> None:
     assert (answer.text, answer.reasoning) == ('{"hot": true}', "So {it} is.")
 
 
-def test_json_follows_no_reasoning_that_control_tokens_end(reasoning: Processor) -> None:
-    template = reasoning.template
-    ended = template.model_copy(
-        update={"assistant": [*template.assistant, Piece(control="</s>", trained=True)],
-                "reasoning": Reasoning(closing="</s>")}
-    )  # fmt: skip
-    decoding = Decoding(json_schema=SCHEMA)
-    other = replace(reasoning, template=ended)
-    with pytest.raises(ArgumentError, match="set enable_thinking to False"):
-        json_constraint(other, decoding, len(reasoning.tokenizer))
-    decoding = replace(decoding, enable_thinking=False)
-    assert json_constraint(other, decoding, len(reasoning.tokenizer))
+def test_the_switch_is_a_setting() -> None:
     with pytest.raises(ArgumentError, match="must be True, False or None"):
         Decoding(enable_thinking="yes")  # pyright: ignore[reportArgumentType]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import torch
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.errors import ArgumentError
 from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.model.language.json_schema import json_grammar
+from vlm_tune.model.language.json_schema import Mark, json_grammar
 from vlm_tune.quoting import quoted, reason_of
 
 if TYPE_CHECKING:
@@ -53,13 +54,14 @@ class JsonConstraint:
             vocabulary: V, the number of rows of the model's embedding.
 
         Raises:
-            ArgumentError: The tokenizer has no token that an answer could begin with, or control
-                tokens stand around reasoning.
+            ArgumentError: The tokenizer has no token that an answer could begin with.
         """
-        self.grammar = json_grammar(decoding.json_schema, _reasoning_marks(processor))
+        marks = _reasoning_marks(processor)
+        self.grammar = json_grammar(decoding.json_schema, marks)
         self.stop_ids = processor.stop_ids
         # For a text that a tokenizer can't write, llguidance lets the unknown token follow.
-        self.special_ids: list[int] = processor.tokenizer.all_special_ids
+        ids = set(processor.tokenizer.all_special_ids)
+        self.special_ids = sorted(ids.difference(*marks) if marks else ids)
         self.tokenizer = _tokenizer(processor, vocabulary)
         self.first = _matcher(self.tokenizer, self.grammar)
         beginnings = self.allowed(self.first, [], vocabulary).nonzero()[0].tolist()
@@ -157,21 +159,22 @@ def _matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     return LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
 
 
-def _reasoning_marks(processor: Processor) -> tuple[str, str] | None:
-    """The texts around the reasoning that an answer begins with; None if it has none.
-
-    Raises `ArgumentError` for marks that are control tokens, which no grammar of texts has.
-    """
-    template = processor.template
-    if template.reasoning is None:
+def _reasoning_marks(processor: Processor) -> tuple[Mark, Mark] | None:
+    """The marks around the reasoning that an answer begins with; None if it has none."""
+    reasoning = processor.template.reasoning
+    if reasoning is None:
         return None
-    opening, closing = template.reasoning.opening, template.reasoning.closing
-    if any(name in opening or name in closing for name in template.control_tokens):
-        raise ArgumentError(
-            f"json_schema: the model's answers begin with reasoning, which {quoted(closing)} ends, "
-            "and no schema can follow a control token: set enable_thinking to False"
-        )
-    return "" if template.opens_reasoning else opening, closing
+    # Tokens that were added to a vocabulary are no text for llguidance.
+    tokenizer: Any = processor.tokenizer
+    added: dict[str, int] = tokenizer.get_added_vocab()
+    names = sorted(added, key=len, reverse=True)
+    cuts = re.compile(f"({'|'.join(map(re.escape, names))})")
+
+    def mark(text: str) -> Mark:
+        return [added.get(part, part) for part in cuts.split(text) if part]
+
+    opening = "" if processor.template.opens_reasoning else reasoning.opening
+    return mark(opening), mark(reasoning.closing)
 
 
 def json_constraint(

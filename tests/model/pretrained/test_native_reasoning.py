@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.chat_samples import processor as plain_processor
 from tests.helpers.native_families import NEWEST, shipped
 from tests.helpers.native_models import native_model, native_processor
 from tests.model.pretrained.test_native import texts_of
@@ -18,6 +19,10 @@ from vlm_tune.data.chat.processor_jinja import processor_jinja
 from vlm_tune.data.chat.template import ChatTemplate
 from vlm_tune.data.types import Conversation, Message
 from vlm_tune.errors import DataError, ModelError
+from vlm_tune.generation.answers import AnswerReader
+from vlm_tune.generation.constraints import json_constraint
+from vlm_tune.generation.streaming import ShownText
+from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.pretrained.native import (
     load_native_processor,
     renderer,
@@ -172,3 +177,44 @@ def test_marks_in_other_places_are_refused(text: str, tmp_path: Path) -> None:
     row = Conversation("one", (TURNS[0], Message("assistant", (text,))))
     with pytest.raises(DataError, match="in another place than once"):
         template.segments(row)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "gemma4", "glm46v"])
+def test_answers_are_read_and_follow_a_schema_behind_marks_that_are_tokens(
+    kind: str, tmp_path: Path
+) -> None:
+    native, template = loaded(kind, tmp_path, True)
+    processor = dataclasses.replace(
+        plain_processor("chatml", "bytes", "causal"), tokenizer=native.tokenizer, template=template
+    )
+    row = Conversation("one", tuple(TURNS))
+    example = processor.examples(row)[-1]
+    learned = example.labels[example.labels >= 0].tolist()
+    answer = AnswerReader(processor, ()).answer(learned, None)
+    assert (answer.text, answer.reasoning) == ("Yes.", REASON)
+    shown = ShownText(AnswerReader(processor, ()))
+    pieces = [shown.more(learned[:count]) for count in range(1, len(learned) + 1)]
+    pieces.append(shown.rest(answer))
+    assert "".join(piece.reasoning for piece in pieces) == REASON
+    assert "".join(piece.text for piece in pieces) == "Yes."
+    # The end of the reasoning may be written, and what follows fits the schema.
+    size = len(native.tokenizer)
+    decoding = Decoding(json_schema={"enum": ["Yes.", "No."]})
+    constraint = json_constraint(processor, decoding, size)
+    assert constraint is not None
+    quoted = dataclasses.replace(row, messages=(*row.messages[:-1], with_text(TURNS[-1], '"Yes."')))
+    example = processor.examples(quoted)[-1]
+    matcher = constraint.first.deep_copy()
+    ids: list[int] = []
+    for token in example.labels[example.labels >= 0].tolist():
+        allowed = constraint.allowed(matcher, ids, size)
+        assert allowed[token], native.tokenizer.decode([token])
+        assert token in processor.stop_ids or not allowed[processor.stop_ids].any()
+        if token not in processor.stop_ids:
+            matcher.consume_token(token)
+            ids.append(token)
+    assert AnswerReader(processor, ()).answer(ids, None).text == '"Yes."'
+
+
+def with_text(turn: Message, text: str) -> Message:
+    return dataclasses.replace(turn, parts=(text,))

@@ -11,21 +11,22 @@ from vlm_tune.quoting import quoted, reason_of
 
 GRAMMAR = 'start: " "? answer\nanswer: %json '
 """A grammar in Lark's notation; a tokenizer's word may begin with a space."""
-REASONED = """start: {opening} reasoning lines answer
-reasoning[suffix={closing}]: /(?s:.*)/
-lines: /\\n{{0,2}}/
-answer: %json """
-"""The same after reasoning, up to the text that ends it, and up to two line ends."""
+LINES = "lines: /\\n{0,2}/\n"
+"""Up to two line ends, as formats have them before and after reasoning."""
 SPACE = {"whitespace_pattern": " "}
 """At most one space between the tokens of JSON: any number of them would not end."""
 
 
-def json_grammar(schema: Any, reasoning: tuple[str, str] | None = None) -> str:
+Mark = list[str | int]
+"""A mark of reasoning: texts, and ids of tokens."""
+
+
+def json_grammar(schema: Any, reasoning: tuple[Mark, Mark] | None = None) -> str:
     """The grammar of the JSON texts that fit a schema.
 
     Args:
         schema: The schema.
-        reasoning: The texts that begin and end the reasoning before an answer; the first is empty
+        reasoning: The marks that begin and end the reasoning before an answer; the first is empty
             where the prompt has it.
 
     Raises:
@@ -45,6 +46,16 @@ def json_grammar(schema: Any, reasoning: tuple[str, str] | None = None) -> str:
         raise ArgumentError(f"json_schema: no answer can follow it: {' '.join(fault.split())}")
     if reasoning is None:
         return LLMatcher.grammar_from_lark(GRAMMAR + text)
-    opening, closing = map(json.dumps, reasoning)
-    begin = REASONED.format(opening=opening if reasoning[0] else "", closing=closing)
-    return LLMatcher.grammar_from_lark(begin + text)
+    opening, (end, *others) = reasoning
+    # No text holds a token by its id.
+    ended = f"[suffix={json.dumps(end)}]" if isinstance(end, str) else ""
+    after = others if isinstance(end, str) else [end, *others]
+    before = ["lines", *map(_written, opening)] if opening else []
+    start = " ".join([*before, "reasoning", *map(_written, after)])
+    rules = f"start: {start} lines answer\nreasoning{ended}: /(?s:.*)/\n{LINES}answer: %json "
+    return LLMatcher.grammar_from_lark(rules + text)
+
+
+def _written(part: str | int) -> str:
+    """A part of a mark in Lark's notation, as llguidance extends it."""
+    return f"<[{part}]>" if isinstance(part, int) else json.dumps(part)
