@@ -35,6 +35,11 @@ def refused(text: str, **changes: object) -> str:
         ({"objective": {"kind": "grpo"}, "data__packing": True}, "data.packing", "samples"),
         ({"objective__image_noise": 0.1}, "objective.image_noise", "no noise"),
         ({"model__min_pixels": 9, "model__max_pixels": 8}, "model.max_pixels", "under min_pixels"),
+        (
+            {"model__video_min_pixels": 9, "model__video_max_pixels": 8},
+            "model.video_max_pixels",
+            "under video_min_pixels",
+        ),
         ({"tune__1__how": "last_layers", "tune__1__layers": 1}, "tune.1.how", "not for a native"),
         ({"tune__1__layer_decay": 0.9}, "tune.1.layer_decay", "not for a native model"),
     ],

@@ -12,7 +12,7 @@ from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.types import IGNORE_INDEX, Conversation, Example
 from vlm_tune.errors import ModelError
 from vlm_tune.exporting.card import model_card
-from vlm_tune.exporting.hf_export import EXAMPLE, messages_of, their_inputs
+from vlm_tune.exporting.hf_export import EXAMPLE
 from vlm_tune.exporting.merge import check_output
 from vlm_tune.exporting.source import (
     Expected,
@@ -26,6 +26,7 @@ from vlm_tune.exporting.source import (
 from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_single, load_model
+from vlm_tune.model.pretrained.native import chat_inputs
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters, check_loading, read_safetensors
 from vlm_tune.precision import DTYPES
@@ -97,7 +98,8 @@ def _their_logits(
 ) -> torch.Tensor:
     """The export's logits [S, V] at a row's supervised positions."""
     (example,) = model.processor.examples(row)
-    inputs = their_inputs(processor, model, messages_of(model, row), prompt=False)
+    template = model.processor.template
+    inputs = chat_inputs(processor, row.messages, template, opened=False).to(model.device)
     ids = example.input_ids.tolist()
     given = inputs["input_ids"][0, : len(ids) + 1].tolist()
     # A template that leaves an answer's end to the next turn writes none after the last one.
@@ -115,7 +117,7 @@ def _check_images(inputs: Any, model: VisionLanguageNetwork, example: Example) -
         given = inputs[name].to(tensor.device)
         if given.shape != tensor.shape or bool((given != tensor).any()):
             raise ModelError(
-                f"the exported processor gives another {name} for the images of {example.id} than "
+                f"the exported processor gives another {name} for the media of {example.id} than "
                 "the model was trained with; nothing was written"
             )
 
@@ -124,7 +126,10 @@ def _check_images(inputs: Any, model: VisionLanguageNetwork, example: Example) -
 def _their_answer(
     theirs: Any, processor: Any, model: VisionLanguageNetwork, row: Conversation
 ) -> str:
-    inputs = their_inputs(processor, model, messages_of(model, row, prompt=True), prompt=True)
+    answered = row.messages[-1].role == "assistant"
+    turns = row.messages[:-1] if answered else row.messages
+    template = model.processor.template
+    inputs = chat_inputs(processor, turns, template, opened=True).to(model.device)
     ids = theirs.generate(**inputs, max_new_tokens=16, do_sample=False)
     new = ids[0, inputs["input_ids"].shape[1] :].tolist()
     return AnswerReader(model.processor, ()).answer(new, None).text

@@ -194,7 +194,7 @@ def expected_of(
     # ours keeps it as text, so ids may differ.
     rows = [
         row
-        for row in probe_rows(path, model)
+        for row in map(model.processor.shown, probe_rows(path, model))
         if not any(
             controls(part) for m in row.messages for part in m.parts if isinstance(part, str)
         )

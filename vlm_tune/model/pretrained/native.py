@@ -430,7 +430,21 @@ def _compare(ours: list[int], theirs: list[int]) -> None:
 def _their_ids(
     native: Any, messages: Sequence[Message], template: ChatTemplate, *, opened: bool
 ) -> list[int]:
-    turns = [message(turn.role, *map(decoded, turn.parts)) for turn in messages]
+    return chat_inputs(native, messages, template, opened=opened)["input_ids"][0].tolist()
+
+
+def chat_inputs(
+    native: Any, messages: Sequence[Message], template: ChatTemplate, *, opened: bool
+) -> Any:
+    """The arguments of a forward pass that a native model's own processor makes of turns.
+
+    Args:
+        native: transformers' processor of the whole model.
+        messages: the turns, whose images and videos are read.
+        template: the chat format, which names reasoning and chooses its mode.
+        opened: whether an answer is opened after them.
+    """
+    turns = [message(turn.role, *map(_decoded, turn.parts)) for turn in messages]
     for turn, ours in zip(turns, messages, strict=True):
         if ours.reasoning and template.reasoning is not None:
             turn[template.reasoning.name] = ours.reasoning
@@ -439,7 +453,7 @@ def _their_ids(
     shown = [part for turn in messages for part in turn.parts if isinstance(part, Media)]
     videos = [item.source for item in shown if isinstance(item.source, Video)]
     options = {"processor_kwargs": video_options(videos)} if videos else {}
-    given = native.apply_chat_template(
+    return native.apply_chat_template(
         turns,
         add_generation_prompt=opened,
         tokenize=True,
@@ -448,15 +462,14 @@ def _their_ids(
         **options,
         **switches,
     )
-    return given["input_ids"][0].tolist()
 
 
-def decoded(part: str | Media) -> Any:
+def _decoded(part: str | Media) -> Any:
     """A part of a turn, as `message` takes it."""
     if isinstance(part, str):
         return part
     if isinstance(part.source, Video):
-        return [decoded(frame) for frame in part.source.frames]
+        return [_decoded(frame) for frame in part.source.frames]
     return decode_image(encoded_bytes(part), part.name)
 
 
