@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.native_models import with_native
+from tests.helpers.native_models import save_native, with_native
 from tests.helpers.tiny_models import parsed
 from tests.helpers.tiny_recipes import tiny_text
+from vlm_tune.config.engine import AutoEngine
 from vlm_tune.errors import RecipeError
+from vlm_tune.model.pretrained.vlm_checkpoints import model_section
+from vlm_tune.train.engines.registry import engine_of
 
 
 def refused(text: str, **changes: object) -> str:
@@ -62,3 +65,30 @@ def test_preferences_and_rewards_are_taken(kind: str) -> None:
     objective = {"kind": kind} | ({"beta": 0.1} if kind == "grpo" else {})
     recipe = parsed(text, objective=objective, tune=rules)
     assert recipe.objective.kind == kind
+
+
+@pytest.mark.parametrize("engine", [{"kind": "fsdp"}, {"kind": "deepspeed", "stage": 3}])
+def test_a_model_that_runs_modules_by_image_is_not_sharded(
+    engine: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by the recipe's engine nor by that of an accelerate config."""
+    text = tiny_text("causal", Path("rows.jsonl"), Path("run"))
+    for kind in ("minicpmv4_6", "qwen3_vl"):
+        save_native(tmp_path / kind, kind)
+    sharded, whole, other = (
+        parsed(with_native(text, tmp_path / kind), engine=chosen)
+        for kind, chosen in (
+            ("minicpmv4_6", engine),
+            ("minicpmv4_6", {"kind": "deepspeed", "stage": 2}),
+            ("qwen3_vl", engine),
+        )
+    )
+    for call in (model_section, engine_of):
+        with pytest.raises(RecipeError, match="the weights of a minicpmv4_6 are not sharded"):
+            call(sharded)
+        call(whole)
+        call(other)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    automatic = sharded.model_copy(update={"engine": AutoEngine()})
+    with pytest.raises(RecipeError, match="are not sharded: ranks gather them together"):
+        engine_of(automatic)

@@ -51,3 +51,10 @@ class FsdpEngine(Config):
 
 
 AnyEngine = AutoEngine | DdpEngine | DeepSpeedEngine | FsdpEngine
+
+
+def shards(section: AnyEngine) -> bool:
+    """Whether an engine's processes hold only shards of the weights."""
+    return isinstance(section, FsdpEngine) or (
+        isinstance(section, DeepSpeedEngine) and section.stage == 3
+    )

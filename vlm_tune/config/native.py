@@ -21,6 +21,26 @@ layers too). The layers of others carry a state from token to token (LFM2-VL's c
 Qwen3.5's DeltaNet), or what they make of masks and positions has not been compared.
 """
 
+SHARDED_TYPES = (
+    *JOINED_TYPES,
+    "lfm2_vl",
+    "gemma4",
+    "mistral3",
+    "qwen3_5",
+    "glm46v",
+    "molmo2",
+    "granite4_vision",
+    "ovis2",
+    "aya_vision",
+    "cohere2_vision",
+)
+"""transformers' types of native models whose weights can be sharded (ZeRO-3, FSDP2).
+
+Their forward pass runs the same modules in the same order whatever images a batch has, so that
+every rank gathers the same weights at once. That of others runs modules image by image
+(MiniCPM-V 4.6) or expert by expert, or has not been compared.
+"""
+
 
 class NativeLlmOptions(Config):
     """Options for the language model inside a native model."""

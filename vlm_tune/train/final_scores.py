@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import gather_object
 
+from vlm_tune.config.engine import shards
 from vlm_tune.config.objectives import parts_of
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.media_processor import distinct_frames
@@ -34,7 +35,6 @@ from vlm_tune.paths import write_whole
 from vlm_tune.precision import DTYPES
 from vlm_tune.resources import peak_resident_memory
 from vlm_tune.run_folder import check_present, finished_stages
-from vlm_tune.train.engines.base import shards
 from vlm_tune.train.forgetting import answer_before, compare_after
 from vlm_tune.train.resuming import read_json
 from vlm_tune.train.stage import Context

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from vlm_tune.config.changes import recipe_changes
-from vlm_tune.config.engine import AnyEngine
+from vlm_tune.config.engine import AnyEngine, shards
 from vlm_tune.config.load import load_recipe
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data.batching.loader import PreparedFeed
@@ -48,7 +48,6 @@ from vlm_tune.run_folder import keep_recipe, retire_result
 from vlm_tune.train.accelerator import MIXED, accelerator_of
 from vlm_tune.train.allocator import keep_freed_memory, return_freed_memory, trim_heap
 from vlm_tune.train.checkpoint import Progress, best_checkpoint, stage_folder, step_folder, step_of
-from vlm_tune.train.engines.base import shards
 from vlm_tune.train.engines.registry import build_engine
 from vlm_tune.train.gpu_memory import GpuPeak, largest_gpu_peak, reset_gpu_peak
 from vlm_tune.train.precomputed import references, validation_units

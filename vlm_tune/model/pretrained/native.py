@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_tune.config.engine import AnyEngine, shards
 from vlm_tune.config.model import AnySection, NativeLlm, NativeSection
-from vlm_tune.config.native import JOINED_TYPES, OWN_TEMPLATE, NativeModel
+from vlm_tune.config.native import JOINED_TYPES, OWN_TEMPLATE, SHARDED_TYPES, NativeModel
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.towers import NativeTower
 from vlm_tune.data.chat.own_template import (
@@ -31,7 +32,7 @@ from vlm_tune.data.images.native import (
     video_options,
 )
 from vlm_tune.data.types import Conversation, Media, Message, Video
-from vlm_tune.errors import DataError, ModelError
+from vlm_tune.errors import DataError, ModelError, Problem, RecipeError
 from vlm_tune.model.families.boxes import family_boxes
 from vlm_tune.model.hub import check_base, config_source, is_ours, load_reason, unmerged
 from vlm_tune.model.pretrained.image_joins import image_joins, is_joined, token_types
@@ -72,6 +73,23 @@ def native_section(model: NativeModel, video_frames: int | None = None) -> Nativ
         llm=NativeLlm(name=name, **model.llm.model_dump()),
         boxes=model.boxes or family_boxes(config.model_type),
     )
+
+
+def check_shards(recipe: Recipe, engine: AnyEngine) -> None:
+    """Checks that the engine does not shard the weights of a native model that can't be sharded.
+
+    Raises `RecipeError` if it does.
+    """
+    if not isinstance(recipe.model, NativeModel) or not shards(engine):
+        return
+    model_type = native_config(str(native_section(recipe.model).llm.name)).model_type
+    if model_type not in SHARDED_TYPES:
+        message = (
+            f"the weights of a {model_type} are not sharded: ranks gather them together, and its "
+            "forward pass may run other modules for other images, or has not been compared; use "
+            "ddp, or deepspeed with stage 2"
+        )
+        raise RecipeError([Problem(recipe.where(("engine",)), message)])
 
 
 def native_config(name: str) -> Any:

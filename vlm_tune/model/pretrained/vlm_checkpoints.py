@@ -23,7 +23,7 @@ from vlm_tune.model.build_checks import check_model
 from vlm_tune.model.families.boxes import family_boxes
 from vlm_tune.model.families.registry import family_names, find_vlm
 from vlm_tune.model.hub import check_base, is_ours, read_json, unmerged
-from vlm_tune.model.pretrained.native import native_section
+from vlm_tune.model.pretrained.native import check_shards, native_section
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted
 
@@ -112,6 +112,7 @@ def model_section(recipe: Recipe) -> AnySection:
         check_model(recipe)
         return recipe.model
     if isinstance(recipe.model, NativeModel):
+        check_shards(recipe, recipe.engine)
         return native_section(recipe.model, _video_frames(recipe.last_stage.data))
     section = _section(recipe.model)
     check_parts(recipe, section)

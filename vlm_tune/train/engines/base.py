@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vlm_tune.compat_engines import remove_autocast
-from vlm_tune.config.engine import AnyEngine, DeepSpeedEngine, FsdpEngine
 from vlm_tune.config.train import TrainSection
 from vlm_tune.model.acceleration.lora_layers import merge_projections
 from vlm_tune.model.lora import parts
@@ -275,10 +274,3 @@ class Filled(nn.Module):
         for parameter in self.wrapped[0].parameters():
             fill(parameter, self.device)
             yield parameter
-
-
-def shards(section: AnyEngine) -> bool:
-    """Whether an engine's processes hold only shards of the weights."""
-    return isinstance(section, FsdpEngine) or (
-        isinstance(section, DeepSpeedEngine) and section.stage == 3
-    )

@@ -17,7 +17,7 @@ from vlm_tune.compat_engines import (
     link_zero_state,
     zero3_shard_size,
 )
-from vlm_tune.config.engine import DeepSpeedEngine
+from vlm_tune.config.engine import DeepSpeedEngine, shards
 from vlm_tune.config.train import TrainSection
 from vlm_tune.memory_plan.zero import BUCKET
 from vlm_tune.model.acceleration.lora_layers import merge_projections
@@ -31,7 +31,6 @@ from vlm_tune.train.engines.base import (
     State,
     by_parameter,
     fill_buffers,
-    shards,
 )
 
 

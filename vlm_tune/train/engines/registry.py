@@ -14,6 +14,7 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.rules import contradictions
 from vlm_tune.config.yaml_source import dotted_name
 from vlm_tune.errors import Problem, RecipeError
+from vlm_tune.model.pretrained.native import check_shards
 from vlm_tune.train.accelerator import BACKENDS
 from vlm_tune.train.engines.base import WRAPS, Engine
 from vlm_tune.train.engines.deepspeed_zero import DeepSpeed
@@ -48,8 +49,8 @@ def engine_of(recipe: Recipe) -> AnyEngine:
     """The engine to train the recipe with, as `resolve_engine`.
 
     Raises `RecipeError` also for what the engine of an accelerate config can't train, as a recipe
-    that names the engine is refused when it is read, and for packed weights that FSDP2 of the
-    installed torch can't shard.
+    that names the engine is refused when it is read, for packed weights that FSDP2 of the
+    installed torch can't shard, and for a native model that can't be sharded.
     """
     section = resolve_engine(recipe.engine)
     problems: list[Problem] = []
@@ -67,6 +68,7 @@ def engine_of(recipe: Recipe) -> AnyEngine:
         problems.append(Problem("engine", message))
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
+    check_shards(recipe, section)
     return section
 
 
