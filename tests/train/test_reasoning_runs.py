@@ -38,16 +38,19 @@ def write_rows(folder: Path, *, inline: bool) -> Path:
                 {"role": "assistant", **answer},
             ],
         }
-        for number in range(16)
+        for number in range(20)
     ]
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    for name, of_part in (("rows", rows[:16]), ("test", rows[16:])):
+        lines = "".join(json.dumps(row) + "\n" for row in of_part)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder / "rows.jsonl"
 
 
 def recipe_text(kind: str, folder: Path) -> str:
     rows = write_rows(folder, inline=kind == "composed")
     text = tiny_text("causal", rows, folder / "run")
+    test = f"  test: [{{kind: file, path: {folder / 'test.jsonl'}}}]\n"
+    text = text.replace("  template:", f"{test}  template:")
     if kind == "composed":
         return text.replace("template: chatml", "template: qwen3")
     save_native(folder / "vlm", "qwen3_5")
@@ -84,6 +87,12 @@ def test_the_answer_alone_is_scored(trained: Path) -> None:
     # Tokens of the loss are those of reasoning and answer.
     assert scores.loss is not None and scores.loss < 0.5
     assert scores.tokens > 4 * len(REASON.split())
+
+
+def test_baselines_answer_without_reasoning_too(trained: Path) -> None:
+    """Where it is part of the rows' texts, the most frequent answer is not the text with it."""
+    result = json.loads((trained / "run" / "result.json").read_text())
+    assert result["baselines"]["majority"]["exact_match"]["value"] == 1.0
 
 
 def test_the_mask_shows_reasoning_and_answer(trained: Path) -> None:

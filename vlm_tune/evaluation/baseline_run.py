@@ -167,8 +167,10 @@ class BaselineRun:
             if not self._auto:
                 notes.append("baselines but blind need training rows, of which there are none")
             return {}
-        known = [Known.of(row) for row in self.rows]
-        examples = [Known.of(row) for row in training.rows]
+        # As the scored answers, those of the training rows are without their reasoning.
+        parted = self.model.processor.template.parted
+        known = [Known.of(parted(row)) for row in self.rows]
+        examples = [Known.of(parted(row)) for row in training.rows]
         answers: dict[str, list[str]] = {}
         if "majority" in names:
             answers["majority"] = majority(examples, known)
