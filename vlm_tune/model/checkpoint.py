@@ -175,7 +175,8 @@ def _write_texts(model: VisionLanguageNetwork, folder: Path) -> None:
     if model.connector.reader is not None:
         model.connector.reader.tokenizer.save_pretrained(folder / WORDS)
         pin_tokenizer(folder / WORDS)
-    if model.processor.template.jinja:
+    # A native model's processor has its chat format already, with images and videos.
+    if model.processor.template.jinja and not model.llm.native:
         (folder / "chat_template.jinja").write_text(model.processor.template.jinja)
 
 
