@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.generation.test_choices import COLORS, REQUESTS
 from tests.helpers.answered_jobs import job_of
@@ -14,6 +15,7 @@ from tests.helpers.pretended_gpu import CUDA, pretended
 from tests.helpers.talkative import talkative
 from tests.helpers.tiny_models import png
 from tests.serving.test_scheduler import Driver, assert_same, offline
+from vlm_tune.generation import picking
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving.embedding import EmbeddingRequest, embedding_events
 from vlm_tune.serving.jobs import Embedded, EmbeddingJob
@@ -84,6 +86,26 @@ def test_answers_of_all_kinds(settings: dict[str, Any], llm: str, tiny_recipe: R
         ]
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
     assert streamed or "seed" in settings
+
+
+@both_llms
+def test_draws_are_deterministic_where_torch_has_to_be(
+    llm: str, tiny_recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's running sums are not on a GPU."""
+    settings: dict[str, Any] = {"temperature": 1.2, "seed": 4, "max_new_tokens": 5}
+    model = talkative(tiny_recipe(llm))
+    monkeypatch.setattr(picking, "SUMMED", 64)
+    expected = model.answer_batch(REQUESTS, **settings)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pretended(model, CUDA):
+            there = model.answer_batch(REQUESTS, **settings)
+            with pytest.raises(RuntimeError, match="deterministic"):
+                torch.ones(3, device="cuda").cumsum(0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [answer.ids for answer in there] == [answer.ids for answer in expected]
 
 
 @both_llms

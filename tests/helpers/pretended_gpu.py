@@ -83,6 +83,13 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if place is not None and on_host and func not in MOVES:
         shapes = ", ".join(str(tuple(each.shape)) for each in on_host)
         raise RuntimeError(f"{func} got tensors of the GPU and, from the host, {shapes}")
+    if (
+        func is torch.ops.aten.cumsum.default
+        and place is not None
+        and args[0].is_floating_point()
+        and torch.are_deterministic_algorithms_enabled()
+    ):
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
     if (device := kwargs.get("device")) is not None:
         place = {"cuda": CUDA, "meta": META}.get(torch.device(device).type)
         kwargs = {**kwargs, "device": "cpu"}

@@ -21,6 +21,8 @@ from vlm_tune.generation.logprobs import TokenLogprobs
 from vlm_tune.model.language.base import LanguageModel
 from vlm_tune.model.language.decoding import Decoding, largest
 
+SUMMED = 512
+"""Probabilities that are summed by one product, where torch has to be deterministic on a GPU."""
 NOTHING = -1
 """What fills up the ids of a prompt that has none."""
 
@@ -180,6 +182,21 @@ def _padded(prompts: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
 
 def _drawn(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Tokens int64[R] at which the summed probabilities of scores [R, V] exceed `numbers` [R]."""
-    sums = scores.softmax(-1).double().cumsum(-1)
+    sums = _running_sums(scores.softmax(-1).double())
     wanted = numbers[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
+
+
+def _running_sums(shares: torch.Tensor) -> torch.Tensor:
+    """The sums of shares float64[R, V] up to each of them, and maybe the whole sum again behind.
+
+    torch's own on a GPU has no deterministic form. Where that is demanded, they are products with
+    triangles of ones, of blocks and of the blocks' sums.
+    """
+    if shares.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return shares.cumsum(-1)
+    blocks = pad(shares, (0, -shares.shape[-1] % SUMMED)).unflatten(-1, (-1, SUMMED))
+    within = blocks @ shares.new_ones(SUMMED, SUMMED).triu()
+    count = blocks.shape[-2]
+    before = within[..., -1] @ shares.new_ones(count, count).triu(1)
+    return (within + before[..., None]).flatten(-2)
