@@ -11,6 +11,7 @@ from tests.helpers.tiny_models import parsed
 from tests.helpers.tiny_recipes import tiny_text
 from vlm_tune.config.engine import AutoEngine
 from vlm_tune.errors import RecipeError
+from vlm_tune.model.pretrained import native
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section
 from vlm_tune.train.engines.registry import engine_of
 
@@ -72,19 +73,20 @@ def test_a_model_that_runs_modules_by_image_is_not_sharded(
     engine: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither by the recipe's engine nor by that of an accelerate config."""
+    monkeypatch.setattr(native, "SHARDED_TYPES", ("qwen3_vl",))
     text = tiny_text("causal", Path("rows.jsonl"), Path("run"))
-    for kind in ("minicpmv4_6", "qwen3_vl"):
+    for kind in ("lfm2_vl", "qwen3_vl"):
         save_native(tmp_path / kind, kind)
     sharded, whole, other = (
         parsed(with_native(text, tmp_path / kind), engine=chosen)
         for kind, chosen in (
-            ("minicpmv4_6", engine),
-            ("minicpmv4_6", {"kind": "deepspeed", "stage": 2}),
+            ("lfm2_vl", engine),
+            ("lfm2_vl", {"kind": "deepspeed", "stage": 2}),
             ("qwen3_vl", engine),
         )
     )
     for call in (model_section, engine_of):
-        with pytest.raises(RecipeError, match="the weights of a minicpmv4_6 are not sharded"):
+        with pytest.raises(RecipeError, match="the weights of a lfm2_vl are not sharded"):
             call(sharded)
         call(whole)
         call(other)

@@ -65,6 +65,11 @@ def judged_recipe(
 
 
 @pytest.mark.slow
+def named(value: object) -> str:
+    """A value in a test's id; that of a function has its address otherwise."""
+    return getattr(value, "__name__", str(value))
+
+
 @pytest.mark.parametrize(
     ("kind", "train", "objective", "changes"),
     [
@@ -75,7 +80,7 @@ def judged_recipe(
         ("lfm2_vl", kto, "{kind: kto}", {}),
         ("qwen2_5_vl", dpo, "{kind: orpo}", {"data__packing": True, "data__row_length": 512}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_resumed_run_of_preferences_is_the_uninterrupted_one(
     kind: str, train: Any, objective: str, changes: dict[str, Any], tmp_path: Path
@@ -99,7 +104,7 @@ def test_a_resumed_run_of_preferences_is_the_uninterrupted_one(
         ("qwen3_vl", {"importance_sampling_level": "sequence"}, {"data__group": "image"}),
         ("qwen3_vl", {"beta": 0.1, "reference": "copy"}, {"tune": CONNECTOR}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_resumed_run_of_rewards_is_the_uninterrupted_one(
     kind: str, objective: dict[str, Any], changes: dict[str, Any], tmp_path: Path
@@ -126,7 +131,7 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "train"), [("lfm2_vl", dpo), ("qwen3_vl", grpo)], ids=str)
+@pytest.mark.parametrize(("kind", "train"), [("lfm2_vl", dpo), ("qwen3_vl", grpo)], ids=named)
 def test_two_ranks_train_as_one(kind: str, train: Any, tmp_path: Path) -> None:
     """Seven rows on two ranks: in the last step of an epoch one of them has none."""
     make = native_recipe(tmp_path, kind)
