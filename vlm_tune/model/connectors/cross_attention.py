@@ -105,8 +105,11 @@ class CrossAttention(Connector):
 
     @property
     def closed(self) -> bool:
-        gates = [gate for block in self.blocks for gate in (block.attention_gate, block.feed_gate)]
-        return not any(gate.requires_grad or gate.is_meta or bool(gate.any()) for gate in gates)
+        return not any(
+            gate.requires_grad or gate.is_meta or bool(gate.any())
+            for name, gate in self.blocks.named_parameters()
+            if name.endswith("_gate")
+        )
 
     def attach(self, model: Any) -> None:
         """Creates the blocks and hooks them before the LLM's layers.
