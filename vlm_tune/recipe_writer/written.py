@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_tune.config.objectives import COMMANDS
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.data_check.findings import CheckReport
 from vlm_tune.errors import EXIT_DONE
@@ -61,7 +62,7 @@ class Written:
         return [
             f"vlm-tune check {self.path}",
             f"vlm-tune plan {self.path}",
-            f"vlm-tune sft {self.path}",
+            f"vlm-tune {COMMANDS[self.recipe.last_stage.objective.kind]} {self.path}",
             f"vlm-tune eval {self.recipe.output}",
         ]
 

@@ -130,6 +130,40 @@ def converted(name: str, text: str, **options: Any) -> Written:
     return vlm_tune.init(configuration=name, **options)
 
 
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        ("accelerate launch examples/scripts/dpo_vlm.py", "dpo"),
+        ("python trl/scripts/kto.py", "kto"),
+        ("trl grpo", "grpo"),
+        ("trl dpo", "dpo"),
+        ("trl sft", "language_modeling"),
+        ("python sft_vlm.py", "language_modeling"),
+    ],
+)
+def test_the_trainer_of_a_script_is_that_of_the_recipe_and_of_the_next_command(
+    command: str, kind: str
+) -> None:
+    flags = "--model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name a/b --use_peft"
+    written = converted("train.sh", f"{command} {flags}\n")
+    assert written.recipe.objective.kind == kind
+    trains = {"language_modeling": "sft"}.get(kind, kind)
+    assert f"vlm-tune {trains} {written.path}" in written.commands
+
+
+def test_a_configuration_without_a_model_says_so() -> None:
+    text = Path(converted("a.yaml", "dataset_name: a/b\nuse_peft: true\n").path).read_text()
+    assert "the configuration has no model_name_or_path: name the model" in text
+    assert "from model_name_or_path" not in text
+
+
+def test_a_hub_named_before_a_data_set_is_no_part_of_its_name() -> None:
+    text = "swift sft --model x/y --dataset 'hf::hiyouga/geometry3k:train' MS::a/b\n"
+    first, second = converted("a.sh", text).recipe.data.train
+    assert (first.name, first.config) == ("hiyouga/geometry3k", "train")
+    assert second.name == "a/b"
+
+
 def reasons(written: Written) -> dict[str, str]:
     return {each.key: each.reason for each in written.unmatched}
 
@@ -367,6 +401,22 @@ def test_the_command_prints_what_has_no_counterpart() -> None:
         ("a.json", "[1]", "expected a mapping"),
         ("a.json", "{", "not JSON"),
         ("a.sh", "#!/bin/sh\necho hello\n", "no command with flags"),
+        ("dpo_vlm.py", "import trl\n", "is a program, which is not run: --from takes"),
+        (
+            "a.yaml",
+            "base_model: google/gemma-4-E2B-it\nadapter: lora\nlora_r: 16\nsequence_len: 2048\n",
+            "is of axolotl, which is not read",
+        ),
+        (
+            "a.sh",
+            "swift sft --model x/y --task_type embedding\n",
+            "task_type: 'embedding': a recipe",
+        ),
+        (
+            "a.sh",
+            "accelerate launch online_dpo_vlm.py --model_name_or_path x/y --use_peft\n",
+            "trainer: 'online_dpo': the trainers of TRL that become a recipe are sft, dpo, kto",
+        ),
         ("a.sh", "python 'train.py --x 1\n", "not a shell script"),
     ],
 )

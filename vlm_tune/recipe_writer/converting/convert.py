@@ -56,6 +56,12 @@ def framework_of(place: str, values: dict[str, Any]) -> Framework:
             "write it in the keys of `llamafactory-cli train` (model_name_or_path, dataset, stage)"
         )
         raise RecipeError([Problem(place, message)])
+    if "base_model" in values and {"adapter", "micro_batch_size", "sequence_len"} & values.keys():
+        message = (
+            f"is of axolotl, which is not read ({names} are): `vlm-tune init PATH --model MODEL` "
+            "writes a recipe for your data"
+        )
+        raise RecipeError([Problem(place, message)])
     counts = {each.name: len(each.markers & values.keys()) for each in FRAMEWORKS}
     first, second, *_ = sorted(FRAMEWORKS, key=lambda each: -counts[each.name])
     if not counts[first.name]:

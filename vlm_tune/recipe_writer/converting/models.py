@@ -68,6 +68,7 @@ def set_model(
     """
     if conversion.model is not None:
         return _take_users(conversion, quantize)
+    unnamed = name is None
     name = name or LLAVA
     config = stored_config(name)
     vlm = None if config is None else vlm_of(name, config)
@@ -76,6 +77,9 @@ def set_model(
         guessed = vlm is None and model_type is None and template is None and name != LLAVA
         chat_format = _family_template(vlm, model_type, template)
         _set_whole(conversion, key, name, vlm, chat_format, guessed=guessed)
+        if unnamed:
+            reason = f"the configuration has no {key}: name the model"
+            conversion.draft.reasons["model.pretrained"] = reason
     elif model_type in native_types():
         _set_native(conversion, key, name, model_type, read=config is not None)
     elif declared in (None, TEXT) and "vision_config" not in (config or {}):

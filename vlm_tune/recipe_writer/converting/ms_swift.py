@@ -194,7 +194,8 @@ def convert(conversion: Conversion) -> None:
     _set_tuning(conversion, kind, new)
     task = arguments.text("task_type")
     if task not in (None, "causal_lm"):
-        arguments.refuse("task_type", task, "answers are text, also in classification")
+        reason = "a recipe trains answers in text, also in classification, and no other head"
+        raise arguments.unsupported("task_type", task, reason)
     refuse_left(conversion, QUIET, REASONS, PREFIXES, USUAL)
 
 
@@ -284,7 +285,8 @@ def _set_data(conversion: Conversion) -> None:
 def _source(name: str) -> dict[str, Any]:
     """A source for `path_or_id:subset#count`."""
     name, _, count = name.partition("#")
-    name = name.removeprefix("HF::").removeprefix("MS::")
+    if name[:4].lower() in ("hf::", "ms::"):
+        name = name[4:]
     source = source_of(name)
     if source["kind"] == "dataset" and ":" in name:
         source["name"], _, source["config"] = name.partition(":")

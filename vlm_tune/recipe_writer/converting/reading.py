@@ -19,6 +19,13 @@ PROGRAMS = ("swift", "megatron", "trl", "llamafactory-cli")
 """Commands that take flags themselves; a Python file among them is a flag's value."""
 CONFIGURATIONS = (".yaml", ".yml", ".json")
 SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch")
+PROGRAM = (".py", ".ipynb")
+TRAINER = "(trainer)"
+"""The key of the trainer that a script's command names beside its flags: TRL's, but SFTTrainer."""
+TRAINERS = re.compile(
+    r"(dpo|kto|grpo|orpo|cpo|ppo|rloo|gkd|gold|bco|xpo|nash_md|online_dpo|mpo|reward|prm)(_.*)?"
+)
+"""Names of TRL's commands and example scripts."""
 NAMED = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
 
@@ -40,6 +47,12 @@ def read_configuration(path: Path) -> dict[str, Any]:
         raise RecipeError([Problem(place, f"can't be read as text: {error}")]) from None
     if len(content) > LARGEST:
         message = f"has {len(content):,} bytes, too many for a configuration"
+        raise RecipeError([Problem(place, message)])
+    if path.suffix.lower() in PROGRAM:
+        message = (
+            "is a program, which is not run: --from takes a configuration (YAML, JSON) or a shell "
+            "script with the command that trains"
+        )
         raise RecipeError([Problem(place, message)])
     if path.suffix.lower() in SCRIPTS or text.startswith("#!"):
         values: Any = _script(text, place)
@@ -82,7 +95,7 @@ def _script(text: str, place: str) -> dict[str, Any]:
             variables |= {match[1]: match[2] for match in named}
         flags = _flags(command)
         if len(flags) > len(best):
-            best = flags
+            best = {**flags, **_trainer(command)}
     if not best:
         message = "no command with flags (--key value) is in this script"
         if files:
@@ -93,6 +106,16 @@ def _script(text: str, place: str) -> dict[str, Any]:
 
 ENVIRONMENT = ("MAX_PIXELS", "MIN_PIXELS", "VIDEO_MAX_PIXELS", "FPS_MAX_FRAMES")
 """Variables by which ms-swift learns how large images may be."""
+
+
+def _trainer(words: list[str]) -> dict[str, str]:
+    """The trainer of TRL that a command names, as `trl dpo` or `dpo_vlm.py`."""
+    if Path(words[0]).name == "trl":
+        named = words[1:2]
+    else:
+        named = [Path(word).stem for word in words if word.endswith(".py")][:1]
+    match = TRAINERS.fullmatch(named[0]) if named else None
+    return {TRAINER: match[1]} if match else {}
 
 
 def _flags(words: list[str]) -> dict[str, Any]:

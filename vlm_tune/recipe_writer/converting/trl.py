@@ -10,6 +10,7 @@ from typing import Any
 from vlm_tune.recipe_writer.converting.conversion import Conversion, WhatTrains, set_rules
 from vlm_tune.recipe_writer.converting.models import lora_rule, set_model
 from vlm_tune.recipe_writer.converting.objectives import set_dpo, set_grpo
+from vlm_tune.recipe_writer.converting.reading import TRAINER
 from vlm_tune.recipe_writer.converting.sources import (
     set_max_length,
     set_packing,
@@ -28,6 +29,7 @@ OF_GRPO = ("num_generations", "reward_funcs", "max_completion_length")
 OF_KTO = ("desirable_weight", "undesirable_weight")
 OF_DPO = ("beta", "precompute_ref_log_probs", "max_prompt_length")
 """Keys by which the trainer of a configuration is known; SFTTrainer has none of them."""
+TRAINERS = ("dpo", "kto", "grpo")
 
 QUIET = {
     "attn_implementation", "assistant_only_loss", "bnb_4bit_quant_storage", "completion_only_loss",
@@ -77,13 +79,17 @@ def convert(conversion: Conversion) -> None:
 
 
 def _set_objective(conversion: Conversion) -> None:
-    """Sets the objective of a trainer other than SFTTrainer."""
+    """Sets the objective of a trainer other than SFTTrainer: of the one named, or by its keys."""
     arguments = conversion.arguments
-    if any(key in arguments for key in OF_GRPO):
+    named = arguments.text(TRAINER)
+    if named not in (None, *TRAINERS):
+        reason = f"the trainers of TRL that become a recipe are sft, {', '.join(TRAINERS)}"
+        raise arguments.unsupported("trainer", named, reason)
+    if named == "grpo" or (named is None and any(key in arguments for key in OF_GRPO)):
         set_grpo(conversion, "the keys of GRPOConfig", {})
         return
-    kto = any(key in arguments for key in OF_KTO)
-    if not kto and not any(key in arguments for key in OF_DPO):
+    kto = named == "kto" or (named is None and any(key in arguments for key in OF_KTO))
+    if not kto and named != "dpo" and not any(key in arguments for key in OF_DPO):
         return
     beta = arguments.number("beta") or 0.1
     if kto:
