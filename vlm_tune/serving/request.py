@@ -97,7 +97,8 @@ class PromptImages(JobImages):
     """The images of a prompt.
 
     Attributes:
-        beginning: The whole prompt, by which its prefix is looked up.
+        beginning: The whole prompt, by which its prefix is looked up; empty for a native model,
+            which reads images with whole rows and shares no prefix.
     """
 
     def __init__(
@@ -105,8 +106,10 @@ class PromptImages(JobImages):
     ) -> None:
         """Decodes the images of a prompt; see `JobImages`."""
         super().__init__(prompt.media, model, computed)
-        tokens_per_image = model.processor.spec.tokens_per_image
-        self.beginning: Beginning = beginning_of(prompt, tokens_per_image, self.digests)
+        self.beginning = Beginning(b"", ())
+        if not model.llm.native:
+            tokens_per_image = model.processor.spec.tokens_per_image
+            self.beginning = beginning_of(prompt, tokens_per_image, self.digests)
 
 
 def request_of(
