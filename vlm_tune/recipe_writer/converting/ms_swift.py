@@ -135,7 +135,8 @@ USUAL = {
 REASONS = {
     "MAX_PIXELS": "a tower reads images of one size: model.tower.image_size, and tiles for larger",
     "MIN_PIXELS": "a tower reads images of one size: model.tower.image_size",
-    "VIDEO_MAX_PIXELS": "frames of a video are read as images, and are as large as these",
+    "VIDEO_MAX_PIXELS": "model.video_max_pixels bounds the videos of a native model that knows "
+    "videos; others take frames as images, as large as these",
     "FPS_MAX_FRAMES": "a source's video_frames says how many frames are read",
     "adapters": "merge the adapter first, and name the merged model",
     "agent_template": "rows with tools are refused: no chat format here renders them",
