@@ -10,7 +10,7 @@ from vlm_tune.config.model import Llm
 from vlm_tune.model.pretrained import language_model
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def attention_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Language models attend by torch's fused attention, as where there is a GPU."""
     chosen = language_model._attention

@@ -18,6 +18,7 @@ from vlm_tune.data.packing import pack_layout
 from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.memory_plan.cuda import cuda_autocast
 
+pytestmark = pytest.mark.usefixtures("attention_of_a_gpu")
 HALF = torch.bfloat16
 
 
