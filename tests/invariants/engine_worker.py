@@ -48,7 +48,7 @@ def record(noted: dict[str, Any]) -> None:
     """Notes the first step's gradient, and the sample ids of all steps.
 
     For FSDP also how many parameters have a gradient after each micro-batch of the first step, and
-    the types in which the connector's were gathered. And which of Python's collectives are called
+    the types in which the connector's (a native model's head's) were gathered. And which of Python's collectives are called
     from the beginning of each step to that of the next.
     """
 
@@ -65,7 +65,10 @@ def record(noted: dict[str, Any]) -> None:
     backward = Fsdp.backward
 
     def backwarded(engine: Fsdp, loss: torch.Tensor) -> None:
-        gathered = {str(each.dtype) for each in engine.inner.connector.parameters()}
+        model = engine.inner
+        # A native model has its connector inside of its own module.
+        part = model.llm.head if model.llm.native else model.connector
+        gathered = {str(each.dtype) for each in part.parameters()}
         backward(engine, loss)
         if not noted["gradients"]:
             noted["gathered"] = sorted(gathered)
