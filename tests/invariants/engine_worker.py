@@ -48,8 +48,8 @@ def record(noted: dict[str, Any]) -> None:
     """Notes the first step's gradient, and the sample ids of all steps.
 
     For FSDP also how many parameters have a gradient after each micro-batch of the first step, and
-    the types in which the connector's (a native model's head's) were gathered. And which of Python's collectives are called
-    from the beginning of each step to that of the next.
+    the types in which the connector's (a native model's head's) were gathered. And which of
+    Python's collectives are called from the beginning of each step to that of the next.
     """
 
     def before(clip: Any) -> Any:
