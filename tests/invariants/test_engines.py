@@ -116,12 +116,11 @@ HALF: dict[str, Sequence[str]] = {
     "t5-qlora": ("ddp", "zero3", "offload", "fsdp", "fsdp-offload"),
     "shapes-qlora": SHARDED,
     "native-qlora": SHARDED,
-    "native-bf16": ("ddp", *SHARDED),
 }
 """In bf16, in bf16 over a base of 4 bit, in bf16 with all weights in fp32 and a connector that
 reads text, in bf16 with a tower of batch norms, which is validated as well, and in fp32 (`EXACT`)
 over a T5 of 4 bit of which some layers have no adapter, over a family of 4 bit whose tower keeps an
-image's shape, and over a native model of 4 bit; and over a native model in bf16."""
+image's shape, and over a native model of 4 bit."""
 EXACT = ("t5-qlora", "shapes-qlora", "native-qlora")
 if not shards_bytes():
     HALF |= {
@@ -197,9 +196,9 @@ def half(folder: Path, name: str, model: str, **changes: Any) -> Recipe:
         family = folder / "families" / "mistral3"
         text = with_pretrained(text, family, "mistral3", ", llm: {quantize: nf4}")
         return parsed(text, **{**ONE_STEP, "train__cache_features": False, **changes})
-    if model.startswith("native"):
-        extra = ", llm: {quantize: nf4}" if model == "native-qlora" else ""
-        text = with_native(with_tune(text, PARTS), folder / "families" / "qwen3_vl", extra)
+    if model == "native-qlora":
+        packed_llm = ", llm: {quantize: nf4}"
+        text = with_native(with_tune(text, PARTS), folder / "families" / "qwen3_vl", packed_llm)
         return parsed(text, **{**ONE_STEP, **changes})
     packed = {"decoder-qlora": ", quantize: nf4", "t5-qlora": ", quantize: fp4"}
     text = with_llm(text, folder / f"base-{kind}", kind, packed.get(model, ""))
