@@ -30,14 +30,14 @@ def test_several_images_are_answered_as_the_model_answers_them(
 ) -> None:
     save_native(tmp_path / "native", kind)
     model = built(parsed(with_native(tiny_recipe("causal"), tmp_path / "native"))).eval()
-    asked: list[list[bytes]] = [[], [WIDE], [SMALL], [WIDE, SMALL], [SMALL, WIDE], [WIDE, WIDE]]
+    requests: list[list[bytes]] = [[], [WIDE], [SMALL], [WIDE, SMALL], [SMALL, WIDE], [WIDE, WIDE]]
 
     def body(images: list[bytes]) -> dict[str, Any]:
         content = [*map(image_part, images), {"type": "text", "text": "what is it?"}]
         messages = [{"role": "user", "content": content}]
         return {"model": "tiny", "messages": messages, "max_tokens": 6}
 
-    replies = ask(served(model), *(("POST", CHAT, body(images)) for images in asked))
-    assert [reply.status_code for reply in replies] == [200] * len(asked)
+    replies = ask(served(model), *(("POST", CHAT, body(images)) for images in requests))
+    assert [reply.status_code for reply in replies] == [200] * len(requests)
     texts = [reply.json()["choices"][0]["message"]["content"] for reply in replies]
-    assert texts == [model.chat("what is it?", images, max_new_tokens=6) for images in asked]
+    assert texts == [model.chat("what is it?", images, max_new_tokens=6) for images in requests]
