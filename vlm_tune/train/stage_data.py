@@ -183,7 +183,7 @@ def stage_fingerprint(recipe: Recipe, rows: StageRows) -> dict[str, Any]:
 
 
 def _oddities(recipe: Recipe, train: Prepared | None) -> list[str]:
-    """What a run on a stage's training rows should be told about; `train` is None for a stream."""
+    """Messages about oddities of a stage's training rows; `train` is None for a stream."""
     if train is None:
         return stream_bounds(recipe)
     return [*unkept_bounds(recipe, train), *judgement_notes(recipe.objective, train)]
