@@ -81,7 +81,7 @@ def test_the_python_page_runs(
         (tmp_path / f"{name}.png").write_bytes(png((200, 30, 30)).read())
     monkeypatch.chdir(tmp_path)
     code = blocks("python", (ROOT / "docs/python.md").read_text(encoding="utf-8"))
-    assert len(code) == 8
+    assert len(code) == 9
     names: dict[str, Any] = {}
     for block in code:
         exec(block, names)

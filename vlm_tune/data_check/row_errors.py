@@ -14,7 +14,7 @@ BAD_ROWS = {
     "field": "a field has an unusable value",
     "unused_field": "a meaningful field, such as choices or weight, that the format does not read",
     "ambiguous": "a value with two possible meanings",
-    "unsupported": "tools, reasoning, a URL, or an unsupported video format",
+    "unsupported": "tools, a URL, or an unsupported video format",
     "role": "a missing or unknown role",
     "turns": "turns that don't alternate, or no answer to the last question",
     "text": "text with half a character (a surrogate without its pair)",

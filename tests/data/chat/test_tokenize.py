@@ -127,16 +127,21 @@ def test_labels_are_exactly_the_trained_segments(
     end += [token for text in template.end_texts for token in encoder.text(text, "text")]
     answers = [message.text for message in conversation.messages if message.role == "assistant"]
     answers = [answer.strip() if template.strip else answer for answer in answers]
-    lead = "".join(p.text or "" for p in template.assistant if p.trained and not p.end)
+    if template.reasoning is not None and template.reasoning.strip_answer:
+        answers[-1] = answers[-1].lstrip("\n")
+    opening = [p for p in template.assistant if p.trained and not p.end and not p.reasoned]
+    places = ["earlier"] * (len(answers) - 1) + ["last"]
+    written = [
+        "".join(p.text or "" for p in opening if p.when in (None, place)) + answer
+        for place, answer in zip(places, answers, strict=True)
+    ]
     examples = chat_processor.examples(conversation)
     if layout == "seq2seq":
         assert len(examples) == len(answers) and len({example.id for example in examples}) == len(
             answers
         )
         assert [example.labels.tolist()[-1:] for example in examples] == [end] * len(answers)
-        assert [tokens.decode(example.labels[:-1].tolist()) for example in examples] == [
-            lead + answer for answer in answers
-        ]
+        assert [tokens.decode(example.labels[:-1].tolist()) for example in examples] == written
         assert [example.questions for example in examples] == [1] * len(answers)
     else:
         (example,) = examples
@@ -151,7 +156,7 @@ def test_labels_are_exactly_the_trained_segments(
             cut = remaining_ids.index(end[0], len(inner))
             spans.append(tokens.decode(remaining_ids[:cut]))
             remaining_ids = remaining_ids[cut + 1 :]
-        assert spans == [lead + answer for answer in answers]
+        assert spans == written
         assert example.questions == len(answers)
     assert all(
         example.image_mask.sum() == IMAGE_SLOTS * len(conversation.media) for example in examples
