@@ -47,7 +47,6 @@ from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.language.registry import LLMS
 from vlm_tune.model.tuning import apply_rules
 
-pytestmark = pytest.mark.usefixtures("attention_of_a_gpu")
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
 WIDE = {
     "causal": {"hidden_size": 64, "intermediate_size": 128},

@@ -20,7 +20,6 @@ from vlm_tune.generation.chat import VisionLanguageModel
 from vlm_tune.serving.embedding import EmbeddingRequest, embedding_events
 from vlm_tune.serving.jobs import Embedded, EmbeddingJob
 
-pytestmark = pytest.mark.usefixtures("attention_of_a_gpu")
 Recipes = Callable[..., str]
 both_llms = pytest.mark.parametrize("llm", ["causal", "seq2seq"])
 IMAGES = [png((60 * k, 200 - 40 * k, 30)).source for k in range(2)]

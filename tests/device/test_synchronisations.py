@@ -29,7 +29,6 @@ from vlm_tune.train.step_trace import read_trace
 from vlm_tune.train.task_tie import TaskTie
 from vlm_tune.train.trainer import StageLoop
 
-pytestmark = pytest.mark.usefixtures("attention_of_a_gpu")
 Recipes = Callable[..., str]
 STEPS = 2
 TRAIN = {"train__steps": STEPS, "train__batch_size": 2, "train__gradient_accumulation": 2}
