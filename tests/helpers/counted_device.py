@@ -228,7 +228,7 @@ def _caller() -> str:
 _tensor = torch.tensor
 
 
-def _made(data: Any, **options: Any) -> torch.Tensor:
+def _new_tensor(data: Any, **options: Any) -> torch.Tensor:
     """`torch.tensor`, which reads tensors in a list one by one."""
     if isinstance(data, list):
         data = tree_map_only(torch.Tensor, lambda each: each.item(), data)
@@ -245,7 +245,7 @@ def counted_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountedDevice]:
         patch.setattr(torch.cuda, "Stream", _Stream)
         patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", _Stream)
-        patch.setattr(torch, "tensor", _made)
+        patch.setattr(torch, "tensor", _new_tensor)
         # With a fake mode below it, torch does not initialise CUDA for a tensor there.
         with FakeTensorMode(), device:
             yield device

@@ -131,12 +131,12 @@ class _Placing(TorchDispatchMode):
 _tensor = torch.tensor
 
 
-def _made(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+def _new_tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
     """`torch.tensor`, by an operator that moves the values: to `meta` they would be lost."""
     if isinstance(data, list):
         data = tree_map_only(torch.Tensor, lambda each: each.item(), data)
-    made = _tensor(data, **options)
-    return made if device is None else made.to(device)
+    tensor = _tensor(data, **options)
+    return tensor if device is None else tensor.to(device)
 
 
 _is_enabled = torch.is_autocast_enabled
@@ -180,7 +180,7 @@ def pretended(
     placed: dict[int, Any] = {}
     copying = _copies_indices.set(copies_indices)
     try:
-        with mode, patch("torch.tensor", _made), _autocast():
+        with mode, patch("torch.tensor", _new_tensor), _autocast():
             for tensors, before in before_placing:
                 for name, tensor in before.items():
                     if tensor is not None and id(tensor) not in placed:
