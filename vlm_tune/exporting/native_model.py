@@ -26,7 +26,7 @@ from vlm_tune.exporting.source import (
 from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.model.base_places import BaseChoice
 from vlm_tune.model.checkpoint import find_single, load_model
-from vlm_tune.model.pretrained.native import chat_inputs
+from vlm_tune.model.pretrained.native_template import chat_inputs
 from vlm_tune.model.vlm import VisionLanguageNetwork
 from vlm_tune.model.weights import cast_parameters, check_loading, read_safetensors
 from vlm_tune.precision import DTYPES

@@ -45,12 +45,12 @@ from vlm_tune.model.pretrained.language_model import (
     scratch_llm,
 )
 from vlm_tune.model.pretrained.native import (
-    fit_template,
     load_native_processor,
-    native_images,
     reads_branches,
     recipe_template,
 )
+from vlm_tune.model.pretrained.native_images import native_images
+from vlm_tune.model.pretrained.native_template import fit_template
 from vlm_tune.model.pretrained.tokenizer import SPECIALS, load_tokenizer, scratch_tokenizer
 from vlm_tune.model.pretrained.vlm_checkpoints import model_section, own_folder, own_rebuild
 from vlm_tune.model.pretrained.whole_logits import check_whole_logits

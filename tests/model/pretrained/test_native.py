@@ -25,12 +25,12 @@ from vlm_tune.errors import DataError, ModelError
 from vlm_tune.model.language.native import NativeLLM
 from vlm_tune.model.pretrained.native import (
     load_native_processor,
-    native_images,
     native_section,
     renderer,
     stop_ids,
     template_of,
 )
+from vlm_tune.model.pretrained.native_images import native_images
 
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"

@@ -1,4 +1,4 @@
-"""What a Qwen-VL's vision tower derives from the shapes of images, made on the host.
+"""The tensors that a Qwen-VL's vision tower derives from shapes of images, made on the host.
 
 Its own forward pass reads the shapes where the pixels are, some of them in every layer, and the
 host waits for a GPU each time.

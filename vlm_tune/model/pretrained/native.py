@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,37 +14,21 @@ from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.towers import NativeTower
 from vlm_tune.data.chat.own_template import (
     Render,
-    image_text,
     message,
     own_template,
     refusal,
-    video_text,
 )
-from vlm_tune.data.chat.processor import Processor
-from vlm_tune.data.chat.processor_jinja import processor_jinja
 from vlm_tune.data.chat.template import ChatTemplate, load_template
-from vlm_tune.data.images.decode import decode_image, encoded_bytes
-from vlm_tune.data.images.native import (
-    NativeImages,
-    of_images,
-    prepared_images,
-    video_options,
-)
-from vlm_tune.data.types import Conversation, Media, Message, Video
 from vlm_tune.errors import DataError, ModelError, Problem, RecipeError
 from vlm_tune.model.families.boxes import family_boxes
 from vlm_tune.model.hub import check_base, config_source, is_ours, load_reason, unmerged
-from vlm_tune.model.pretrained.image_joins import image_joins, is_joined, token_types
 from vlm_tune.model.pretrained.native_thinking import has_switch, set_thinking
-from vlm_tune.model.pretrained.native_videos import encoded, tried_video, with_videos
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted, reason_of
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
-TRIED = ((96, 64), (50, 140))
-"""Sizes of the images that a processor is tried with."""
 PIXELS = ("min_pixels", "max_pixels")
 VIDEO_PIXELS = ("video_min_pixels", "video_max_pixels")
 """Keys of the least and most pixels of an image, and of a video."""
@@ -303,213 +286,3 @@ def stop_ids(name: str) -> list[int]:
     ids = [getattr(each, "eos_token_id", None) for each in configs]
     lists = [each if isinstance(each, list) else [each] for each in ids]
     return list(dict.fromkeys(token for each in lists for token in each if token is not None))
-
-
-def native_images(processor: Any, name: str | None = None) -> NativeImages:
-    """Prepares images and videos by a native model's own processor.
-
-    Args:
-        processor: the processor.
-        name: the checkpoint, whose config is compared with the processor; None for a saved model.
-
-    Raises:
-        ModelError: the processor makes of several images another thing than of each by itself, or
-            writes another token for them than the config has.
-    """
-    render = renderer(processor)
-    text = image_text(render)
-    images = _tried_images()
-    try:
-        alone = [prepared_images(processor, [text], [image]) for image in images]
-        together = prepared_images(processor, [text * len(images)], images)
-        rows = prepared_images(processor, [text, text], [[images[0]], [images[0]]])
-        lead = len(lead_ids(processor, render))
-    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
-        raise ModelError(
-            f"a {type(processor).__name__} can't be used here: {reason_of(error)}"
-        ) from None
-    ids = together["input_ids"][0].tolist()
-    if name is not None:
-        _check_image_token(name, ids)
-    special = set(special_tokens(processor.tokenizer))
-    names = processor.tokenizer.convert_ids_to_tokens(sorted(set(ids[lead:])))
-    tried = [of_images(each) for each in alone]
-    native = NativeImages(
-        size=TRIED[0][0],
-        processor=processor,
-        text=text,
-        controls=tuple(name for name in names if name in special),
-        lead=lead,
-        joins=image_joins(tried, of_images(together)),
-        token_types=token_types(together),
-    )
-    if is_joined(tried, native.joins, of_images(together)) and is_joined(
-        [tried[0], tried[0]], native.joins, of_images(rows)
-    ):
-        for numbered in (False, True):
-            by_number = replace(native, numbered=numbered)
-            if _ids_of_tried(by_number) == ids[lead:]:
-                return with_videos(by_number, images, video_text(render), special)
-    raise ModelError(
-        f"a {type(processor).__name__} processes two images in a row differently from each one "
-        "alone, so images can't be prepared one by one"
-    )
-
-
-def _check_image_token(name: str, ids: Sequence[int]) -> None:
-    """Raises `ModelError` if the ids of images are not those by which the model finds images."""
-    config = native_config(name)
-    keys = ("image_token_id", "image_token_index")
-    key = next((key for key in keys if isinstance(getattr(config, key, None), int)), None)
-    if key is not None and getattr(config, key) not in ids:
-        raise ModelError(
-            f"model.pretrained: {quoted(name)} has {key} {getattr(config, key)} in its config, and "
-            "its processor writes no such token for an image: they belong to different checkpoints"
-        )
-
-
-def _ids_of_tried(images: NativeImages) -> list[int]:
-    """The tokens of the tried images in a row, as each gets them by itself."""
-    media = [Media(encoded(image)) for image in _tried_images()]
-    segments = [
-        segment for place, item in enumerate(media) for segment in images.segments(item, place)
-    ]
-    return [token for segment in segments for token in segment.ids or ()]
-
-
-def _tried_images() -> list[Image]:
-    from PIL import Image
-
-    return [Image.radial_gradient("L").resize(size).convert("RGB") for size in TRIED]
-
-
-def fit_template(processor: Processor, native: Any, *, saved: bool) -> None:
-    """Makes a native model's own processor write chats as they are trained.
-
-    The checkpoint's own template is compared with it, and stays unless the recipe has a system
-    text. Another chat format takes its place.
-
-    Args:
-        processor: the processor of the model.
-        native: transformers' own, changed in place.
-        saved: whether it comes from a folder that was saved so.
-
-    Raises:
-        DataError: the checkpoint's own template gives other ids.
-    """
-    if saved:
-        return
-    if processor.template.name == OWN_TEMPLATE:
-        plain = replace(processor, system=None)
-        check_own_template(plain, native)
-        if plain.template.switched is not None:
-            try:
-                check_own_template(replace(plain, template=plain.template.switched), native)
-            except DataError:  # only the mode that nothing has asked for is missing
-                processor.template = processor.template.model_copy(update={"switched": None})
-        if processor.system is None:
-            return
-    render = renderer(native)
-    text = processor_jinja(
-        processor.template, processor.system, image_text(render), video=video_text(render)
-    )
-    native.chat_template = native.tokenizer.chat_template = text
-
-
-def check_own_template(processor: Processor, native: Any) -> None:
-    """Compares the ids of conversations with those of a native model's own processor.
-
-    Raises `DataError` where they differ.
-    """
-    template = processor.template
-    images = processor.images
-    videos = isinstance(images, NativeImages) and bool(images.video_text)
-    reasons = template.reasoning is not None
-    for row in _tried_rows(system=bool(template.system), reasoning=reasons, videos=videos):
-        example = processor.examples(row)[-1]
-        trained = [*example.input_ids.tolist(), int(example.labels[-1])]
-        theirs = _their_ids(native, row.messages, template, opened=False)
-        # Where a template leaves the end of an answer to the next turn, the last one has none.
-        ended = trained[:-1] if len(theirs) == len(trained) - 1 else trained
-        _compare(ended, theirs[: len(trained)])
-        _compare(
-            processor.prompt(row).input_ids.tolist(),
-            _their_ids(native, row.messages[:-1], template, opened=True),
-        )
-
-
-def _compare(ours: list[int], theirs: list[int]) -> None:
-    if ours != theirs:
-        pairs = enumerate(zip(ours, theirs, strict=False))
-        place = next((place for place, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-        raise refusal(f"token {place} of a conversation would differ from the processor's")
-
-
-def _their_ids(
-    native: Any, messages: Sequence[Message], template: ChatTemplate, *, opened: bool
-) -> list[int]:
-    return chat_inputs(native, messages, template, opened=opened)["input_ids"][0].tolist()
-
-
-def chat_inputs(
-    native: Any, messages: Sequence[Message], template: ChatTemplate, *, opened: bool
-) -> Any:
-    """The arguments of a forward pass that a native model's own processor makes of turns.
-
-    Args:
-        native: transformers' processor of the whole model.
-        messages: the turns, whose images and videos are read.
-        template: the chat format, which names reasoning and chooses its mode.
-        opened: whether an answer is opened after them.
-    """
-    turns = [message(turn.role, *map(_decoded, turn.parts)) for turn in messages]
-    for turn, ours in zip(turns, messages, strict=True):
-        if ours.reasoning and template.reasoning is not None:
-            turn[template.reasoning.name] = ours.reasoning
-    mode = template.enable_thinking
-    switches = {} if mode is None else {"enable_thinking": mode}
-    shown = [part for turn in messages for part in turn.parts if isinstance(part, Media)]
-    videos = [item.source for item in shown if isinstance(item.source, Video)]
-    options = {"processor_kwargs": video_options(videos)} if videos else {}
-    return native.apply_chat_template(
-        turns,
-        add_generation_prompt=opened,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        **options,
-        **switches,
-    )
-
-
-def _decoded(part: str | Media) -> Any:
-    """A part of a turn, as `message` takes it."""
-    if isinstance(part, str):
-        return part
-    if isinstance(part.source, Video):
-        return [_decoded(frame) for frame in part.source.frames]
-    return decode_image(encoded_bytes(part), part.name)
-
-
-def _tried_rows(*, system: bool, reasoning: bool, videos: bool) -> list[Conversation]:
-    """Conversations with images at several places, white space, system text, reasoning, videos."""
-    images = [Media(encoded(image)) for image in _tried_images()]
-    question = Message("user", (images[0], "What is it?"))
-    answer = Message("assistant", ("A wide one.",))
-    compared = Message("user", ("And is ", images[0], " like ", images[1], " here?"))
-    words = Message("user", (" What else? ",))
-    rows = [
-        (question, answer),
-        (question, answer, compared, Message("assistant", ("No: one is high.",))),
-        (words, Message("assistant", (" Nothing. ",))),
-    ]
-    if reasoning:
-        thought = replace(answer, reasoning="\n Its sides \n differ. ")
-        rows += [(question, thought), (question, thought, compared, thought)]
-    if videos:
-        shown = Media(tried_video(_tried_images()[0], 3), "video")
-        seen = Message("user", ("Here:", shown, "What happens? ", images[1]))
-        rows.append((seen, answer, question, answer))
-    if system:
-        rows.append((Message("system", ("Be brief.",)), compared, answer, words, answer))
-    return [Conversation(f"tried {number}", turns) for number, turns in enumerate(rows)]
