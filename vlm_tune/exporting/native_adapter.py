@@ -46,9 +46,8 @@ def write_native_adapter(
 ) -> ExportReport:
     """Writes LoRA on the LLM, and the connector as `modules_to_save`, by the whole model's names.
 
-    The connector's own LoRA is merged into its weights.
-    The model's processor is beside them. Plain PEFT over the checkpoint must give the model's
-    token ids, pixels, logits and greedy text.
+    The connector's own LoRA is merged into its weights, and the model's processor is beside them.
+    Plain PEFT over the checkpoint must give the model's token ids, pixels, logits and greedy text.
 
     Args:
         folder: where it is written.

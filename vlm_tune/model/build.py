@@ -44,11 +44,7 @@ from vlm_tune.model.pretrained.language_model import (
     scratch_config,
     scratch_llm,
 )
-from vlm_tune.model.pretrained.native import (
-    load_native_processor,
-    reads_branches,
-    recipe_template,
-)
+from vlm_tune.model.pretrained.native import load_native_processor, reads_branches, recipe_template
 from vlm_tune.model.pretrained.native_images import native_images
 from vlm_tune.model.pretrained.native_template import fit_template
 from vlm_tune.model.pretrained.tokenizer import SPECIALS, load_tokenizer, scratch_tokenizer

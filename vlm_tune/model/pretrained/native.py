@@ -12,12 +12,7 @@ from vlm_tune.config.model import AnySection, NativeLlm, NativeSection
 from vlm_tune.config.native import JOINED_TYPES, OWN_TEMPLATE, SHARDED_TYPES, NativeModel
 from vlm_tune.config.recipe import Recipe
 from vlm_tune.config.towers import NativeTower
-from vlm_tune.data.chat.own_template import (
-    Render,
-    message,
-    own_template,
-    refusal,
-)
+from vlm_tune.data.chat.own_template import Render, message, own_template, refusal
 from vlm_tune.data.chat.template import ChatTemplate, load_template
 from vlm_tune.errors import DataError, ModelError, Problem, RecipeError
 from vlm_tune.model.families.boxes import family_boxes

@@ -6,15 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vlm_tune.data.chat.own_template import (
-    image_text,
-    video_text,
-)
-from vlm_tune.data.images.native import (
-    NativeImages,
-    of_images,
-    prepared_images,
-)
+from vlm_tune.data.chat.own_template import image_text, video_text
+from vlm_tune.data.images.native import NativeImages, of_images, prepared_images
 from vlm_tune.data.types import Media
 from vlm_tune.errors import ModelError
 from vlm_tune.model.pretrained.image_joins import image_joins, is_joined, token_types

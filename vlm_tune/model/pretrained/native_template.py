@@ -7,20 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from vlm_tune.config.native import OWN_TEMPLATE
-from vlm_tune.data.chat.own_template import (
-    image_text,
-    message,
-    refusal,
-    video_text,
-)
+from vlm_tune.data.chat.own_template import image_text, message, refusal, video_text
 from vlm_tune.data.chat.processor import Processor
 from vlm_tune.data.chat.processor_jinja import processor_jinja
 from vlm_tune.data.chat.template import ChatTemplate
 from vlm_tune.data.images.decode import decode_image, encoded_bytes
-from vlm_tune.data.images.native import (
-    NativeImages,
-    video_options,
-)
+from vlm_tune.data.images.native import NativeImages, video_options
 from vlm_tune.data.types import Conversation, Media, Message, Video
 from vlm_tune.errors import DataError
 from vlm_tune.model.pretrained.native import renderer
