@@ -222,6 +222,12 @@ def test_a_link_stays_a_link_and_what_is_no_file_is_written_as_it_is(tmp_path: P
     write_whole(tmp_path / "link", "text")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "page.html").read_text() == "text"
     write_whole("/dev/null", "text")
+    # A link to a pipe, as /dev/stdout and a shell's >(...) are, leads to a name that is no file.
+    reads, writes = os.pipe()
+    write_whole(f"/dev/fd/{writes}", "text")
+    assert os.read(reads, 10) == b"text"
+    os.close(reads)
+    os.close(writes)
     assert Path("/dev/null").is_char_device()
 
 

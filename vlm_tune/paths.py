@@ -145,6 +145,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises `OSError`.
     """
     target = Path(path)
+    if target.exists() and not target.is_file():  # its real name, /proc/1/fd/pipe:[2], is no file
+        yield target
+        return
     if os.path.lexists(target):
         target = Path(os.path.realpath(target))  # a link stays a link
     if os.path.lexists(target) and not (

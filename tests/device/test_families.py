@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.device.test_pretended_gpu import answers, assert_same_passes, examples_of, on
-from tests.helpers.device_recipes import COMPOSED, recipe_of
+from tests.helpers.device_recipes import COMPOSED, SEEING, recipe_of
 from tests.helpers.native_models import KINDS as NATIVE
 from tests.helpers.pretended_gpu import CUDA, pretended
 from tests.helpers.tiny_models import batch_of, built, parsed
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("attention_of_a_gpu")
 HALF = torch.bfloat16
 
 
-@pytest.mark.parametrize("name", [*COMPOSED, *NATIVE])
+@pytest.mark.parametrize("name", [*COMPOSED, *NATIVE, *SEEING])
 def test_a_family_trains_and_answers(name: str, tmp_path: Path) -> None:
     """Rows and joined rows; in fp32, in bf16 by autocast, and as a model in bf16 answers."""
     recipe = parsed(recipe_of(name, tmp_path))

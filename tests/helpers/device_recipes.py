@@ -11,6 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from tests.helpers.audio_samples import hearing_recipe, write_tone_rows
 from tests.helpers.family_samples import FAMILIES
 from tests.helpers.native_models import save_native, with_native, write_questions
+from tests.helpers.native_videos import video_recipe
 from tests.helpers.tiny_models import CLIP, parsed, rows_of, with_tower
 from tests.helpers.tiny_recipes import tiny_text, write_color_rows
 from tests.helpers.transformers_parity import write_rows
@@ -29,6 +30,8 @@ TOWERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 """Towers beside those of families, and their options."""
 HEARING = {"hears": "causal", "hears-t5": "seq2seq"}
+SEEING = {f"videos-{kind}": kind for kind in ("qwen2_5_vl", "qwen3_vl")}
+"""Native models over rows with videos."""
 COMPOSED = (*FAMILIES, *BLIP, *TOWERS, *HEARING)
 
 
@@ -37,6 +40,8 @@ def recipe_of(name: str, folder: Path) -> str:
     rows = folder / "rows.jsonl"
     vlm = folder / "vlm"
     run = folder / "run"
+    if name in SEEING:
+        return video_recipe(folder, SEEING[name])
     if name in HEARING:
         return hearing_recipe(HEARING[name], write_tone_rows(folder), run)
     if name in BLIP:

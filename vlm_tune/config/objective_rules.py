@@ -47,12 +47,13 @@ def objective_contradictions(raw: Any) -> list[Fault]:
 def _loss_contradictions(objective: dict[str, Any]) -> list[Fault]:
     """Returns faults of DPO's losses."""
     types = objective.get("loss_type", "sigmoid")
+    named = isinstance(types, str | list)
     types = types if isinstance(types, list) else [types]
     weights = objective.get("loss_weights")
     smoothing = objective.get("label_smoothing", 0.0)
     return broken(
         (
-            isinstance(weights, list) and len(weights) != len(types),
+            named and isinstance(weights, list) and len(weights) != len(types),
             ("objective", "loss_weights"),
             f"loss_type and loss_weights differ in length ({len(types)} and "
             f"{len(weights) if isinstance(weights, list) else 0})",

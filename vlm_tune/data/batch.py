@@ -154,10 +154,11 @@ class Batch:
         elif self.host is None and self.input_ids.device.type == "cpu":
             self.host = copy(self)
             self.host.pixels = self.host.features = self.host.views = None
+            # Without pixels; a number an item, such as the seconds between times, stays.
             self.host.native = {
                 name: tensor
                 for name, tensor in self.native.items()
-                if not tensor.is_floating_point()
+                if tensor.ndim == 1 or not tensor.is_floating_point()
             }
         self._replace_tensors(lambda tensor: to_device(tensor, place))
         return self

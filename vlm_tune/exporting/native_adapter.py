@@ -112,7 +112,8 @@ def _outermost(names: set[str]) -> list[str]:
 
 def _trained_whole(model: VisionLanguageNetwork, source: Path) -> Tensors:
     """The weights that are written whole: the connector's, and the LLM's own that were trained."""
-    tensors = {f"connector.{name}": value for name, value in model.connector.state_dict().items()}
+    state = model.connector.state_dict()
+    tensors = {f"connector.{name}": value.cpu() for name, value in state.items()}
     if (source / BESIDE).is_file():
         tensors |= read_safetensors(source / BESIDE)
     return tensors

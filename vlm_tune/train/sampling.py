@@ -101,7 +101,9 @@ class Sampler:
         processor = self.model.processor
         row = processor.template.parted(row)
         text = processor.grounding.read_back(row, answer.text)
-        whole = processor.decode(answer.ids) if processor.template.reasoning else text
+        whole = text
+        if processor.template.reasoning:
+            whole = processor.grounding.read_back(row, processor.decode(answer.ids))
         return Sample(row, text, completion_ids(answer), whole)
 
     def _note_none(self, rewards: torch.Tensor, step: int) -> None:

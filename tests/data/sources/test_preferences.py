@@ -228,6 +228,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [USER, DOG], "rejected_response": "b", "rejected_messages": [USER, CAT]},
         "both `rejected_response` and `rejected_messages`",
     ),
+    "a prompt beside turns": (
+        {"messages": [USER, DOG], "rejected_messages": [USER, CAT], "prompt": "x"},
+        "both `messages` and `prompt`",
+    ),
     "another prompt": (
         {"messages": [USER, DOG], "rejected_messages": [{**USER, "content": "where?"}, CAT]},
         "`messages` and `rejected_messages` begin with no turn that they share",
@@ -334,6 +338,21 @@ def test_a_prompts_input_is_read_and_its_history_is_not() -> None:
         preference({**row, "history": [["a", "b"]]}, MediaFinder(None))
     with pytest.raises(DataError, match="`input` must be text after a text"):
         preference({**row, "input": ["a"]}, MediaFinder(None))
+
+
+@pytest.mark.parametrize("in_text", [False, True])
+def test_pairs_of_one_answer_may_differ_in_their_reasoning(in_text: bool) -> None:
+    def answer(reasoning: str) -> dict[str, str]:
+        if in_text:
+            return {"role": "assistant", "content": f"<think>{reasoning}</think>4"}
+        return {"role": "assistant", "content": "4", "reasoning_content": reasoning}
+
+    row = {"prompt": [USER], "chosen": [answer("two and two")], "rejected": [answer("five less")]}
+    judged = preference(row, MediaFinder(None))
+    assert judged.rejected is not None
+    assert judged.messages[-1].words != judged.rejected.words
+    with pytest.raises(DataError, match="the same answer"):
+        preference({**row, "rejected": row["chosen"]}, MediaFinder(None))
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,10 @@ class Judged:
 
 
 def check_differ(chosen: Message, rejected: Message) -> None:
-    """Raises `DataError` for a chosen answer that equals the rejected one."""
-    if chosen.text.strip() == rejected.text.strip():
+    """Raises `DataError` for a chosen answer that equals the rejected one, reasoning included."""
+    if chosen.words.strip() == rejected.words.strip():
         raise DataError(
-            f"`chosen` and `rejected` are the same answer, {quoted(chosen.text)}",
+            f"`chosen` and `rejected` are the same answer, {quoted(chosen.words)}",
             kind="equal_answers",
         )
 
@@ -145,8 +145,13 @@ def _before_last(turns: Sequence[Row]) -> Sequence[Row]:
 
 
 def _turns_of(row: Row) -> Sequence[Row] | None:
-    """The role/content turns of `messages` or `conversations`; None if the row has neither."""
+    """The role/content turns of `messages` or `conversations`; None if the row has neither.
+
+    Raises `DataError` for a prompt beside them.
+    """
     name = next((name for name in ("messages", "conversations") if not is_empty(row.get(name))), "")
+    if name:
+        _only_one(row, (name, *PROMPTS))
     return [_role_content(turn) for turn in turns_of(row, name)] if name else None
 
 

@@ -194,9 +194,10 @@ class NativeLLM(LanguageModel):
     def _placed(self, arguments: dict[str, Any], batch: Batch) -> dict[str, Any]:
         """Arguments with the positions of tokens, and on a GPU with what follows from shapes."""
         device = batch.input_ids.device
-        patches = batch.on_host.native.get("image_grid_thw")
-        if device.type == "cuda" and patches is not None:
-            arguments |= vision_shapes(self._tower_modules[0], patches, device)
+        for modality in ("image", "video"):
+            patches = batch.on_host.native.get(f"{modality}_grid_thw")
+            if device.type == "cuda" and patches is not None:
+                arguments |= vision_shapes(self._tower_modules[0], patches, device, modality)
         return arguments | {"position_ids": self.axes(batch)}
 
     def whole(self, batch: Batch) -> dict[str, Any]:

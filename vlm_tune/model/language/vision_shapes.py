@@ -14,15 +14,19 @@ from vlm_tune.compat import attention_name
 from vlm_tune.transfer import to_device
 
 
-def vision_shapes(tower: Any, grids: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+def vision_shapes(
+    tower: Any, grids: torch.Tensor, device: torch.device, modality: str
+) -> dict[str, torch.Tensor]:
     """Arguments of a Qwen-VL's forward pass, by which its tower need not derive them.
 
     Empty for a tower that attends in another way than by one call of torch's attention an image.
 
     Args:
         tower: transformers' tower of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
-        grids: The patches of each image in time, rows and columns, int64[M, 3], on the host.
+        grids: The patches of each image or video in time, rows and columns, int64[M, 3], on the
+            host.
         device: The device of the pixels.
+        modality: image or video, with which the arguments' names begin.
     """
     from transformers import vision_utils
 
@@ -48,4 +52,4 @@ def vision_shapes(tower: Any, grids: torch.Tensor, device: torch.device) -> dict
             )
         )
     shapes |= {name: to_device(each, device) for name, each in moved.items()}
-    return {f"image_{name}": each for name, each in shapes.items()}
+    return {f"{modality}_{name}": each for name, each in shapes.items()}
