@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from jinja2 import Environment
 
 from tests.helpers.chat_samples import processor
 from vlm_tune.data.chat.processor import Processor
@@ -50,6 +52,43 @@ def test_reasoning_is_told_from_the_answer(reasoning: Processor) -> None:
     assert reasoning.decode(answer.ids) == WRITTEN
 
 
+@pytest.mark.parametrize("enable", [True, False])
+@pytest.mark.parametrize("text", ["b</think>c", "<think>a</think>b</think>c", "<think>a</think>c"])
+def test_a_chat_goes_on_after_an_answer_with_odd_marks(
+    reasoning: Processor, text: str, enable: bool
+) -> None:
+    """As chat templates do: of an earlier answer what stands behind the last mark is read."""
+    question = Message("user", ("Hot?",))
+    prompts = [
+        reasoning.thinking(enable).prompt(Conversation("chat", (question, answer, question)))
+        for answer in (Message("assistant", (text,)), Message("assistant", ("c",)))
+    ]
+    assert prompts[0].input_ids.tolist() == prompts[1].input_ids.tolist()
+
+
+def test_line_ends_behind_reasoning_are_left_out_in_any_part(reasoning: Processor) -> None:
+    answer = Message("assistant", ("<think>a</think>", "\n\nYes"))
+    row = Conversation("one", (Message("user", ("Hot?",)), answer))
+    assert reasoning.template.parted(row).messages[-1].parts == ("Yes",)
+
+
+def test_a_conversation_without_a_question_is_one_sample(reasoning: Processor) -> None:
+    row = Conversation("one", (Message("assistant", ("Yes.",)),))
+    assert len(reasoning.examples(row)) == 1
+
+
+def test_the_formats_file_opens_answers_as_the_model_was_trained(reasoning: Processor) -> None:
+    chat: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "Hot?"}],
+        "add_generation_prompt": True,
+    }
+    row = Conversation("one", (Message("user", ("Hot?",)),))
+    for enable in (True, False):
+        one = reasoning.thinking(enable)
+        text = Environment().from_string(str(one.template.jinja)).render(**chat)
+        assert text == one.tokenizer.decode(one.prompt(row).input_ids)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -58,6 +97,7 @@ def test_reasoning_is_told_from_the_answer(reasoning: Processor) -> None:
         ("<think>\nIt is June", ("", "It is June")),
         ("<think>\nIt is June.\n</thi", ("", "It is June.\n</thi")),
         ("<thi", ("<thi", None)),
+        ("<think>", ("", None)),
         ("2 <think> 3", ("2 <think> 3", None)),
         ("<think>a</think>b</think>c", ("b</think>c", "a")),
     ],

@@ -93,9 +93,19 @@ def score(
 def _referred(
     model: VisionLanguageNetwork, conversations: Sequence[Conversation]
 ) -> list[Conversation]:
-    """The rows with their references: of a pair the chosen answer, and no answer's reasoning."""
-    rows = (replace(row, rejected=None, desirable=None) for row in conversations)
-    return list(map(model.processor.template.parted, rows))
+    """The rows with their references: of a pair the chosen answer, with its reasoning apart.
+
+    A model that answers without reasoning, of which some sources have it, is compared without.
+    """
+    rows = [replace(row, rejected=None, desirable=None) for row in conversations]
+    template = model.processor.template
+    other = template.switched
+    if template.reasoning is not None or other is None or other.reasoning is None:
+        return list(map(template.parted, rows))
+    return [
+        replace(row, messages=tuple(replace(turn, reasoning="") for turn in row.messages))
+        for row in map(other.parted, rows)
+    ]
 
 
 def _with_losses(

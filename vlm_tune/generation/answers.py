@@ -106,8 +106,9 @@ class AnswerReader:
         whole = self.processor.raw_text(answer_ids[: len(answer_ids) - broken])
         reasoning, text = self._parts(whole)
         if text is None:
-            # What may have become an opening mark was none.
-            text = "" if reasoning else whole
+            # What may have become an opening mark was none, unless it is a whole one.
+            begun = self._reasoning and whole.lstrip().startswith(self._reasoning.opening)
+            text = "" if reasoning or begun else whole
         count = len(answer_ids)
         return Answer(
             self._cut(text).strip(),

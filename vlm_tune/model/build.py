@@ -230,7 +230,9 @@ def _processor(
     check_questions(section, template)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     is_native = isinstance(section, NativeSection)
-    native = load_native_processor(section, folder, template.enable_thinking) if is_native else None
+    # Another chat format takes the place of the checkpoint's own, whatever switch that has.
+    mode = template.enable_thinking if template.name == OWN_TEMPLATE else None
+    native = load_native_processor(section, folder, mode) if is_native else None
     name = None if folder else section.llm.name
     images = media_processor(section, tower) if native is None else native_images(native, name)
     joins = images.joins if isinstance(images, NativeImages) else ()

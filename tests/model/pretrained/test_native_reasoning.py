@@ -12,6 +12,8 @@ import pytest
 from tests.helpers.chat_samples import processor as plain_processor
 from tests.helpers.native_families import NEWEST, shipped
 from tests.helpers.native_models import native_model, native_processor
+from tests.helpers.native_videos import video_recipe
+from tests.helpers.tiny_models import built, parsed
 from tests.model.pretrained.test_native import texts_of
 from vlm_tune.config.model import NativeLlm, NativeSection
 from vlm_tune.data.chat.own_template import image_text, message
@@ -22,6 +24,7 @@ from vlm_tune.errors import DataError, ModelError
 from vlm_tune.generation.answers import AnswerReader
 from vlm_tune.generation.constraints import json_constraint
 from vlm_tune.generation.streaming import ShownText
+from vlm_tune.model.checkpoint import load_model, save_model
 from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.model.pretrained.native import (
     load_native_processor,
@@ -167,6 +170,28 @@ def test_a_template_without_the_switch_has_one_mode(tmp_path: Path) -> None:
     assert template.opens_reasoning
     with pytest.raises(DataError, match="has no enable_thinking to set"):
         template.with_thinking(False)
+
+
+@pytest.mark.parametrize("further", ["", "\n  enable_thinking: false"])
+def test_another_format_may_reason_where_the_checkpoints_does_not(
+    further: str, tmp_path: Path
+) -> None:
+    text = video_recipe(tmp_path, "qwen3_vl").replace("template: own", f"template: qwen3{further}")
+    model = built(parsed(text))
+    assert model.processor.template.enable_thinking is not bool(further)
+    save_model(model, tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    assert again.processor.template.enable_thinking is not bool(further)
+
+
+def test_of_several_templates_the_default_one_is_read(tmp_path: Path) -> None:
+    processor = native_processor("qwen2_vl")
+    text = processor.chat_template
+    processor.chat_template = {"default": text, "tool_use": "tools"}
+    processor.save_pretrained(tmp_path)
+    native_model("qwen2_vl").config.save_pretrained(tmp_path)
+    section = NativeSection(llm=NativeLlm(name=str(tmp_path)))
+    assert load_native_processor(section, None).chat_template == text
 
 
 @pytest.mark.parametrize(

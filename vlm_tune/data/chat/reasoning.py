@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -95,7 +96,8 @@ class Reasoning(BaseModel):
             if message.role == "assistant" and message.trained
         ]
         questions = [place for place, message in enumerate(messages) if message.role == "user"]
-        lost = any(messages[place].reasoning for place in trained if place < max(questions))
+        last = max(questions, default=-1)
+        lost = any(messages[place].reasoning for place in trained if place < last)
         if self.preserved or not lost:
             return [whole]
         context = [replace(message, trained=False) for message in messages]
@@ -122,16 +124,32 @@ NO_REASONING = Reasoning(empty=True)
 """Empty marks before an answer, as rows for models that may reason and do not have them."""
 
 
+WITHOUT = "{%- set enable_thinking = enable_thinking | default(false) -%}"
+"""What a chat template begins with that opens answers without reasoning by default."""
+
+
+def answer_alone(message: Message, marks: Sequence[str]) -> Message:
+    """An answer in a prompt without what stands before a closing mark, as chat templates read it.
+
+    A model may have written one in any place.
+    """
+    text = message.text if message.role == "assistant" else ""
+    ends = [text.rfind(mark) + len(mark) for mark in marks if mark in text]
+    return replace(message, parts=_from(message.parts, max(ends))) if ends else message
+
+
 def _from(parts: tuple[str | Media, ...], start: int) -> tuple[str | Media, ...]:
     """The parts of a turn after `start` characters of its text, without line ends before them."""
     left: list[str | Media] = []
+    begun = False
     for part in parts:
         if isinstance(part, Media):
             left.append(part)
+            begun = True
             continue
-        if start < len(part) and not start:
-            left.append(part)
-        elif start < len(part):
-            left.append(part[start:].lstrip("\n"))
+        text = part[start:] if begun else part[start:].lstrip("\n")
         start = max(start - len(part), 0)
-    return tuple(part for part in left if part != "")
+        if text:
+            left.append(text)
+            begun = True
+    return tuple(left)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlm_tune.config.yaml_source import read_yaml
-from vlm_tune.data.chat.reasoning import NO_REASONING, Reasoning
+from vlm_tune.data.chat.reasoning import NO_REASONING, WITHOUT, Reasoning, answer_alone
 from vlm_tune.data.chat.segments import joined_texts
 from vlm_tune.data.types import ROLES, Conversation, Media, Message, Segment
 from vlm_tune.errors import DataError, RecipeError
@@ -117,6 +117,9 @@ class ChatTemplate(BaseModel):
         system = self.default_system if system is None else system
         if system and messages and messages[0].role != "system":
             messages.insert(0, Message("system", (system,)))
+        marks = [*self.thoughts, *([self.reasoning.closing] if self.reasoning else [])]
+        if prompt_only:
+            messages = [answer_alone(message, marks) for message in messages]
         opening = list(self.start)
         if not messages or messages[0].role != "system":
             opening += self.without_system
@@ -126,7 +129,7 @@ class ChatTemplate(BaseModel):
         before: Message | None = None
         for place, message in enumerate(messages):
             self._check_role(message, conversation)
-            self._check_thoughts(message, conversation, context=prompt_only)
+            self._check_thoughts(message, conversation, marks, context=prompt_only)
             pieces: list[Piece] = getattr(self, message.role)
             role_before = None if before is None else before.role
             other_place = "earlier" if not questions or place > questions[-1] else "last"
@@ -220,7 +223,7 @@ class ChatTemplate(BaseModel):
             )
 
     def _check_thoughts(
-        self, message: Message, conversation: Conversation, *, context: bool
+        self, message: Message, conversation: Conversation, marks: list[str], *, context: bool
     ) -> None:
         """Raises `DataError` for an answer with reasoning that the format would take apart.
 
@@ -228,7 +231,6 @@ class ChatTemplate(BaseModel):
         """
         if message.role != "assistant":
             return
-        marks = [*self.thoughts, *([self.reasoning.closing] if self.reasoning else [])]
         mark = next((mark for mark in marks if mark in message.reasoning + message.text), None)
         unplaced = bool(message.reasoning) and self.reasoning is None and not context
         if mark is None and not unplaced:
@@ -436,4 +438,6 @@ def _without_reasoning(template: ChatTemplate, reasoning: Reasoning) -> ChatTemp
         for fixed in [piece.reasoned is False]
     ]
     changes = {"assistant": assistant, "reasoning": None, "thoughts": [reasoning.closing]}
+    if template.jinja and "enable_thinking" in template.jinja:
+        changes["jinja"] = WITHOUT + template.jinja
     return template.model_copy(update=changes | {"enable_thinking": False})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlm_tune.config.engine import AnyEngine, shards
 from vlm_tune.config.model import AnySection, NativeLlm, NativeSection
@@ -20,9 +20,6 @@ from vlm_tune.model.hub import check_base, config_source, is_ours, load_reason, 
 from vlm_tune.model.pretrained.native_thinking import has_switch, set_thinking
 from vlm_tune.paths import is_folder
 from vlm_tune.quoting import quoted, reason_of
-
-if TYPE_CHECKING:
-    pass
 
 PIXELS = ("min_pixels", "max_pixels")
 VIDEO_PIXELS = ("video_min_pixels", "video_max_pixels")
@@ -126,7 +123,8 @@ def load_native_processor(
 ) -> Any:
     """transformers' own processor of a native model, from a saved folder or by its name.
 
-    Its chat template has the mode of reasoning of `enable_thinking`, see `set_thinking`.
+    Its chat template has the mode of reasoning of `enable_thinking`, see `set_thinking`; that of a
+    saved folder has one already, and None leaves it.
 
     Raises `ModelError` if it can't be loaded, or has none of the pixel limits that the recipe sets,
     or no such mode.
@@ -140,13 +138,17 @@ def load_native_processor(
         raise ModelError(
             f"model.pretrained: no processor in {quoted(source)}: {load_reason(source, error)}"
         ) from None
+    if isinstance(getattr(processor, "chat_template", None), dict):
+        # Of several templates transformers runs that of this name.
+        processor.chat_template = processor.chat_template.get("default")
     if not hasattr(processor, "image_processor") or not processor.chat_template:
         raise ModelError(
             f"model.pretrained: {quoted(source)} needs the processor of a chat model, with its "
             "preprocessor_config.json and chat_template.jinja"
         )
     _set_limits(processor, section.tower)
-    set_thinking(processor, renderer, enable_thinking)
+    if folder is None or enable_thinking is not None:
+        set_thinking(processor, renderer, enable_thinking)
     return processor
 
 
