@@ -68,8 +68,7 @@ data:
   template: chatml
   max_length: long
 tune:
-  - {{match: "connector.*", how: lora}}
-  - {{match: "*", how: full}}
+  - {{match: "*", how: lora}}
 train: {{epochs: 1}}
 """
 

@@ -236,7 +236,7 @@ def _processor(
     name = None if folder else section.llm.name
     images = media_processor(section, tower) if native is None else native_images(native, name)
     joins = images.joins if isinstance(images, NativeImages) else ()
-    special = (pad, tokenizer.eos_token_id, joins, reads_branches(section))
+    special = (pad, tokenizer.eos_token_id, joins, reads_branches(section, folder))
     processor = Processor(
         tokenizer=tokenizer,
         template=template,

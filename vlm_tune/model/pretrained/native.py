@@ -85,14 +85,18 @@ def native_config(name: str) -> Any:
     return config
 
 
-def reads_branches(section: AnySection) -> bool:
+def reads_branches(section: AnySection, folder: Path | None = None) -> bool:
     """Whether a model may read answers to one prompt as branches of one row.
 
-    Some native models read one sample per row. Raises `ModelError` as `native_config`.
+    Some native models read one sample per row. A model that is saved whole in `folder` no longer
+    needs the checkpoint that it is named by. Raises `ModelError` as `native_config`.
     """
     if not isinstance(section, NativeSection):
         return True
-    return native_config(str(section.llm.name)).model_type in JOINED_TYPES
+    name = str(section.llm.name)
+    if folder is not None and (folder / "llm" / "config.json").is_file():
+        name = str(folder / "llm")
+    return native_config(name).model_type in JOINED_TYPES
 
 
 def native_types() -> set[str]:
