@@ -108,6 +108,11 @@ PHASES: dict[int, tuple[Phase, ...]] = {
         _training("7b-packed", 60, shape="7b", form="packed"),
         _training("7b-rows", 60, shape="7b", form="rows"),
         _trl("7b-peft-compiled", 90, shape="7b", form="rows", tuned=True, compiled=True),
+        *(
+            Phase(name, f"objectives:{side}", 60, {"shape": "1b", "kind": kind})
+            for kind in ("dpo", "grpo")
+            for name, side in ((f"1b-{kind}", "ours"), (f"1b-trl-{kind}", "trl"))
+        ),
     ),
 }
 """The phases of each pass, in the order in which they are run."""

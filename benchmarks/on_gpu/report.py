@@ -134,6 +134,8 @@ RATIOS = (
     ("7B, a row a question over TRL's rows, tuned", "7b rows", "7b trl rows tuned", None),
     ("1B, branches over TRL's turns", "1b branches", "1b trl turns", 2.0),
     ("1B, branches over TRL's rows, tuned", "1b branches", "1b trl rows tuned", 2.0),
+    ("1B, DPO over TRL's, ten pairs an image", "1b dpo", "1b trl dpo", 5.0),
+    ("1B, GRPO over TRL's, groups of 8", "1b grpo", "1b trl grpo", 4.0),
     ("Flan-T5-XL over Seq2SeqTrainer", "t5-xl rows", "t5-xl seq2seq", 2.0),
     ("evaluation over static-cache generate", "answers", "answers transformers", 4.0),
 )

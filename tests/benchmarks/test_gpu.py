@@ -43,6 +43,8 @@ def test_every_phase_runs_on_a_cpu(tmp_path: Path) -> None:
         lines = "\n".join(table(passing.phases))
         assert all(name in lines for name in (*states, *rows))
     assert {"7b branches", "7b nf4", "7b trl rows", "7b trl turns", "t5-xl rows"} <= rows
+    assert {"1b dpo", "1b trl dpo", "1b grpo", "1b trl grpo"} <= rows
+    assert {"1B, DPO over TRL's, ten pairs an image"} <= bars(passing.phases).keys()
     profile = written["phases"]["7b-branches"]["figures"]["profile"]
     assert sum(profile["shares"].values()) == pytest.approx(1)
     turns, branches = (
