@@ -211,13 +211,15 @@ def _trainer(report: Report, home: Path, arguments: dict[str, Any], marking: Mar
     rows: Any = probe.read_rows(
         {"material": str(rows_of(report)), "rows": "preferences" if is_dpo else "single"}
     )
-    own: dict[str, Any]
+    settings: dict[str, Any]
     if is_dpo:
         options = peer_script("train_dpo").options({"batch": 0})
-        own = {name: options[name] for name in ("loss_type", "loss_weights", "beta", "max_length")}
+        settings = {
+            name: options[name] for name in ("loss_type", "loss_weights", "beta", "max_length")
+        }
     else:
         rows = [{"prompt": row["messages"][:1], "images": row["images"]} for row in rows]
-        own = {"num_generations": GROUP, "max_completion_length": length_of(report)}
+        settings = {"num_generations": GROUP, "max_completion_length": length_of(report)}
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         home / "llava", dtype=torch.bfloat16
     )
@@ -226,7 +228,7 @@ def _trainer(report: Report, home: Path, arguments: dict[str, Any], marking: Mar
     config: Any = DPOConfig if is_dpo else GRPOConfig
     return trainer(
         model=model,
-        args=config(bf16=device_type() == "cuda", **arguments, **own),
+        args=config(bf16=device_type() == "cuda", **arguments, **settings),
         train_dataset=Dataset.from_list(rows).cast_column("images", Sequence(Image())),
         processing_class=transformers.AutoProcessor.from_pretrained(home / "llava"),
         peft_config=LoraConfig(
