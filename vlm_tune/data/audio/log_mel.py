@@ -122,8 +122,8 @@ class AudioProcessor:
         if count > self.windows:
             raise DataError(
                 f"{media.name}: lasts {length / RATE:.1f} seconds or more, and the model takes at "
-                "most "
-                f"{self.windows} x {self.seconds} (model.tower.windows x model.tower.seconds)",
+                f"most {self.windows} x {self.seconds} "
+                "(model.tower.windows x model.tower.seconds)",
                 kind="audio_long",
             )
         if count == 1:

@@ -124,8 +124,15 @@ NO_REASONING = Reasoning(empty=True)
 """Empty marks before an answer, as rows for models that may reason and do not have them."""
 
 
-WITHOUT = "{%- set enable_thinking = enable_thinking | default(false) -%}"
-"""What a chat template begins with that opens answers without reasoning by default."""
+SWITCH = "enable_thinking"
+"""The variable of chat templates by which answers have reasoning or not."""
+SET = f"{{%- set {SWITCH} = {SWITCH} | default("
+"""What a template begins with whose default mode was set."""
+
+
+def with_default(jinja: str, enable: bool) -> str:
+    """A chat template in another mode by default; a caller's own `enable_thinking` still counts."""
+    return f"{SET}{str(enable).lower()}) -%}}{jinja}"
 
 
 def answer_alone(message: Message, marks: Sequence[str]) -> Message:

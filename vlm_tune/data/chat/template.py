@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlm_tune.config.yaml_source import read_yaml
-from vlm_tune.data.chat.reasoning import NO_REASONING, WITHOUT, Reasoning, answer_alone
+from vlm_tune.data.chat.reasoning import NO_REASONING, SWITCH, Reasoning, answer_alone, with_default
 from vlm_tune.data.chat.segments import joined_texts
 from vlm_tune.data.types import ROLES, Conversation, Media, Message, Segment
 from vlm_tune.errors import DataError, RecipeError
@@ -438,6 +438,6 @@ def _without_reasoning(template: ChatTemplate, reasoning: Reasoning) -> ChatTemp
         for fixed in [piece.reasoned is False]
     ]
     changes = {"assistant": assistant, "reasoning": None, "thoughts": [reasoning.closing]}
-    if template.jinja and "enable_thinking" in template.jinja:
-        changes["jinja"] = WITHOUT + template.jinja
+    if template.jinja and SWITCH in template.jinja:
+        changes["jinja"] = with_default(template.jinja, enable=False)
     return template.model_copy(update=changes | {"enable_thinking": False})

@@ -178,7 +178,7 @@ class NativeLLM(LanguageModel):
         """
         arguments = self.arguments(batch)
         if batch.visible_until is None or batch.positions is None:
-            if self.model.config.model_type not in JOINED_TYPES:
+            if not self.reads_branches:
                 return self.whole(batch)
             # For positions, and to see whether a mask has padding, transformers would wait for a
             # GPU. No token sees the padding behind it, so there it needs no mask.
@@ -194,9 +194,9 @@ class NativeLLM(LanguageModel):
     def _placed(self, arguments: dict[str, Any], batch: Batch) -> dict[str, Any]:
         """Arguments with the positions of tokens, and on a GPU with what follows from shapes."""
         device = batch.input_ids.device
-        for modality in ("image", "video"):
+        for modality in ("image", "video") if device.type == "cuda" else ():
             patches = batch.on_host.native.get(f"{modality}_grid_thw")
-            if device.type == "cuda" and patches is not None:
+            if patches is not None:
                 arguments |= vision_shapes(self._tower_modules[0], patches, device, modality)
         return arguments | {"position_ids": self.axes(batch)}
 
@@ -234,12 +234,12 @@ class NativeLLM(LanguageModel):
         side = self.model.config.vision_config.spatial_merge_size
         return patches // torch.tensor([1, side, side], device=patches.device)
 
-    def _videos(self, batch: Batch) -> Shown:
+    def _videos(self, host: Batch) -> Shown:
         """The videos of a batch. Qwen3-VL writes a time before each of a video's grids."""
         config = self.model.config
-        slots = batch.input_ids == config.video_token_id
-        grids = self._grids(batch, "video_grid_thw")
-        seconds = batch.native.get("second_per_grid_ts")
+        slots = host.input_ids == config.video_token_id
+        grids = self._grids(host, "video_grid_thw")
+        seconds = host.native.get("second_per_grid_ts")
         if grids is not None and config.model_type == "qwen3_vl":
             grids = grids.repeat_interleave(grids[:, 0], 0)
             grids[:, 0] = 1

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_tune.data.chat.own_template import untrained_opening
+from vlm_tune.data.chat.reasoning import SET, SWITCH, with_default
 from vlm_tune.errors import DataError, ModelError
-
-NAME = "enable_thinking"
-SET = f"{{%- set {NAME} = {NAME} | default("
-"""What a template begins with whose mode was set."""
 
 
 def has_switch(processor: Any) -> bool:
     """Whether a processor's chat template has the switch."""
-    return NAME in processor.chat_template
+    return SWITCH in processor.chat_template
 
 
 def set_thinking(processor: Any, renderer: Any, enable: bool | None) -> None:
@@ -39,12 +36,13 @@ def set_thinking(processor: Any, renderer: Any, enable: bool | None) -> None:
     if not has_switch(processor):
         if enable is not None:
             raise ModelError(
-                f"data.enable_thinking: the checkpoint's own chat template has no {NAME}: leave it "
-                "out. Its answers have reasoning where the rows have some, if it writes reasoning"
+                f"data.enable_thinking: the checkpoint's own chat template has no {SWITCH}: "
+                "leave it out. Its answers have reasoning where the rows have some, if it writes "
+                "reasoning"
             )
         return
     by_default = _untrained(renderer(processor))
-    processor.chat_template = f"{SET}{str(bool(enable)).lower()}) -%}}{text}"
+    processor.chat_template = with_default(text, bool(enable))
     if enable is None:
         without = _untrained(renderer(processor))
         if without is None or (by_default is not None and by_default <= without):
