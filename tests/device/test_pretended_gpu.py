@@ -79,6 +79,17 @@ def answers(
     )
 
 
+def gradients_on_meta(model: VisionLanguageModel, batch: Batch) -> dict[str, torch.Tensor]:
+    """The gradients of a batch on the pretended device `meta`, which a model must be on."""
+    outcome: Any = model(on(batch, META))
+    outcome.sum.backward()
+    return {
+        name: parameter.grad.host
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter.grad, PretendedTensor)
+    }
+
+
 def assert_same_passes(
     model: VisionLanguageModel,
     batches: Sequence[Batch],
@@ -95,13 +106,7 @@ def assert_same_passes(
         loss, gradients = loss_and_gradients(model, [batch])
         assert gradients
         with pretended(model, META, copies_indices=copies_indices):
-            outcome: Any = model(on(batch, META))
-            outcome.sum.backward()
-            other = {
-                name: parameter.grad.host
-                for name, parameter in model.named_parameters()
-                if isinstance(parameter.grad, PretendedTensor)
-            }
+            other = gradients_on_meta(model, batch)
         assert_close(other, gradients, relative)
         with pretended(model, CUDA, copies_indices=copies_indices), torch.no_grad():
             outcome = model(on(batch, CUDA))
@@ -187,13 +192,7 @@ def test_adapters_over_any_weights_train_and_answer(
     loss, gradients = loss_and_gradients(model, [batch])
     with pretended(model, META):
         merge_projections(model)
-        outcome: Any = model(on(batch, META))
-        outcome.sum.backward()
-        other = {
-            name: parameter.grad.host
-            for name, parameter in model.named_parameters()
-            if isinstance(parameter.grad, PretendedTensor)
-        }
+        other = gradients_on_meta(model, batch)
     assert_close(other, gradients, 1e-4)
     with pretended(model, CUDA):
         merge_projections(model)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from tests.helpers.preference_samples import LORA
@@ -20,8 +21,11 @@ from vlm_tune.data.packing import completed, group_layout
 from vlm_tune.data.prepare.run import conversations, prepare
 from vlm_tune.data.types import Example
 from vlm_tune.events import StageReport
+from vlm_tune.generation.answering import prompt_answers
+from vlm_tune.generation.answers import Answer
 from vlm_tune.generation.chat import VisionLanguageModel
-from vlm_tune.train.sampling import Sampler
+from vlm_tune.model.language.decoding import Decoding
+from vlm_tune.train.sampling import Sampler, draw_seed
 
 Ids = Sequence[int]
 
@@ -43,6 +47,31 @@ def prompt_batches(model: VisionLanguageModel, recipe: Recipe) -> list[Batch]:
     fetch = model.processor.images.inputs
     feed = PromptFeed(train, plan, model.processor.spec, fetch, processor=model.processor)
     return next(feed.windows(Position()))
+
+
+def drawn_answers(
+    model: VisionLanguageModel, recipe: Recipe, batches: Sequence[Batch], group: int
+) -> list[Answer]:
+    """The answers that a sampler draws in the first step: `group` of 4 tokens for each prompt."""
+    prompts = [prompt for batch in batches for unit in batch.prompts for prompt in unit]
+    answers = prompt_answers(
+        model,
+        [prompt.example for prompt in prompts],
+        Decoding(4, temperature=1.0, num_return_sequences=group, logprobs=True),
+        fetch=model.processor.images.inputs,
+        seeds=[draw_seed(recipe.seed, 1, prompt.row.id) for prompt in prompts],
+    )
+    return [each for first in answers for each in (first, *first.alternatives)]
+
+
+def assert_equally_likely(
+    trained: Sequence[tuple[tuple[int, ...], list[float]]], drawn: Sequence[Answer]
+) -> None:
+    """Asserts that training reads the completions that were drawn, ids and log-probabilities."""
+    by_ids = sorted((answer.ids, list(answer.logprobs or ())) for answer in drawn)
+    assert [ids for ids, _ in sorted(trained)] == [ids for ids, _ in by_ids]
+    for (_, ours), (_, theirs) in zip(sorted(trained), by_ids, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def sampler_of(

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from tests.helpers.native_models import native_recipe
-from tests.helpers.policy_samples import policy_recipe, prompt_batches, sampler_of
+from tests.helpers.policy_samples import (
+    assert_equally_likely,
+    drawn_answers,
+    policy_recipe,
+    prompt_batches,
+    sampler_of,
+)
 from tests.helpers.preference_samples import (
     awake,
     examples_of,
@@ -23,9 +29,7 @@ from vlm_tune.data.batching.collate import collate
 from vlm_tune.data.packing import branch_layout, separate_rows
 from vlm_tune.data.types import ANSWER_KINDS
 from vlm_tune.generation.answering import prompt_answers
-from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.train import sampling
-from vlm_tune.train.sampling import draw_seed
 
 DPO = "{kind: dpo, beta: 0.5, loss_type: [sigmoid, sft], loss_weights: [1.0, 0.3]}"
 
@@ -96,15 +100,7 @@ def test_generation_and_training_find_completions_equally_likely(
     recipe = policy_recipe(native_recipe(tmp_path, kind), "causal", **changes)
     model = awake(recipe)
     batches = prompt_batches(model, recipe)
-    prompts = [prompt for batch in batches for unit in batch.prompts for prompt in unit]
-    answers = prompt_answers(
-        model,
-        [prompt.example for prompt in prompts],
-        Decoding(4, temperature=1.0, num_return_sequences=4, logprobs=True),
-        fetch=model.processor.images.inputs,
-        seeds=[draw_seed(recipe.seed, 1, prompt.row.id) for prompt in prompts],
-    )
-    expected = [each for first in answers for each in (first, *first.alternatives)]
+    expected = drawn_answers(model, recipe, batches, 4)
     assert len(expected) == 28 and len({answer.ids for answer in expected}) > 16
     of_images = {*map(model.processor.encoder.control, model.processor.images.controls)}
     expected = [answer for answer in expected if of_images.isdisjoint(answer.ids)]
@@ -124,10 +120,7 @@ def test_generation_and_training_find_completions_equally_likely(
         for ids, logprobs, stopped in zip(*of_rows, strict=True):
             end = len(ids) - stopped  # generation has no figure for the stop token
             trained.append((tuple(ids[:end].tolist()), logprobs[:end].tolist()))
-    by_ids = sorted((answer.ids, list(answer.logprobs or ())) for answer in expected)
-    assert [ids for ids, _ in sorted(trained)] == [ids for ids, _ in by_ids]
-    for (_, ours), (_, theirs) in zip(sorted(trained), by_ids, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert_equally_likely(trained, expected)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl", "lfm2_vl"])

@@ -13,7 +13,9 @@ import torch
 
 from tests.helpers.forked_runs import ended, start
 from tests.helpers.policy_samples import (
+    assert_equally_likely,
     completions_batch,
+    drawn_answers,
     drawn_ids,
     policy_recipe,
     prompt_batches,
@@ -26,9 +28,6 @@ from tests.helpers.tiny_models import assert_close, batch_of, largest, tensors_o
 from vlm_tune.api import grpo
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.packing import completed
-from vlm_tune.generation.answering import prompt_answers
-from vlm_tune.model.language.decoding import Decoding
-from vlm_tune.train.sampling import draw_seed
 
 PLAIN = {"train__batch_size": 8}
 GROUPED = {"data__group": "image", "train__batch_size": 4}
@@ -55,14 +54,7 @@ def test_generation_and_training_find_completions_equally_likely(
     batches = prompt_batches(model, recipe)
     prompts = [prompt for batch in batches for unit in batch.prompts for prompt in unit]
     assert len(prompts) == 8 and sum(len(batch.input_ids) for batch in batches) == 8
-    answers = prompt_answers(
-        model,
-        [prompt.example for prompt in prompts],
-        Decoding(4, temperature=1.0, num_return_sequences=4, logprobs=True),
-        fetch=model.processor.images,
-        seeds=[draw_seed(recipe.seed, 1, prompt.row.id) for prompt in prompts],
-    )
-    expected = [each for first in answers for each in (first, *first.alternatives)]
+    expected = drawn_answers(model, recipe, batches, 4)
     assert len({answer.ids for answer in expected}) > 16
     trained: list[tuple[tuple[int, ...], list[float]]] = []
     for batch in sampler_of(model, recipe)(batches, 1, compiled=False):
@@ -83,10 +75,7 @@ def test_generation_and_training_find_completions_equally_likely(
         for ids, logprobs, stopped in rows:
             end = len(ids) - stopped  # generation has no figure for the stop token
             trained.append((tuple(ids[:end].tolist()), logprobs[:end].tolist()))
-    by_ids = sorted((answer.ids, list(answer.logprobs or ())) for answer in expected)
-    assert [ids for ids, _ in sorted(trained)] == [ids for ids, _ in by_ids]
-    for (_, ours), (_, theirs) in zip(sorted(trained), by_ids, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert_equally_likely(trained, expected)
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])

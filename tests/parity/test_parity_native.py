@@ -121,6 +121,15 @@ def test_a_lora_step_is_that_of_peft_over_transformers(taken: Taken) -> None:
     assert_step_is_theirs(taken, tuned, peft_over(taken.theirs, tuned, our_name))
 
 
+def assert_merged_is_the_same(tuned: VisionLanguageModel, batch: Batch) -> None:
+    """Asserts that a model computes the same with its adapter merged, which this does."""
+    with torch.no_grad():
+        expected = tuned.llm.supervised_logits(tuned.embed(batch), batch)
+        merge_adapter(tuned, "llm")
+        merged = tuned.llm.supervised_logits(tuned.embed(batch), batch)
+    assert largest(merged, expected) <= 1e-4
+
+
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "lfm2_vl", "gemma4", "mistral3"])
 def test_lora_on_the_connector_is_a_part_of_the_adapter(kind: str, tmp_path: Path) -> None:
     """Mergers inside of a tower, and projectors beside it; it is merged with the others."""
@@ -131,12 +140,7 @@ def test_lora_on_the_connector_is_a_part_of_the_adapter(kind: str, tmp_path: Pat
         "tower", "connector", "llm"
     }  # fmt: skip
     assert_step_is_theirs(taken, tuned, peft_over(taken.theirs, tuned, our_name))
-    batch = taken.batch
-    with torch.no_grad():
-        expected = tuned.llm.supervised_logits(tuned.embed(batch), batch)
-        merge_adapter(tuned, "llm")
-        merged = tuned.llm.supervised_logits(tuned.embed(batch), batch)
-    assert largest(merged, expected) <= 1e-4
+    assert_merged_is_the_same(tuned, taken.batch)
 
 
 def test_a_connector_without_a_linear_layer_takes_no_lora(tmp_path: Path) -> None:
@@ -157,12 +161,7 @@ def test_lora_on_embedding_and_head_is_pefts_and_is_merged(
     assert (embedding.weight is language.get_output_embeddings().weight) == tied
     tuned = with_adapters(taken.model, taken.recipe, "[embed_tokens, lm_head, q_proj]")
     assert_step_is_theirs(taken, tuned, peft_over(taken.theirs, tuned, our_name))
-    batch = taken.batch
-    with torch.no_grad():
-        expected = tuned.llm.supervised_logits(tuned.embed(batch), batch)
-        merge_adapter(tuned, "llm")
-        merged = tuned.llm.supervised_logits(tuned.embed(batch), batch)
-    assert largest(merged, expected) <= 1e-4
+    assert_merged_is_the_same(tuned, taken.batch)
 
 
 def test_another_image_changes_the_logits(taken: Taken) -> None:

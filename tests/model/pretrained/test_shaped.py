@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from tests.helpers.family_samples import SHAPED, Sample
-from tests.helpers.policy_samples import prompt_batches, sampler_of
+from tests.helpers.policy_samples import (
+    assert_equally_likely,
+    drawn_answers,
+    prompt_batches,
+    sampler_of,
+)
 from tests.helpers.preference_samples import awake
 from tests.helpers.shaped_samples import LONGEST, SLOT, save_mistral3, save_pixtral
 from tests.helpers.tiny_models import (
@@ -41,11 +46,8 @@ from vlm_tune.config.objectives import Matching
 from vlm_tune.data.batching.collate import collate
 from vlm_tune.errors import DataError, ModelError
 from vlm_tune.exporting import export
-from vlm_tune.generation.answering import prompt_answers
 from vlm_tune.model.feature_cache import tower_features
-from vlm_tune.model.language.decoding import Decoding
 from vlm_tune.train.matching import MatchingObjective
-from vlm_tune.train.sampling import draw_seed
 
 Tiny = Callable[..., str]
 
@@ -110,15 +112,7 @@ def test_training_reads_completions_of_several_shapes_as_generation_drew_them(sh
     recipe = parsed(shapes, objective=sampled, data__test=[], evaluate__samples=0)
     model = awake(recipe)
     batches = prompt_batches(model, recipe)
-    prompts = [prompt for batch in batches for unit in batch.prompts for prompt in unit]
-    answers = prompt_answers(
-        model,
-        [prompt.example for prompt in prompts],
-        Decoding(4, temperature=1.0, num_return_sequences=2, logprobs=True),
-        fetch=model.processor.images,
-        seeds=[draw_seed(recipe.seed, 1, prompt.row.id) for prompt in prompts],
-    )
-    expected = [each for first in answers for each in (first, *first.alternatives)]
+    expected = drawn_answers(model, recipe, batches, 2)
     assert len(expected) == 8
     trained: list[tuple[tuple[int, ...], list[float]]] = []
     for batch in sampler_of(model, recipe)(batches, 1, compiled=False):
@@ -135,10 +129,7 @@ def test_training_reads_completions_of_several_shapes_as_generation_drew_them(sh
         for ids, logprobs, stopped in drawn:
             end = len(ids) - stopped  # generation has no figure for the stop token
             trained.append((tuple(ids[:end].tolist()), logprobs[:end].tolist()))
-    by_ids = sorted((answer.ids, list(answer.logprobs or ())) for answer in expected)
-    for (ids, logprobs), (drawn_ids, likelihoods) in zip(sorted(trained), by_ids, strict=True):
-        assert ids == drawn_ids
-        assert logprobs == pytest.approx(likelihoods, abs=1e-5)
+    assert_equally_likely(trained, expected)
 
 
 def test_matching_exchanges_images_of_one_shape_alone(shapes: str) -> None:
